@@ -1,0 +1,53 @@
+# The whole study, from raw images to tables and figures:
+#
+#     images ──► teachers ──► students (per method) ──► logits ──► metrics ──► tables, figures
+#
+# `snakemake --cores all` makes the studies named under `run` in config.yaml;
+# `snakemake --cores all results/<study>/figures/de_curve.png` makes just what that file needs.
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+configfile: "config.yaml"
+
+
+include: "rules/common.smk"
+include: "rules/images.smk"
+include: "rules/train.smk"
+include: "rules/predict.smk"
+include: "rules/evaluate.smk"
+include: "rules/render.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        expand("results/{study}/tables/results.{ending}", study=RUN, ending=TABLES),
+        expand("results/{study}/figures/{figure}.png", study=RUN, figure=FIGURES),
+
+
+# snakemake --cores all teachers | students | tables | figures
+rule teachers:
+    input:
+        [path for study in RUN for path in teacher_files(study, "{}/weights.safetensors")],
+
+
+rule students:
+    input:
+        [
+            path
+            for study in RUN
+            for method in STUDIES[study].methods
+            for path in student_files(study, method, "{}/weights.safetensors")
+        ],
+
+
+rule tables:
+    input:
+        expand("results/{study}/tables/results.{ending}", study=RUN, ending=TABLES),
+
+
+rule figures:
+    input:
+        expand("results/{study}/figures/{figure}.png", study=RUN, figure=FIGURES),

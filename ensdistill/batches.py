@@ -1,0 +1,61 @@
+"""Training batches from images that live on the device as uint8: no workers, no decoding."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class TrainingBatches:
+    """Shuffled, randomly cropped and flipped batches; every iteration is a new epoch.
+
+    Args:
+        images: uint8 (N, C, H, W); they stay on their device, and batches come from it.
+        labels: int64 (N,).
+        batch_size: images per batch. An incomplete last batch is left out (its images come in
+            another epoch), unless it is the only one.
+        crop_padding: pixels of zero padding before a random crop of H×W; 0 for none.
+        flip: mirror each image with probability 1/2.
+        generator: on the device of the images; the only source of randomness.
+
+    Yields:
+        x float32 (B, C, H, W) in [0, 1], channels_last, and y int64 (B,).
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        crop_padding: int,
+        flip: bool,
+        generator: torch.Generator,
+    ):
+        self.height, self.width = images.shape[-2:]
+        # Channels last, so that one gather crops, flips and lands in the layout of convolutions.
+        self.padded = F.pad(images, [crop_padding] * 4).permute(0, 2, 3, 1).contiguous()
+        self.labels = labels
+        self.batch_size = min(batch_size, len(images))
+        self.shifts = 2 * crop_padding + 1
+        self.flip = flip
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return len(self.labels) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        count, on = len(self.labels), {"device": self.labels.device, "generator": self.generator}
+        order = torch.randperm(count, **on)
+        top, left = torch.randint(self.shifts, (2, count, 1), **on)
+        mirrored = torch.rand(count, 1, **on) < 0.5
+        across = torch.arange(self.width, device=self.labels.device)
+        rows = top + torch.arange(self.height, device=self.labels.device)
+        columns = left + (torch.where(mirrored, across.flip(0), across) if self.flip else across)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            index = order[batch]
+            pixels = self.padded[
+                index[:, None, None], rows[batch][:, :, None], columns[batch][:, None, :]
+            ]
+            yield pixels.permute(0, 3, 1, 2).float().div_(255), self.labels[index]

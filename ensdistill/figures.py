@@ -1,0 +1,1 @@
+"""stub while the workflow is brought up"""

@@ -1,0 +1,51 @@
+"""What every workflow script does around its one call: logging, and errors in one sentence."""
+
+import errno
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ensdistill import InputError
+
+
+@contextmanager
+def job(snakemake: Any) -> Iterator[None]:
+    """Log to the rule's log file; end with one sentence and exit status 1 on a known failure.
+
+    Anything unforeseen is raised on, its traceback in the log too.
+    """
+    logging.basicConfig(
+        filename=snakemake.log[0],
+        filemode="w",
+        format="%(asctime)s %(levelname)s %(message)s",
+        level=logging.INFO,
+    )
+    logging.captureWarnings(True)
+    label = " ".join([snakemake.rule, *snakemake.wildcards])
+    try:
+        yield
+    except (InputError, MemoryError, OSError) as error:
+        sentence = _sentence(error)
+        logging.error(sentence)
+        print(f"{label}: error: {sentence}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            sentence = "the GPU's memory is full: use a smaller batch_size, or a larger GPU"
+            logging.error(sentence)
+            print(f"{label}: error: {sentence}", file=sys.stderr)
+            sys.exit(1)
+        logging.exception("unforeseen")
+        raise
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "the memory is full: give the job more, or use fewer images or a smaller batch_size"
+    if error.errno == errno.ENOSPC:
+        return f"no space left on the disk that holds {error.filename or 'the results'}"
+    return str(error)

@@ -1,0 +1,217 @@
+"""What made a file, and files that are whole or not there at all.
+
+Nothing here changes a number, so this module is no part of any stage's code digest.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+from numpy.typing import ArrayLike
+
+from ensdistill import InputError, __version__
+
+if TYPE_CHECKING:
+    import pandas
+
+PACKAGE = Path(__file__).parent
+UNCOUNTED = {"ensdistill", "ensdistill.provenance", "ensdistill.jobs"}
+"""Modules that say what ran and how it failed, but do not change what is computed."""
+
+
+@contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; renamed to it on success, removed on failure.
+
+    The temporary name keeps the ending, by which many writers choose their format.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a whole text file, or nothing."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: str | os.PathLike[str], frame: "pandas.DataFrame") -> None:
+    """Write a whole table at full precision, or nothing."""
+    with atomic(path) as temporary:
+        frame.to_csv(temporary, index=False)
+
+
+def attributes(**known: Any) -> dict[str, Any]:
+    """What a result file says of itself: `known`, their digest, and the versions that made it."""
+    canonical = json.dumps(known, sort_keys=True, default=str)
+    return {
+        **known,
+        "digest": hashlib.sha256(canonical.encode()).hexdigest(),
+        "ensdistill": __version__,
+        "torch": version("torch"),
+    }
+
+
+def write_hdf5(
+    path: str | os.PathLike[str], arrays: Mapping[str, ArrayLike], attributes: Mapping[str, Any]
+) -> None:
+    """Write arrays by name ("test/logits"), chunked, compressed and checksummed, with attributes.
+
+    Nested attributes are stored as JSON.
+    """
+    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
+        for key, value in attributes.items():
+            plain = isinstance(value, str | int | float)
+            file.attrs[key] = value if plain else json.dumps(value, default=str)
+        for name, array in arrays.items():
+            file.create_dataset(
+                name, data=array, chunks=True, compression="gzip", shuffle=True, fletcher32=True
+            )
+
+
+@contextmanager
+def open_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
+    """Open an HDF5 file for reading.
+
+    Raises:
+        InputError: the file is missing, damaged, or lacks what is read inside the block.
+    """
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file")
+    try:
+        with h5py.File(path) as file:
+            yield file
+    except (OSError, KeyError, RuntimeError) as error:
+        reason = str(error).strip("'\"")
+        raise InputError(f"{path}: damaged or not what it should be ({reason})") from error
+
+
+def code_digest(script: str | os.PathLike[str]) -> str:
+    """A digest of the library code that a script can reach, blind to comments and docstrings.
+
+    Followed are the names that a definition mentions, from the script's imports through this
+    package, so that a changed formula reruns just the stages that use it.
+
+    Args:
+        script: a Python file that imports from `ensdistill`.
+    """
+    reached: dict[tuple[str, str], str] = {}
+    modules: dict[str, _Module] = {}
+
+    def module(name: str) -> _Module:
+        if name not in modules:
+            modules[name] = _Module(PACKAGE.joinpath(*name.split(".")[1:]).with_suffix(".py"))
+        return modules[name]
+
+    def follow(owner: _Module, nodes: list[ast.AST]) -> None:
+        mentioned = {
+            name
+            for node in nodes
+            for part in ast.walk(node)
+            for name in (getattr(part, "id", None), getattr(part, "attr", None))
+            if isinstance(name, str)
+        }
+        for name in mentioned & owner.imports.keys():
+            source, symbol = owner.imports[name]
+            if source in UNCOUNTED:
+                continue
+            target = module(source)
+            if symbol is not None:
+                reach(source, symbol)
+            else:  # a whole module: what is named after a dot, or all of it if nothing is
+                for used in mentioned & target.definitions.keys() or target.definitions.keys():
+                    reach(source, used)
+
+    def reach(name: str, symbol: str) -> None:
+        if (name, symbol) in reached:
+            return
+        owner = module(name)
+        if symbol in owner.imports and symbol not in owner.definitions:
+            follow(owner, [ast.Name(symbol)])
+            return
+        nodes = owner.definitions[symbol]
+        reached[name, symbol] = "\n".join(map(ast.dump, nodes))
+        follow(owner, nodes)
+        inside = {
+            getattr(part, "id", None) or getattr(part, "attr", None)
+            for node in nodes
+            for part in ast.walk(node)
+        }
+        for used in inside & owner.definitions.keys():
+            reach(name, used)
+
+    root = _Module(Path(script))
+    follow(root, root.tree.body)
+    text = "\n".join(f"{key}{reached[key]}" for key in sorted(reached))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _Module:
+    """The parsed top level of a file: its definitions and its imports from this package."""
+
+    def __init__(self, path: Path):
+        self.tree = _without_docstrings(ast.parse(path.read_text(encoding="utf-8")))
+        self.definitions: dict[str, list[ast.AST]] = {}
+        self.imports: dict[str, tuple[str, str | None]] = {}
+        for node in self.tree.body:
+            for name in _defined_names(node):
+                self.definitions.setdefault(name, []).append(node)
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ensdistill"):
+                for alias in node.names:
+                    whole = PACKAGE.joinpath(f"{alias.name}.py").exists()
+                    submodule = node.module == "ensdistill" and whole
+                    source = f"ensdistill.{alias.name}" if submodule else node.module
+                    self.imports[alias.asname or alias.name] = (
+                        source,
+                        None if submodule else alias.name,
+                    )
+
+
+def _defined_names(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return [part.id for t in targets for part in ast.walk(t) if isinstance(part, ast.Name)]
+    return []
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    """The tree without strings that stand alone: docstrings of modules, functions, constants."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [
+                part
+                for part in body
+                if not (
+                    isinstance(part, ast.Expr)
+                    and isinstance(part.value, ast.Constant)
+                    and isinstance(part.value.value, str)
+                )
+            ]
+    return tree

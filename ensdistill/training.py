@@ -1,0 +1,226 @@
+"""The training loop of teachers and students."""
+
+import copy
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ensdistill import InputError
+from ensdistill.batches import TrainingBatches
+from ensdistill.images import read_description, read_images
+from ensdistill.metrics import accuracy, ensemble_probs, nll
+from ensdistill.networks import build_network, count_parameters, predict, save_network
+from ensdistill.objectives import Objective
+from ensdistill.provenance import attributes, write_csv
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_FACTOR = 0.01
+"""Of the learning rate: at the first epoch, and at the end of `warmup_linear`."""
+
+Schedule = Literal["warmup_linear", "cosine"]
+
+
+def learning_rate_factor(
+    epoch: int, epochs: int, schedule: Schedule = "warmup_linear", warmup_epochs: int = 5
+) -> float:
+    """The learning rate of an epoch as a share of its peak.
+
+    Both schedules grow linearly from 0.01 at epoch 1 to 1 at `warmup_epochs`. Then
+    `warmup_linear` stays at 1 until epochs/2, falls linearly to 0.01 at 0.9·epochs and stays
+    there [the authors' recipe, with 300 epochs]; `cosine` follows half a cosine that would reach
+    0 at epoch epochs + 1 [Loshchilov & Hutter 2017].
+
+    Args:
+        epoch: 1 … epochs.
+        epochs: length of the training.
+    """
+    if epoch < warmup_epochs:
+        return SMALLEST_FACTOR + (1 - SMALLEST_FACTOR) * (epoch - 1) / (warmup_epochs - 1)
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs + 1))) / 2
+    falling = (epoch - epochs / 2) / (0.9 * epochs - epochs / 2)
+    return 1 - (1 - SMALLEST_FACTOR) * min(max(falling, 0.0), 1.0)
+
+
+def parameter_groups(
+    network: nn.Module, learning_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Optimiser groups: the BatchEnsemble factors r and s learn at half the rate, undecayed."""
+    factors, others = [], []
+    for name, parameter in network.named_parameters():
+        (factors if name.rsplit(".", 1)[-1] in ("r", "s") else others).append(parameter)
+    groups = [{"params": others, "lr": learning_rate, "weight_decay": weight_decay}]
+    if factors:
+        groups.append({"params": factors, "lr": learning_rate / 2, "weight_decay": 0.0})
+    return groups
+
+
+def is_validated(epoch: int, epochs: int, validate_every: int) -> bool:
+    """Every so many epochs, and in each of the last tenth."""
+    return epoch % validate_every == 0 or epoch > 0.9 * epochs
+
+
+def fit(
+    network: nn.Module,
+    objective: Objective,
+    train: tuple[Tensor, Tensor],
+    validation: tuple[Tensor, Tensor],
+    *,
+    seed: int,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+    schedule: Schedule,
+    warmup_epochs: int,
+    validate_every: int,
+    crop_padding: int,
+    flip: bool,
+    precision: Literal["fp32", "bf16"],
+) -> list[dict[str, float]]:
+    """Train a network in place with SGD; it ends with the weights of its best validation.
+
+    Of epochs with equal validation accuracy the latest is kept: it has trained longest.
+
+    Args:
+        network: to be trained, on the device of the images.
+        objective: see `ensdistill.objectives`.
+        train, validation: images uint8 (N, C, H, W) and labels int64 (N,).
+        seed: of data order, augmentation and perturbations.
+        crop_padding, flip: see `TrainingBatches`.
+        precision: float32, or bfloat16 autocast of both passes.
+        epochs, batch_size, learning_rate, momentum, weight_decay, schedule, warmup_epochs,
+            validate_every: see `studies.Recipe`.
+
+    Returns:
+        One row per epoch: learning rate, mean loss and its parts, accuracy on the training
+        batches [%], seconds, and where validated val_accuracy [%] and val_nll [nats].
+
+    Raises:
+        InputError: the loss is not finite; the message names step and learning rate.
+    """
+    images, labels = train
+    device = images.device
+    generator = torch.Generator(device).manual_seed(seed)
+    batches = TrainingBatches(images, labels, batch_size, crop_padding, flip, generator)
+    members = getattr(network, "ensemble_size", 1)
+    logger.info(
+        "%d images, %d steps per epoch; effective batch size: %d images × %d members = %d rows",
+        len(images),
+        len(batches),
+        batches.batch_size,
+        members,
+        batches.batch_size * members,
+    )
+    groups = parameter_groups(network, learning_rate, weight_decay)
+    optimizer = torch.optim.SGD(groups, momentum=momentum)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    history: list[dict[str, float]] = []
+    best_accuracy, best_state = -1.0, {}
+    # disable=None: a bar on a terminal, plain lines in a log.
+    for epoch in tqdm(range(1, epochs + 1), unit="epoch", leave=False, disable=None):
+        started = time.perf_counter()
+        factor = learning_rate_factor(epoch, epochs, schedule, warmup_epochs)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = factor * peak
+        network.train()
+        steps = []
+        for x, y in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                parts = objective(network, x, y, generator)
+            optimizer.zero_grad()
+            parts["loss"].backward()
+            optimizer.step()
+            logits = parts.pop("logits")
+            correct = logits.softmax(-1).mean(0).argmax(-1) == y
+            parts["accuracy"] = 100 * correct.float().mean()
+            steps.append({name: value.detach() for name, value in parts.items()})
+        # Looked at once per epoch, so that a GPU is never made to wait.
+        columns = {name: torch.stack([step[name] for step in steps]).cpu() for name in steps[0]}
+        finite = columns["loss"].isfinite()
+        if not finite.all():
+            step = (epoch - 1) * len(batches) + int((~finite).nonzero()[0]) + 1
+            raise InputError(
+                f"the loss is not finite at step {step} (epoch {epoch}) with learning rate "
+                f"{factor * peaks[0]:g}: try a smaller one"
+            )
+        row = {"epoch": epoch, "learning_rate": factor * peaks[0]}
+        row |= {name: column.double().mean().item() for name, column in columns.items()}
+        if is_validated(epoch, epochs, validate_every):
+            probs = ensemble_probs(predict(network, validation[0]))
+            row["val_accuracy"] = accuracy(probs, validation[1].cpu())
+            row["val_nll"] = nll(probs, validation[1].cpu())
+            if row["val_accuracy"] >= best_accuracy:
+                best_accuracy = row["val_accuracy"]
+                best_state = copy.deepcopy(network.state_dict())
+        row["seconds"] = time.perf_counter() - started
+        history.append(row)
+        logger.info(" ".join(f"{name} {value:.5g}" for name, value in row.items()))
+    network.load_state_dict(best_state)
+    return history
+
+
+def train_network(
+    images: str | os.PathLike[str],
+    weights: str | os.PathLike[str],
+    history: str | os.PathLike[str],
+    objective: Objective,
+    *,
+    device: torch.device,
+    seed: int,
+    network: Mapping[str, Any],
+    ensemble_size: int,
+    origin: Mapping[str, Any],
+    **recipe: Any,
+) -> None:
+    """Train a network from images.h5, and write its weights and its history.
+
+    Args:
+        images: path of images.h5.
+        weights, history: paths to write; the history is a CSV with one row per epoch.
+        objective: what is minimised.
+        device: where it is trained.
+        seed: of initialisation, data order, augmentation and perturbations.
+        network: name and options for `build_network`.
+        ensemble_size: 1 for a plain network, else the members of a BatchEnsemble.
+        origin: who is trained (study, system, …); written into both files.
+        **recipe: see `fit`.
+    """
+    description = read_description(images)
+    architecture = {
+        **network,
+        "num_classes": len(description["classes"]),
+        "in_channels": description["shape"][0],
+        "ensemble_size": ensemble_size,
+        "mean": description["mean"],
+        "std": description["std"],
+    }
+    torch.manual_seed(seed)
+    model = build_network(**architecture).to(device)
+    logger.info("%s, %d parameters", network["name"], count_parameters(model))
+    train, validation = (
+        tuple(torch.from_numpy(array).to(device) for array in read_images(images, split))
+        for split in ("train", "val")
+    )
+    rows = fit(model, objective, train, validation, seed=seed, **recipe)
+    made = attributes(
+        **origin,
+        seed=seed,
+        network=network,
+        recipe=recipe,
+        device=device.type,
+        precision=recipe["precision"],
+    )
+    who = {key: origin[key] for key in ("system", "replicate")}
+    write_csv(history, pd.DataFrame([{**who, **row} for row in rows]))
+    save_network(weights, model, architecture, made)

@@ -1,0 +1,12 @@
+from ensdistill.images import write_images
+from ensdistill.jobs import job
+from ensdistill.provenance import attributes
+
+with job(snakemake):
+    images = snakemake.params.images
+    write_images(
+        snakemake.output[0],
+        **images,
+        archive=snakemake.input.get("archive"),
+        attributes=attributes(study=snakemake.wildcards.study, images=images),
+    )

@@ -1,0 +1,18 @@
+import torch
+
+from ensdistill.devices import prepare
+from ensdistill.images import read_images
+from ensdistill.jobs import job
+from ensdistill.networks import count_parameters, load_network, predict, read_header
+from ensdistill.provenance import write_hdf5
+
+with job(snakemake):
+    device = prepare(snakemake.threads)
+    network = load_network(snakemake.input.weights, device).requires_grad_(True)
+    arrays = {}
+    for split in ("val", "test"):
+        images, labels = read_images(snakemake.input.images, split)
+        arrays[f"{split}/logits"] = predict(network, torch.from_numpy(images).to(device))
+        arrays[f"{split}/labels"] = labels
+    made = {**read_header(snakemake.input.weights), "parameters": count_parameters(network)}
+    write_hdf5(snakemake.output[0], arrays, made)

@@ -1,0 +1,12 @@
+import pandas as pd
+
+from ensdistill.jobs import job
+from ensdistill.provenance import write_csv, write_text
+from ensdistill.tables import summarize, to_html, to_latex, to_markdown
+
+with job(snakemake):
+    summary = summarize(pd.read_csv(snakemake.input[0]))
+    write_csv(snakemake.output.csv, summary)
+    write_text(snakemake.output.md, to_markdown(summary))
+    write_text(snakemake.output.tex, to_latex(summary))
+    write_text(snakemake.output.html, to_html(summary))
