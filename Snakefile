@@ -35,12 +35,7 @@ rule teachers:
 
 rule students:
     input:
-        [
-            path
-            for study in RUN
-            for method in STUDIES[study].methods
-            for path in student_files(study, method, "{}/weights.safetensors")
-        ],
+        [path for study in RUN for path in student_files(study, "{}/weights.safetensors")],
 
 
 rule tables:

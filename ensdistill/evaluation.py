@@ -83,13 +83,13 @@ def score_systems(
             pair = *read_logits(path, "test"), *read_logits(path, "val")
             add(label, str(replicate), parameters, *pair)
     frame = pd.DataFrame(rows)
+    is_ensemble = frame.system.str.fullmatch(r"DE-\d+")
     for column, metric in (("dee", "nll"), ("dee_ts", "nll_ts")):
-        curve = [
-            frame.loc[frame.system == f"DE-{size}", metric].mean()
-            for size in range(1, len(teachers) + 1)
-        ]
-        frame[column] = [deep_ensemble_equivalent(score, curve) for score in frame[metric]]
-        frame[f"{column}_outside"] = [dee_outside(score, curve) for score in frame[metric]]
+        curve = frame[is_ensemble].groupby("system", sort=False)[metric].mean()
+        # An ensemble size's place on the curve is that of its mean score.
+        placed = frame.system.map(curve).fillna(frame[metric])
+        frame[column] = [deep_ensemble_equivalent(score, curve.tolist()) for score in placed]
+        frame[f"{column}_outside"] = [dee_outside(score, curve.tolist()) for score in placed]
     return frame
 
 
@@ -185,6 +185,17 @@ def student_diversity(
         if replicates[0].shape[1] > 1
     ]
     return pd.concat(tables, ignore_index=True)
+
+
+def learning_curves(labels: Sequence[str], paths: Sequence[str]) -> pd.DataFrame:
+    """The histories of all networks in one table: system, replicate, and a history's columns."""
+    tables = []
+    for label, group in by_label(labels, paths).items():
+        for replicate, path in enumerate(group):
+            tables.append(pd.read_csv(path).assign(system=label, replicate=replicate))
+    joined = pd.concat(tables, ignore_index=True)
+    who = ["system", "replicate"]
+    return joined[who + [column for column in joined if column not in who]]
 
 
 def by_label(labels: Sequence[str], paths: Sequence[str]) -> dict[str, list[str]]:

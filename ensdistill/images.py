@@ -9,14 +9,19 @@ import hashlib
 import io
 import json
 import logging
+import lzma
 import os
+import stat
 import tarfile
 import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -45,7 +50,7 @@ class Dataset:
     test: Split
     classes: list[str]
     sha256: str
-    """Of the files that were read."""
+    """Of the files that were read, in whatever archives they came."""
     official_validation: bool = False
     """Whether the last training images are the customary validation split."""
 
@@ -94,7 +99,7 @@ def folder(*, path: str | Sequence[str], size: int | None, **_: Any) -> Dataset:
     """Your own images: train/<class>/<name> and test/<class>/<name>, in folders or archives.
 
     Any format that Pillow reads. If every image is grey there is one channel, else there are
-    three. Archives are read, never unpacked.
+    three. Archives are read, never unpacked. Images are ordered by class and file name.
 
     Args:
         path: a directory that holds train/ and test/, or tar/zip archives of them, or a
@@ -102,20 +107,23 @@ def folder(*, path: str | Sequence[str], size: int | None, **_: Any) -> Dataset:
         size: side to which images are resized and centre-cropped; None: all have one size.
     """
     roots = [Path(root) for root in ([path] if isinstance(path, str) else path)]
-    pictures: dict[str, list[tuple[str, Image.Image]]] = {"train": [], "test": []}
-    digest = hashlib.sha256()
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-    for name, data in _files(roots):
-        place = PurePosixPath(name.replace(os.sep, "/")).parts
-        split, label = place[-3:-1]
-        digest.update(data)
-        pictures[split].append((label, _decode(name, data, size)))
-    classes = sorted({label for label, _ in pictures["train"]})
+    # Each image with what orders it: its class, its file's name and checksum.
+    pictures: dict[str, list[tuple[tuple[str, str, str], Image.Image]]] = {"train": [], "test": []}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for name, data in _files(roots):
+            split, label, file = _parts(name)[-3:]
+            key = (label, file, hashlib.sha256(data).hexdigest())
+            pictures[split].append((key, _decode(name, data, size)))
+    for found in pictures.values():
+        found.sort(key=itemgetter(0))
+    listing = {split: [key for key, _ in found] for split, found in pictures.items()}
+    classes = sorted({label for label, *_ in listing["train"]})
     where = ", ".join(map(str, roots))
     for split, found in pictures.items():
         if not found:
             raise InputError(f"{where}: holds no images in {split}/<class>/")
-    tested = {label for label, _ in pictures["test"]}
+    tested = {label for label, *_ in listing["test"]}
     for missing, there, absent in (
         (set(classes) - tested, "train", "test"),
         (tested - set(classes), "test", "train"),
@@ -129,11 +137,11 @@ def folder(*, path: str | Sequence[str], size: int | None, **_: Any) -> Dataset:
         raise InputError(f"{where}: images differ in size ({found} …): set images.size")
     mode = "L" if all(picture.mode in GREY_MODES for _, picture in every) else "RGB"
     splits = []
-    for found in pictures.values():
+    for split, found in pictures.items():
         arrays = np.stack([np.asarray(picture.convert(mode)) for _, picture in found])
         arrays = arrays[:, None] if mode == "L" else arrays.transpose(0, 3, 1, 2)
-        splits.append((arrays, np.array([classes.index(label) for label, _ in found])))
-    return Dataset(*splits, classes, digest.hexdigest())
+        splits.append((arrays, np.array([classes.index(label) for label, *_ in listing[split]])))
+    return Dataset(*splits, classes, hashlib.sha256(json.dumps(listing).encode()).hexdigest())
 
 
 SOURCES: dict[str, Callable[..., Dataset]] = {
@@ -145,13 +153,17 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
 
 
 def _files(roots: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every image file below train/ and test/, in a fixed order."""
+    """Name and content of every image file below train/ and test/.
+
+    Archives are read from front to back: in a compressed tar every step back starts anew.
+    """
     endings = tuple(Image.registered_extensions())
 
     def wanted(name: str) -> bool:
-        parts = PurePosixPath(name.replace(os.sep, "/")).parts
+        parts = _parts(name)
         in_split = len(parts) >= 3 and parts[-3] in ("train", "test")
-        return in_split and not parts[-1].startswith(".") and name.lower().endswith(endings)
+        hidden = any(part.startswith(".") for part in parts[-2:])
+        return in_split and not hidden and name.lower().endswith(endings)
 
     for root in roots:
         if not root.exists():
@@ -159,23 +171,51 @@ def _files(roots: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
         if root.is_dir():
             archives = sorted(p for p in root.iterdir() if p.name.lower().endswith(ARCHIVES))
             if (root / "train").is_dir() or not archives:
-                for file in sorted(p for p in root.rglob("*") if p.is_file() and wanted(str(p))):
-                    yield str(file), file.read_bytes()
+                # Unlike `**`, `*` also enters linked folders: train/ and its classes may be links.
+                for file in sorted({*root.rglob("*/*"), *root.rglob("*/*/*")}):
+                    if wanted(str(file)) and file.is_file():
+                        yield str(file), file.read_bytes()
             else:
                 yield from _files(archives)
             continue
         try:
             if zipfile.is_zipfile(root):
                 with zipfile.ZipFile(root) as archive:
-                    for name in sorted(filter(wanted, archive.namelist())):
-                        yield f"{root}/{name}", archive.read(name)
+                    for entry in archive.infolist():
+                        link = stat.S_ISLNK(entry.external_attr >> 16)
+                        if wanted(entry.filename) and not link:
+                            yield f"{root}/{entry.filename}", archive.read(entry)
             else:
                 with tarfile.open(root) as archive:
-                    members = [m for m in archive.getmembers() if m.isfile() and wanted(m.name)]
-                    for member in sorted(members, key=lambda m: m.name):
-                        yield f"{root}/{member.name}", archive.extractfile(member).read()
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
-            raise InputError(f"{root}: not a whole tar or zip archive ({error})") from error
+                    for member in archive:
+                        if member.isfile() and wanted(member.name):
+                            yield f"{root}/{member.name}", archive.extractfile(member).read()
+                    _check_end(archive)
+        except (
+            tarfile.TarError,
+            zipfile.BadZipFile,
+            zlib.error,
+            lzma.LZMAError,
+            EOFError,
+            OSError,
+            RuntimeError,  # a zip archive with a password
+        ) as error:
+            reason = str(error).partition(":\n")[0]
+            raise InputError(f"{root}: not a whole tar or zip archive ({reason})") from error
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Refuse a tar that stops between two members, which tarfile takes for its end."""
+    stream = archive.fileobj
+    stream.seek(archive.offset)
+    if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("its end is missing")
+    while stream.read(1 << 20):  # to the checksum of what was compressed
+        pass
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return PurePosixPath(name.replace(os.sep, "/")).parts
 
 
 def _decode(name: str, data: bytes, size: int | None) -> Image.Image:
@@ -184,14 +224,11 @@ def _decode(name: str, data: bytes, size: int | None) -> Image.Image:
         with Image.open(io.BytesIO(data)) as opened:
             picture = ImageOps.exif_transpose(opened)
             picture.load()
-    except (
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as error:
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name}: not an image of a known format") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers of damaged files raise nearly anything
         raise InputError(f"{name}: not a readable image ({error})") from error
     if picture.mode.startswith("I;16"):
         picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
@@ -229,11 +266,12 @@ def download(source: str, path: str | os.PathLike[str]) -> None:
             try:
                 download_url(cls.url, str(temporary.parent), temporary.name, md5=cls.tgz_md5)
                 return
-            except (RuntimeError, OSError) as error:
-                reason = error
-                logger.warning("attempt %d of %d failed: %s", attempt, ATTEMPTS, error)
-                time.sleep(2**attempt)
-        raise InputError(f"{cls.url}: could not be downloaded ({reason})") from reason
+            except (RuntimeError, OSError, HTTPException) as error:
+                cause, reason = error, " ".join(str(error).split())
+                logger.warning("attempt %d of %d failed: %s", attempt, ATTEMPTS, reason)
+                if attempt < ATTEMPTS:
+                    time.sleep(2**attempt)
+        raise InputError(f"{cls.url}: could not be downloaded ({reason})") from cause
 
 
 # --- images.h5 -------------------------------------------------------------------------------

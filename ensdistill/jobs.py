@@ -20,32 +20,32 @@ def job(snakemake: Any) -> Iterator[None]:
         filename=snakemake.log[0],
         filemode="w",
         format="%(asctime)s %(levelname)s %(message)s",
-        level=logging.INFO,
     )
+    logging.getLogger("ensdistill").setLevel(logging.INFO)
     logging.captureWarnings(True)
     label = " ".join([snakemake.rule, *snakemake.wildcards])
     try:
         yield
-    except (InputError, MemoryError, OSError) as error:
+    except Exception as error:
         sentence = _sentence(error)
+        if sentence is None:
+            logging.exception("unforeseen")
+            raise
         logging.error(sentence)
         print(f"{label}: error: {sentence}", file=sys.stderr)
         sys.exit(1)
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            sentence = "the GPU's memory is full: use a smaller batch_size, or a larger GPU"
-            logging.error(sentence)
-            print(f"{label}: error: {sentence}", file=sys.stderr)
-            sys.exit(1)
-        logging.exception("unforeseen")
-        raise
 
 
-def _sentence(error: BaseException) -> str:
+def _sentence(error: Exception) -> str | None:
+    """What to tell the user; None if the error was not foreseen."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, MemoryError):
         return "the memory is full: give the job more, or use fewer images or a smaller batch_size"
-    if error.errno == errno.ENOSPC:
-        return f"no space left on the disk that holds {error.filename or 'the results'}"
-    return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; not every stage imports torch
+        return "the GPU's memory is full: use a smaller batch_size, or a larger GPU"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space is left on the disk that holds {error.filename or 'the results'}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return None

@@ -18,6 +18,8 @@ Array = NDArray[np.float64]
 
 SMALLEST_PROBABILITY = 1e-12
 """Where −log p stops growing."""
+TINY = np.finfo(np.float64).tiny
+"""Stands for probability 0 where temperature scaling takes a logarithm."""
 TEMPERATURES = (0.05, 20.0)
 """The range in which the optimal temperature is sought."""
 
@@ -31,8 +33,8 @@ def _pair(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, NDArray[np.int64]
     return probs, labels.astype(np.int64)
 
 
-def _log(probs: ArrayLike) -> Array:
-    return np.log(np.clip(np.asarray(probs, dtype=np.float64), SMALLEST_PROBABILITY, None))
+def _log(probs: ArrayLike, smallest: float = SMALLEST_PROBABILITY) -> Array:
+    return np.log(np.clip(np.asarray(probs, dtype=np.float64), smallest, None))
 
 
 def ensemble_probs(logits: ArrayLike) -> Array:
@@ -156,7 +158,7 @@ def apply_temperature(probs: ArrayLike, temperature: float) -> Array:
     >>> apply_temperature([[0.2, 0.8]], 0.5).round(4).tolist()
     [[0.0588, 0.9412]]
     """
-    return softmax(_log(probs) / temperature, axis=-1)
+    return softmax(_log(probs, TINY) / temperature, axis=-1)
 
 
 def optimal_temperature(probs: ArrayLike, labels: ArrayLike) -> float:
@@ -169,7 +171,7 @@ def optimal_temperature(probs: ArrayLike, labels: ArrayLike) -> float:
     1.2619
     """
     probs, labels = _pair(probs, labels)
-    log_probs = _log(probs)
+    log_probs = _log(probs, TINY)
     at_label = log_probs[np.arange(len(labels)), labels].mean()
 
     def slope(inverse: float) -> float:
@@ -195,7 +197,7 @@ def deep_ensemble_equivalent(score: float, curve: Sequence[float]) -> float:
         m in 1 … P. A score worse than one network's gives 1, one better than the whole curve
         gives P; `dee_outside` tells these apart from being there exactly.
 
-    >>> deep_ensemble_equivalent(0.65, [0.8, 0.7, 0.6])
+    >>> round(deep_ensemble_equivalent(0.65, [0.8, 0.7, 0.6]), 4)
     2.5
     """
     if score >= curve[0]:

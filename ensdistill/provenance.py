@@ -104,8 +104,8 @@ def open_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     try:
         with h5py.File(path) as file:
             yield file
-    except (OSError, KeyError, RuntimeError) as error:
-        reason = str(error).strip("'\"")
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).strip("'\"").split())
         raise InputError(f"{path}: damaged or not what it should be ({reason})") from error
 
 
@@ -138,12 +138,22 @@ def code_digest(script: str | os.PathLike[str]) -> str:
             source, symbol = owner.imports[name]
             if source in UNCOUNTED:
                 continue
-            target = module(source)
             if symbol is not None:
                 reach(source, symbol)
-            else:  # a whole module: what is named after a dot, or all of it if nothing is
-                for used in mentioned & target.definitions.keys() or target.definitions.keys():
-                    reach(source, used)
+                continue
+            # A whole module: what is named after a dot, or all of it if it stands alone.
+            known = module(source).definitions.keys()
+            parts = [part for node in nodes for part in ast.walk(node)]
+            alone = sum(isinstance(part, ast.Name) and part.id == name for part in parts)
+            dotted = [
+                part.attr
+                for part in parts
+                if isinstance(part, ast.Attribute)
+                and isinstance(part.value, ast.Name)
+                and part.value.id == name
+            ]
+            for used in known if alone > len(dotted) else known & set(dotted):
+                reach(source, used)
 
     def reach(name: str, symbol: str) -> None:
         if (name, symbol) in reached:
@@ -192,12 +202,18 @@ class _Module:
 
 
 def _defined_names(node: ast.stmt) -> list[str]:
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+    """The names whose meaning a top-level statement decides."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
-    if isinstance(node, ast.Assign | ast.AnnAssign):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        return [part.id for t in targets for part in ast.walk(t) if isinstance(part, ast.Name)]
-    return []
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return []
+    if isinstance(node, ast.Assign):
+        targets = node.targets
+    elif isinstance(node, ast.AnnAssign | ast.AugAssign):
+        targets = [node.target]
+    else:  # a loop, a condition, a call such as a registration: all that it names
+        targets = [node]
+    return [part.id for t in targets for part in ast.walk(t) if isinstance(part, ast.Name)]
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

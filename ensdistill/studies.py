@@ -45,7 +45,7 @@ def _fraction(value: Any) -> Any:
     """Lets a step be written as pixels are counted: 1/255."""
     try:
         return float(Fraction(value)) if isinstance(value, str) else value
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):
         raise ValueError(f"{value!r} is neither a number nor a fraction such as 1/255") from None
 
 
@@ -61,7 +61,11 @@ class Section(BaseModel):
     """A part of the configuration: no unknown keys, no silent conversions."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
@@ -84,7 +88,7 @@ class Images(Section):
     split), otherwise a seeded stratified choice."""
     test: Count | None = None
     """Test images: a seeded stratified subset of this many; all unless told."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the stratified choices."""
 
     @model_validator(mode="after")
@@ -146,6 +150,15 @@ class Recipe(Section):
         return self
 
 
+class TeacherRecipe(Recipe):
+    """A recipe with the teachers' defaults."""
+
+    batch_size: Count = 256
+    """Images per step."""
+    learning_rate: Positive = 0.2
+    """Peak learning rate."""
+
+
 class Distillation(Section):
     """Settings of the distillation loss that every method uses unless it has its own."""
 
@@ -204,7 +217,7 @@ class Study(Section):
     float32."""
     augmentation: Augmentation = Augmentation()
     """Random changes to training images."""
-    teacher: Recipe = Recipe(batch_size=256, learning_rate=0.2)
+    teacher: TeacherRecipe = TeacherRecipe()
     """How teachers are trained."""
     student: Recipe = Recipe()
     """How students are trained."""
@@ -228,7 +241,7 @@ class Study(Section):
             raise ValueError(f"'pool' ({self.pool}) is smaller than 'members' ({self.members})")
         labels = [method.label for method in self.methods.values()]
         for label in labels:
-            if labels.count(label) > 1 or re.fullmatch(r"DE-\d+", label):
+            if labels.count(label) > 1 or re.fullmatch(r"DE-\d+|teachers?", label):
                 raise ValueError(f"the label {label!r} in 'methods' is already taken")
         return self
 
@@ -279,13 +292,14 @@ def read_configuration(config: Mapping[str, Any]) -> Configuration:
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first of pydantic's complaints, in the user's words."""
-    first = error.errors()[0]
-    path, message = [str(part) for part in first["loc"]], first["msg"]
+    """The first of pydantic's complaints, in the user's words; a misspelt key comes first."""
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    path = [str(part) for part in first["loc"]]
     place = "config.yaml"
     if path[:1] == ["studies"] and len(path) > 1:
         place, path = f"{place}, study {path[1]!r}", path[2:]
-    key = ".".join(path)
+    # Which of several types did not fit is pydantic's affair.
+    key = re.sub(r"\.?(str|list\[str\](\.\d+)?|\[key\])$", "", ".".join(path))
     if first["type"] == "extra_forbidden":
         known = _keys_at([str(part) for part in first["loc"][:-1]])
         close = difflib.get_close_matches(path[-1], known, n=1)
@@ -297,6 +311,8 @@ def _sentence(error: ValidationError) -> str:
         message = str(first["ctx"]["error"])
     else:
         given = json.dumps(first["input"], default=str, ensure_ascii=False)
+        given = given if len(given) <= 50 else f"{given[:50]}…"
+        message = re.split(" or instance of | after validation", first["msg"])[0]
         message = f"{message[0].lower()}{message[1:]}, not {given}"
     return f"{place}: {key + ': ' if key else ''}{message}"
 
@@ -306,9 +322,8 @@ def _keys_at(path: list[str]) -> list[str]:
     schema = Configuration.model_json_schema()
     node = schema
     for part in path:
-        node = node.get("properties", {}).get(part) or node.get("additionalProperties")
-        if node is None:
-            return []
+        by_pattern = node.get("patternProperties", {}).values()
+        node = node.get("properties", {}).get(part) or next(iter(by_pattern))
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
     return list(node.get("properties", {}))

@@ -193,7 +193,7 @@ def train_network(
         seed: of initialisation, data order, augmentation and perturbations.
         network: name and options for `build_network`.
         ensemble_size: 1 for a plain network, else the members of a BatchEnsemble.
-        origin: who is trained (study, system, …); written into both files.
+        origin: who is trained (study, method, …); written into the weights' header.
         **recipe: see `fit`.
     """
     description = read_description(images)
@@ -221,6 +221,5 @@ def train_network(
         device=device.type,
         precision=recipe["precision"],
     )
-    who = {key: origin[key] for key in ("system", "replicate")}
-    write_csv(history, pd.DataFrame([{**who, **row} for row in rows]))
+    write_csv(history, pd.DataFrame(rows))
     save_network(weights, model, architecture, made)

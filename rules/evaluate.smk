@@ -1,24 +1,3 @@
-def student_logits(wildcards):
-    """All students' logits files, flat; the labels of their methods are in `labels`."""
-    groups = all_student_files(wildcards.study, "logits/{}.h5")
-    return [path for paths in groups.values() for path in paths]
-
-
-def student_labels(wildcards):
-    """The system of each file of `student_logits`."""
-    groups = all_student_files(wildcards.study, "logits/{}.h5")
-    return [label for label, paths in groups.items() for _ in paths]
-
-
-def ensemble_logits(wildcards):
-    """Logits files of the teachers that teach."""
-    return teacher_files(wildcards.study, "logits/{}.h5", STUDIES[wildcards.study].members)
-
-
-def confidence_bins(wildcards):
-    return STUDIES[wildcards.study].confidence_bins
-
-
 rule scores:
     input:
         teachers=lambda wildcards: teacher_files(wildcards.study, "logits/{}.h5"),
@@ -73,3 +52,19 @@ rule diversity:
         code=code("diversity"),
     script:
         "../workflow_scripts/diversity.py"
+
+
+rule learning_curves:
+    input:
+        histories,
+    output:
+        "results/{study}/metrics/learning_curves.csv",
+    log:
+        "results/{study}/logs/learning_curves.log",
+    conda:
+        "../envs/ensdistill.yaml"
+    params:
+        labels=history_labels,
+        code=code("learning_curves"),
+    script:
+        "../workflow_scripts/learning_curves.py"

@@ -13,12 +13,6 @@ rule download:
         "../workflow_scripts/download.py"
 
 
-def archive(wildcards):
-    source = STUDIES[wildcards.study].images.source
-    downloaded = source in ("cifar10", "cifar100")
-    return {"archive": f"results/downloads/{source}.tar.gz"} if downloaded else {}
-
-
 rule images:
     input:
         unpack(archive),

@@ -26,21 +26,25 @@ rule table:
         "../workflow_scripts/table.py"
 
 
-def histories(wildcards):
-    """Histories of all teachers and students."""
-    groups = all_student_files(wildcards.study, "{}/history.csv")
-    students = [path for paths in groups.values() for path in paths]
-    return [*teacher_files(wildcards.study, "{}/history.csv"), *students]
-
-
 # What each figure is drawn from; it is drawn by the function of its name in ensdistill.figures.
 FIGURES = {
     "diversity_teachers": "results/{study}/metrics/diversity_teachers.csv",
     "diversity_students": "results/{study}/metrics/diversity_students.csv",
     "de_curve": "results/{study}/tables/results.csv",
     "reliability": "results/{study}/metrics/reliability.csv",
-    "learning_curves": histories,
+    "learning_curves": "results/{study}/metrics/learning_curves.csv",
     "examples": "results/{study}/logits/perturbed.h5",
+}
+
+# What their captions say of a study.
+IN_CAPTIONS = {
+    "members": True,
+    "pool": True,
+    "student_seeds": True,
+    "confidence_bins": True,
+    "distillation": True,
+    "teacher": {"epochs"},
+    "student": {"epochs"},
 }
 
 for figure, source in FIGURES.items():
@@ -64,7 +68,7 @@ for figure, source in FIGURES.items():
             "../envs/ensdistill.yaml"
         params:
             figure=figure,
-            study=lambda wildcards: STUDIES[wildcards.study].model_dump(),
+            study=lambda wildcards: STUDIES[wildcards.study].model_dump(include=IN_CAPTIONS),
             code=code("figure"),
         script:
             "../workflow_scripts/figure.py"

@@ -19,28 +19,11 @@ rule teacher:
         gpu=1,
     params:
         training=lambda wildcards: training(
-            wildcards, "teacher", "teacher", int(wildcards.seed), ensemble_size=1
+            wildcards, "teacher", int(wildcards.seed), ensemble_size=1
         ),
         code=code("teacher"),
     script:
         "../workflow_scripts/teacher.py"
-
-
-def teachers_of_student(wildcards):
-    study = STUDIES[wildcards.study]
-    if study.methods[wildcards.method].objective == "cross_entropy":
-        return []
-    return teacher_files(wildcards.study, "{}/weights.safetensors", study.members)
-
-
-def student_training(wildcards):
-    study = STUDIES[wildcards.study]
-    method = study.methods[wildcards.method]
-    ensemble_size = study.members if method.network == "batch_ensemble" else 1
-    # Seeds apart from the teachers', or a plain student would start as its teacher did. The same
-    # for all methods, so that they are compared from the same start.
-    seed = 1000 + int(wildcards.seed)
-    return training(wildcards, "student", method.label, seed, ensemble_size)
 
 
 rule student:

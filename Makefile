@@ -1,0 +1,37 @@
+# Everything is installed into .venv on first use, pinned by constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: run test lint format
+
+run: .venv/installed ## the studies named under `run` in config.yaml, and a report
+	$(BIN)/snakemake --cores all
+	$(BIN)/snakemake --report results/report.html --quiet
+	@echo "Tables and figures: results/<study>/   Everything on one page: results/report.html"
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check .
+	$(BIN)/snakemake --lint
+
+format: .venv/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt .
+	$(BIN)/python -m ensdistill.studies > config.schema.json
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	$(INSTALL) --editable '.[test]'
+	@touch $@

@@ -1,0 +1,167 @@
+"""Metrics against scikit-learn, SciPy, torchmetrics and explicit loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import softmax
+from scipy.stats import entropy as scipy_entropy
+from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from ensdistill import metrics
+
+
+@pytest.fixture
+def logits():
+    return np.random.default_rng(0).normal(size=(400, 4, 7)).astype(np.float32) * 3
+
+
+@pytest.fixture
+def labels(logits):
+    rng = np.random.default_rng(1)
+    guesses = logits.mean(1).argmax(1)
+    return np.where(rng.random(len(guesses)) < 0.6, guesses, rng.integers(0, 7, len(guesses)))
+
+
+@pytest.fixture
+def probs(logits):
+    return metrics.ensemble_probs(logits)
+
+
+def test_ensemble_probs_average_probabilities_not_logits(logits, probs):
+    one_by_one = [softmax(logits[:, j].astype(float), axis=1) for j in range(4)]
+    np.testing.assert_allclose(probs, sum(one_by_one) / 4, rtol=1e-12)
+
+
+def test_proper_scores_agree_with_scikit_learn(probs, labels):
+    assert metrics.accuracy(probs, labels) == 100 * accuracy_score(labels, probs.argmax(1))
+    assert metrics.nll(probs, labels) == pytest.approx(
+        log_loss(labels, probs, labels=range(7)), abs=1e-12
+    )
+    reference = brier_score_loss(labels, probs, labels=range(7), scale_by_half=False)
+    assert metrics.brier(probs, labels) == pytest.approx(reference, abs=1e-12)
+
+
+def test_ece_agrees_with_torchmetrics(probs, labels):
+    reference = multiclass_calibration_error(
+        torch.tensor(probs), torch.tensor(labels), num_classes=7, n_bins=15, norm="l1"
+    )
+    assert metrics.ece(probs, labels) == pytest.approx(reference.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("n_bins", [1, 5, 15])
+def test_ece_at_every_edge_equals_the_definition_in_exact_arithmetic(n_bins):
+    # Confidences on each border k/n_bins, just beside it, and at 0 and 1.
+    borders = np.arange(n_bins + 1) / n_bins
+    confidence = np.unique(
+        np.clip([borders, np.nextafter(borders, 0), np.nextafter(borders, 1)], 0, 1)
+    )
+    expected = [
+        next((b for b in range(n_bins) if c <= borders[b + 1]), n_bins - 1) for c in confidence
+    ]
+    assert metrics.confidence_bins(confidence, n_bins).tolist() == expected
+
+
+def test_ece_has_no_phantom_bin_at_confidence_one():
+    # Three sure and right, one sure and wrong: |0.75 − 1| = 0.25.
+    probs = np.eye(3)[[0, 1, 2, 0]]
+    assert metrics.ece(probs, [0, 1, 2, 1]) == pytest.approx(0.25)
+
+
+def test_nll_clips_impossible_labels():
+    assert metrics.nll([[1.0, 0.0]], [1]) == pytest.approx(-math.log(1e-12))
+
+
+def test_entropy_agrees_with_scipy(probs):
+    per_image = scipy_entropy(probs, axis=1)
+    np.testing.assert_allclose(metrics.entropy(probs, "none"), per_image, rtol=1e-10)
+    assert metrics.entropy(probs) == pytest.approx(per_image.mean(), rel=1e-10)
+    assert metrics.entropy([[1.0, 0.0]]) == 0
+
+
+def test_pairwise_kl_equals_the_double_loop(logits):
+    per_image = np.zeros(len(logits))
+    for n, image in enumerate(logits.astype(float)):
+        p = softmax(image, axis=1)
+        pairs = [scipy_entropy(p[i], p[j]) for i in range(4) for j in range(4) if i != j]
+        per_image[n] = np.mean(pairs)
+    np.testing.assert_allclose(metrics.pairwise_kl(logits, "none"), per_image, rtol=1e-9)
+    assert metrics.pairwise_kl(logits) == pytest.approx(per_image.mean(), rel=1e-9)
+
+
+def test_pairwise_kl_of_equal_or_single_members_is_zero(logits):
+    assert metrics.pairwise_kl(logits[:, :1]) == 0
+    equal = np.repeat(logits[:, :1], 3, axis=1)
+    assert metrics.pairwise_kl(equal) == pytest.approx(0, abs=1e-12)
+
+
+def test_pairwise_kl_survives_underflowing_probabilities():
+    assert metrics.pairwise_kl([[[0.0, -2000.0], [-2000.0, 0.0]]]) == pytest.approx(2000)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+def test_optimal_temperature_is_the_minimum_found_by_scipy(probs, labels, scale):
+    probs = metrics.apply_temperature(probs, 1 / scale)
+    log_probs = np.log(probs)
+
+    def loss(log_temperature):
+        scaled = softmax(log_probs / math.exp(log_temperature), axis=1)
+        return log_loss(labels, scaled, labels=range(7))
+
+    reference = minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-10})
+    found = metrics.optimal_temperature(probs, labels)
+    assert found == pytest.approx(math.exp(reference.x), rel=1e-5)
+    assert loss(math.log(found)) <= reference.fun + 1e-12
+
+
+def test_optimal_temperature_stays_in_its_range():
+    assert metrics.optimal_temperature([[0.9, 0.1], [0.2, 0.8]], [0, 1]) == 0.05
+    assert metrics.optimal_temperature([[0.9, 0.1], [0.2, 0.8]], [1, 0]) == 20.0
+
+
+def test_apply_temperature_one_changes_nothing(probs):
+    np.testing.assert_allclose(metrics.apply_temperature(probs, 1.0), probs, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("score", "curve", "expected", "outside"),
+    [
+        (0.9, [0.8, 0.7, 0.6], 1.0, -1),
+        (0.8, [0.8, 0.7, 0.6], 1.0, 0),
+        (0.75, [0.8, 0.7, 0.6], 1.5, 0),
+        (0.7, [0.8, 0.7, 0.6], 2.0, 0),
+        (0.6, [0.8, 0.7, 0.6], 3.0, 0),
+        (0.5, [0.8, 0.7, 0.6], 3.0, 1),
+        (0.65, [0.8, 0.9, 0.6], 2 + 0.25 / 0.3, 0),  # not monotone: where it first gets there
+        (0.75, [0.8, 0.7, 0.9, 0.6], 1.5, 0),
+        (0.5, [0.8], 1.0, 1),
+    ],
+)
+def test_deep_ensemble_equivalent(score, curve, expected, outside):
+    assert metrics.deep_ensemble_equivalent(score, curve) == pytest.approx(expected)
+    assert metrics.dee_outside(score, curve) == outside
+
+
+def test_deep_ensemble_equivalent_inverts_numpy_interpolation():
+    curve = np.sort(np.random.default_rng(2).random(6))[::-1]
+    for size in np.linspace(1, 6, 23):
+        score = np.interp(size, np.arange(1, 7), curve)
+        assert metrics.deep_ensemble_equivalent(score, curve) == pytest.approx(size)
+
+
+def test_scores_use_validation_only_for_the_temperature(logits, labels):
+    values = metrics.scores(logits[:200], labels[:200], logits[200:], labels[200:])
+    temperature = metrics.optimal_temperature(metrics.ensemble_probs(logits[200:]), labels[200:])
+    scaled = softmax(np.log(metrics.ensemble_probs(logits[:200])) / temperature, axis=1)
+    assert values["temperature"] == temperature
+    assert values["nll_ts"] == pytest.approx(log_loss(labels[:200], scaled, labels=range(7)))
+    assert values["nll"] == metrics.nll(metrics.ensemble_probs(logits[:200]), labels[:200])
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2], [0, 7], [-1, 0]])
+def test_labels_that_do_not_fit_are_refused(labels):
+    with pytest.raises(ValueError, match="labels"):
+        metrics.nll([[0.5, 0.5], [0.1, 0.9]], labels)

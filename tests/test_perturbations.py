@@ -1,0 +1,175 @@
+"""ODS and ConfODS against closed forms, plain autograd and finite differences."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ensdistill.networks import build_network
+from ensdistill.perturbations import (
+    PERTURBATIONS,
+    conf_ods_direction,
+    gaussian_direction,
+    ods_direction,
+    perturb,
+)
+
+TEMPERATURE = 2.5
+
+
+class LinearTeacher(nn.Module):
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight.T + self.bias
+
+
+@pytest.fixture
+def linear():
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 12, dtype=torch.float64, generator=rng)
+    return LinearTeacher(weight, torch.randn(5, dtype=torch.float64, generator=rng))
+
+
+@pytest.fixture
+def x():
+    return torch.rand(6, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def w():
+    rng = np.random.default_rng(2)
+    return torch.tensor(rng.uniform(-1, 1, (6, 5)))
+
+
+def closed_form(teacher, x, w, temperature):
+    """√D·g/‖g‖ with g = Aᵀ(diag(p) − ppᵀ)w/τ, image by image, and max p."""
+    directions, confidences = [], []
+    for image, weights in zip(x.numpy(), w.numpy(), strict=True):
+        z = (teacher.weight.numpy() @ image.ravel() + teacher.bias.numpy()) / temperature
+        p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+        g = teacher.weight.numpy().T @ ((np.diag(p) - np.outer(p, p)) @ weights) / temperature
+        directions.append((np.sqrt(g.size) * g / np.linalg.norm(g)).reshape(image.shape))
+        confidences.append(p.max())
+    return np.stack(directions), np.array(confidences)
+
+
+def test_directions_equal_the_closed_form_for_a_linear_softmax_teacher(linear, x, w):
+    expected, confidence = closed_form(linear, x, w, TEMPERATURE)
+    ours = ods_direction(linear, x, TEMPERATURE, w)
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-6, atol=1e-6)
+    ours = conf_ods_direction(linear, x, TEMPERATURE, w)
+    weighted = expected * confidence[:, None, None, None]
+    np.testing.assert_allclose(ours.numpy(), weighted, rtol=1e-6, atol=1e-6)
+
+
+def test_direction_equals_finite_differences_for_a_resnet():
+    torch.manual_seed(0)
+    network = build_network("resnet8", 4, in_channels=1, width=4).double().eval()
+    x = torch.rand(2, 1, 6, 6, dtype=torch.float64)
+    w = torch.rand(2, 4, dtype=torch.float64) * 2 - 1
+    step = 1e-6
+    gradient = torch.zeros_like(x)
+    with torch.no_grad():
+        for index in np.ndindex(*x.shape):
+            values = []
+            for sign in (1, -1):
+                moved = x.clone()
+                moved[index] += sign * step
+                probs = (network(moved) / TEMPERATURE).softmax(1)
+                values.append((w * probs).sum())
+            gradient[index] = (values[0] - values[1]) / (2 * step)
+    expected = 6 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    ours = ods_direction(network, x, TEMPERATURE, w)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_direction_equals_plain_autograd_in_float32():
+    torch.manual_seed(0)
+    network = build_network("resnet8", 4, in_channels=3, width=8).eval()
+    x, w = torch.rand(5, 3, 8, 8), torch.rand(5, 4) * 2 - 1
+    probe = x.clone().requires_grad_()
+    ((network(probe) / TEMPERATURE).softmax(1) * w).sum().backward()
+    unit = probe.grad / probe.grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    ours = ods_direction(network, x, TEMPERATURE, w)
+    torch.testing.assert_close(ours, unit * 192**0.5, rtol=1e-3, atol=1e-3)
+
+
+def test_every_image_has_root_mean_square_one(linear, x):
+    epsilon = ods_direction(linear, x, 1.0)
+    torch.testing.assert_close(epsilon.square().mean((1, 2, 3)), torch.ones(6).double())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.02])
+def test_saturated_teachers_still_give_the_true_direction(temperature):
+    # Top probability 1 − 1e-26 or closer: a plain softmax gradient in float32 is 0 or noise.
+    weight = torch.randn(3, 12, generator=torch.Generator().manual_seed(3))
+    teacher = LinearTeacher(weight, torch.tensor([60.0, 0.0, -1.0]))
+    x, w = torch.zeros(1, 3, 2, 2), torch.tensor([[0.3, -0.7, 0.9]])
+    exact = LinearTeacher(weight.double(), teacher.bias.double())
+    # In float64 the top class's tiny share is kept by working with log-odds.
+    odds = (exact.bias / temperature - exact.bias[0] / temperature).exp()
+    drift = (odds * (w - w[0, 0]).double()[0])[:, None] * (exact.weight - exact.weight[0])
+    g = drift.sum(0)
+    ours = ods_direction(teacher, x, temperature, w)
+    if odds[1] < 1e-44:  # beyond float32: no direction is better than a wrong one
+        assert not ours.any()
+    else:
+        expected = (12**0.5 * g / g.norm()).view(1, 3, 2, 2).float()
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("direction", [ods_direction, conf_ods_direction])
+def test_zero_gradient_gives_zero_not_nan(direction):
+    constant = LinearTeacher(torch.zeros(4, 12), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    epsilon = direction(constant, torch.rand(2, 3, 2, 2), 1.0)
+    assert torch.equal(epsilon, torch.zeros(2, 3, 2, 2))
+
+
+def test_w_is_uniform_in_minus_one_to_one(linear, monkeypatch):
+    # With one-dimensional inputs and two classes only the sign of w₁ − w₂ shows: half and half.
+    teacher = LinearTeacher(torch.tensor([[1.0], [-1.0]]), torch.zeros(2))
+    epsilon = ods_direction(
+        teacher, torch.zeros(4000, 1, 1, 1), 1.0, generator=torch.Generator().manual_seed(0)
+    )
+    assert set(epsilon.flatten().tolist()) == {1.0, -1.0}
+    assert epsilon.mean().item() == pytest.approx(0, abs=0.05)
+
+
+def test_gaussian_has_unit_variance():
+    epsilon = gaussian_direction(None, torch.zeros(10, 3, 50, 50), 1.0)
+    assert epsilon.std().item() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("name", PERTURBATIONS)
+def test_perturb_clips_and_steps_by_eta(name, linear):
+    teachers = [linear, linear]
+    x = torch.rand(8, 3, 2, 2, dtype=torch.float64)
+    x[0], x[1] = 0, 1
+    settings = {"eta": 0.05, "temperature": TEMPERATURE}
+    ours = perturb(name, teachers, x, generator=torch.Generator().manual_seed(5), **settings)
+    generator = torch.Generator().manual_seed(5)
+    torch.randint(2, (), generator=generator)
+    epsilon = PERTURBATIONS[name](linear, x, TEMPERATURE, generator=generator)
+    torch.testing.assert_close(ours, torch.clamp(x + 0.05 * epsilon, 0, 1))
+    assert ours.min() >= 0
+    assert ours.max() <= 1
+
+
+def test_perturb_draws_every_teacher_as_source_anew_each_time(x):
+    used = []
+
+    class Spy(LinearTeacher):
+        def forward(self, x):
+            used.append(self)
+            return super().forward(x)
+
+    teachers = [Spy(torch.randn(5, 12).double(), torch.zeros(5).double()) for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        perturb("ods", teachers, x, eta=0.1, temperature=1.0, generator=generator)
+    counts = [used.count(teacher) for teacher in teachers]
+    assert sum(counts) == 300
+    assert min(counts) > 70

@@ -1,0 +1,506 @@
+import ast
+import hashlib
+import json
+import os
+import shutil
+import stat
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+import ensdistill
+from ensdistill import InputError, provenance
+from ensdistill.provenance import (
+    atomic,
+    attributes,
+    code_digest,
+    open_hdf5,
+    write_csv,
+    write_hdf5,
+    write_text,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+# --- whole files -----------------------------------------------------------------------------
+
+
+def test_atomic_leaves_just_the_finished_file(tmp_path):
+    path = tmp_path / "new" / "deep" / "x.txt"
+    with atomic(path) as temporary:
+        temporary.write_text("whole")
+        assert not path.exists()
+        assert temporary.parent == path.parent  # else it could not be renamed at once
+    assert path.read_text() == "whole"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("older", [None, "older"])
+def test_a_failure_inside_atomic_leaves_what_was_there(tmp_path, error, older):
+    path = tmp_path / "x.txt"
+    if older:
+        path.write_text(older)
+
+    def write_half():
+        with atomic(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == (
+        {"x.txt": older} if older else {}
+    )
+
+
+def test_atomic_replaces_an_older_file(tmp_path):
+    (tmp_path / "x.txt").write_text("a longer older file")
+    write_text(tmp_path / "x.txt", "τ\n")
+    assert (tmp_path / "x.txt").read_bytes() == "τ\n".encode()
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.csv.gz", "x"])
+def test_the_temporary_name_is_hidden_and_keeps_the_ending(tmp_path, name):
+    with atomic(tmp_path / name) as temporary:
+        assert temporary.suffix == Path(name).suffix
+        assert temporary.name.startswith(".")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_the_files_mode_follows_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "x.txt", "")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x.txt").stat().st_mode) == mode
+
+
+def test_a_table_keeps_full_precision(tmp_path):
+    frame = pd.DataFrame({"system": ["KD+ODS", "BE"], "nll": [1 / 3, np.pi * 1e-7]})
+    write_csv(tmp_path / "x.csv", frame)
+    lines = (tmp_path / "x.csv").read_text().splitlines()
+    assert lines[0] == "system,nll"
+    assert [float(line.split(",")[1]) for line in lines[1:]] == [1 / 3, np.pi * 1e-7]
+
+
+# --- HDF5 ------------------------------------------------------------------------------------
+
+ARRAYS = {
+    "val/logits": np.random.default_rng(0).normal(size=(50, 4, 10)).astype(np.float32),
+    "test/labels": np.arange(300, dtype=np.int64),
+}
+ATTRIBUTES = {"study": "digits", "seed": 3, "eta": 1 / 255, "nested": {"τ": [1, None, "x"]}}
+
+
+def test_arrays_and_attributes_come_back_as_written(tmp_path):
+    write_hdf5(tmp_path / "x.h5", ARRAYS, ATTRIBUTES)
+    with open_hdf5(tmp_path / "x.h5") as file:
+        for name, array in ARRAYS.items():
+            assert file[name].dtype == array.dtype
+            assert file[name].fletcher32
+            assert file[name].compression == "gzip"
+            np.testing.assert_array_equal(file[name][:], array)
+        read = dict(file.attrs)
+    assert json.loads(read.pop("nested")) == ATTRIBUTES["nested"]
+    assert read == {"study": "digits", "seed": 3, "eta": 1 / 255}
+
+
+def test_the_same_content_makes_the_same_bytes_at_another_time(tmp_path):
+    write_hdf5(tmp_path / "x.h5", ARRAYS, ATTRIBUTES)
+    time.sleep(1.1)  # HDF5 counts in seconds
+    write_hdf5(tmp_path / "y.h5", ARRAYS, ATTRIBUTES)
+    assert (tmp_path / "x.h5").read_bytes() == (tmp_path / "y.h5").read_bytes()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        write_hdf5(tmp_path / "x.h5", {**ARRAYS, "bad": np.array([object()])}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def flip_in_chunk(path):
+    with h5py.File(path) as file:
+        place = file["val/logits"].id.get_chunk_info(0).byte_offset
+    content = bytearray(path.read_bytes())
+    content[place + 40] ^= 0x10
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        Path.unlink,
+        flip_in_chunk,
+        lambda path: path.write_bytes(path.read_bytes()[:-300]),
+        lambda path: path.write_text("x"),
+        lambda path: write_hdf5(path, {"other": np.zeros(3)}, {}),
+        lambda path: (path.unlink(), path.mkdir()),
+    ],
+    ids=["missing", "flipped", "truncated", "text", "other content", "a folder"],
+)
+def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, harm):
+    path = tmp_path / "x.h5"
+    write_hdf5(path, ARRAYS, ATTRIBUTES)
+    harm(path)
+    with pytest.raises(InputError) as caught, open_hdf5(path) as file:
+        file["val/logits"][:]
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+# --- attributes ------------------------------------------------------------------------------
+
+KNOWN = {"study": "digits", "seed": 0, "method": {"eta": 1 / 255, "alpha": 0.9}, "path": ["a", "b"]}
+
+
+def test_attributes_are_what_is_known_its_digest_and_the_versions():
+    import torch
+
+    made = attributes(**KNOWN)
+    digest = made.pop("digest")
+    assert len(digest) == 64
+    versions = {"ensdistill": ensdistill.__version__, "torch": torch.__version__.split("+")[0]}
+    made["torch"] = made["torch"].split("+")[0]
+    assert made == {**KNOWN, **versions}
+    reordered = dict(reversed(KNOWN.items()))
+    assert attributes(**reordered)["digest"] == digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"study": "digit"},
+        {"seed": 1},
+        {"seed": "0"},
+        {"seed": None},
+        {"method": {"eta": 1 / 255, "alpha": 0.90001}},
+        {"method": {"eta": 1 / 255}},
+        {"path": ["b", "a"]},
+        {"added": None},
+    ],
+)
+def test_the_digest_changes_with_anything_known(change):
+    assert attributes(**{**KNOWN, **change})["digest"] != attributes(**KNOWN)["digest"]
+
+
+# --- code digests of a small package ---------------------------------------------------------
+
+PACKAGE = {
+    "steps": '''
+        """What steps do."""
+
+        from collections.abc import Callable
+
+        from ensdistill import InputError, rates
+        from ensdistill.layers import Dense as Layer
+        from ensdistill.registry import SOURCES
+        from ensdistill.provenance import atomic
+
+        FACTOR = 0.5
+        """Shown to the user."""
+
+        WEIGHTS = [1]
+        WEIGHTS += [2]
+
+
+        def run(x):
+            """Run."""
+            # a comment
+            with atomic(x):
+                return SOURCES["plain"](x) * FACTOR + rates.slow(x) + late(x) + WEIGHTS[0]
+
+
+        def late(x):
+            from ensdistill.deferred import shift
+
+            return Layer().forward(shift(x))
+
+
+        async def waiting(x):
+            return x
+
+
+        def unrelated(x):
+            return x + 100
+    ''',
+    "registry": """
+        from ensdistill.plain import plain
+
+        SOURCES = {"plain": plain}
+
+
+        def added(x):
+            return x - 1
+
+
+        SOURCES.update(added=added)
+
+        if True:
+            SOURCES["other"] = len
+    """,
+    "plain": """
+        def plain(x):
+            return helper(x)
+
+
+        def helper(x, offset=3):
+            return x + offset
+    """,
+    "layers": '''
+        class Base:
+            """A base."""
+
+            size = 4
+            """Of the layer."""
+
+            def forward(self, x):
+                """Forward."""
+                return x * self.size
+
+
+        class Dense(Base):
+            pass
+
+
+        class Other(Base):
+            def forward(self, x):
+                return 77
+    ''',
+    "rates": """
+        LIMIT = 9
+
+
+        def slow(x):
+            return min(x, LIMIT)
+
+
+        def fast(x):
+            return 55 * x
+    """,
+    "deferred": """
+        def shift(x):
+            return x << 1
+    """,
+    "provenance": """
+        def atomic(path):
+            return path
+    """,
+    "jobs": """
+        def job(snakemake):
+            return snakemake
+    """,
+    "__init__": """
+        class InputError(Exception):
+            pass
+    """,
+}
+SCRIPT = """
+    from ensdistill.jobs import job
+    from ensdistill.steps import run
+
+    with job(snakemake):
+        run(snakemake.input)
+"""
+
+
+def write_code(path, text):
+    path.write_text("\n".join(line.removeprefix("    " * 2) for line in text.splitlines()))
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    package = tmp_path / "ensdistill"
+    package.mkdir()
+    for name, text in PACKAGE.items():
+        write_code(package / f"{name}.py", text)
+    monkeypatch.setattr(provenance, "PACKAGE", package)
+    write_script(tmp_path / "script.py", SCRIPT)
+    return package
+
+
+def write_script(path, text):
+    path.write_text("\n".join(line.removeprefix("    ") for line in text.splitlines()))
+    return path
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {path.name}"
+    path.write_text(text.replace(old, new))
+
+
+HARMLESS = [
+    ("steps", "# a comment", "# another comment"),
+    ("steps", "# a comment\n", "\n\n"),
+    ("steps", '"""What steps do."""', '"""Other words."""'),
+    ("steps", '"""Run."""', '"""Other words."""'),
+    ("steps", '"""Run."""\n', "\n"),
+    ("steps", '"""Shown to the user."""', '"""Other words."""'),
+    ("steps", "x + 100", "x + 101"),
+    ("steps", "async def waiting(x):\n    return x", "async def waiting(x):\n    return 5"),
+    ("steps", "collections.abc import Callable", "collections.abc import Mapping"),
+    ("steps", "def unrelated(x):", "\n\n\ndef new(x):\n    return 7\n\n\ndef unrelated(x):"),
+    ("layers", '"""A base."""', '"""Other words."""'),
+    ("layers", '"""Of the layer."""', '"""Other words."""'),
+    ("layers", '"""Forward."""', '"""Other words."""'),
+    ("layers", "return 77", "return 78"),
+    ("rates", "55 * x", "56 * x"),
+    ("provenance", "return path", "return None"),
+    ("jobs", "return snakemake", "return None"),
+    ("__init__", "pass", "status = 1"),
+]
+HARMFUL = {
+    "a formula in a function": ("steps", "* FACTOR", "/ FACTOR"),
+    "a constant": ("steps", "FACTOR = 0.5", "FACTOR = 0.6"),
+    "an extended constant": ("steps", "WEIGHTS += [2]", "WEIGHTS += [3]"),
+    "through a registry": ("plain", "return helper(x)", "return helper(-x)"),
+    "a default argument, two modules on": ("plain", "offset=3", "offset=4"),
+    "the registry": ("registry", '{"plain": plain}', '{"plain": abs}'),
+    "a registering call": ("registry", "return x - 1", "return x - 2"),
+    "a conditional registration": ("registry", "= len", "= max"),
+    "an inherited method under another name": ("layers", "x * self.size", "x + self.size"),
+    "a class attribute": ("layers", "size = 4", "size = 5"),
+    "a new base": ("layers", "class Dense(Base)", "class Dense(Other)"),
+    "a function named after a dot": ("rates", "min(x, LIMIT)", "max(x, LIMIT)"),
+    "a constant behind it": ("rates", "LIMIT = 9", "LIMIT = 8"),
+    "an import inside a function": ("deferred", "x << 1", "x << 2"),
+}
+
+
+@pytest.mark.parametrize(("module", "old", "new"), HARMLESS)
+def test_a_digest_is_blind_to_what_changes_nothing(small, module, old, new):
+    before = code_digest(small.parent / "script.py")
+    edit(small / f"{module}.py", old, new)
+    assert code_digest(small.parent / "script.py") == before
+
+
+@pytest.mark.parametrize("what", HARMFUL)
+def test_a_digest_changes_with_what_is_used(small, what):
+    module, old, new = HARMFUL[what]
+    before = code_digest(small.parent / "script.py")
+    edit(small / f"{module}.py", old, new)
+    assert code_digest(small.parent / "script.py") != before
+
+
+MODULE_USES = {
+    # what the script says: whether `fast`, and whether `slow`, of rates.py counts
+    "rates.fast(1)": (True, False),
+    "rates.fast(1) + rates.slow(1)": (True, True),
+    "getattr(rates, name)": (True, True),
+    "rates.slow(getattr(rates, name))": (True, True),
+    "slow = rates.fast(1)": (True, False),
+}
+
+
+@pytest.mark.parametrize("use", MODULE_USES)
+def test_of_a_module_counts_what_is_named_after_a_dot_or_all_if_it_stands_alone(small, use):
+    script = write_script(small.parent / "other.py", f"from ensdistill import rates\n\n{use}\n")
+    before = code_digest(script)
+    text = (small / "rates.py").read_text()
+    changes = []
+    for old in ("55 * x", "min(x, LIMIT)"):
+        (small / "rates.py").write_text(text.replace(old, "0"))
+        changes.append(code_digest(script) != before)
+    assert tuple(changes) == MODULE_USES[use]
+
+
+def test_a_name_passed_on_by_another_module_is_followed(small):
+    script = write_script(
+        small.parent / "other.py", "from ensdistill.registry import plain\nplain(1)"
+    )
+    before = code_digest(script)
+    edit(small / "plain.py", "offset=3", "offset=4")
+    assert code_digest(script) != before
+
+
+# --- code digests of the real scripts --------------------------------------------------------
+
+# A definition, the scripts that a change of it must rerun, and those that it must not rerun.
+REACH = {
+    "perturbations._ods": ("student perturbed", "teacher logits scores reliability images"),
+    "perturbations.conf_ods_direction": ("student perturbed", "teacher logits scores"),
+    "objectives.distillation_loss": ("student", "teacher logits perturbed scores"),
+    "objectives.cross_entropy": ("teacher student", "logits perturbed scores"),
+    "training.fit": ("teacher student", "logits perturbed scores images"),
+    "metrics.ece": ("scores reliability", "teacher student logits perturbed images table"),
+    "metrics.nll": ("scores teacher student", "logits perturbed images"),
+    "metrics.pairwise_kl": ("scores diversity", "teacher student logits reliability"),
+    "batch_ensemble.BatchEnsembleConv2d": ("student logits", "scores reliability table images"),
+    "networks.PreActivationBlock": ("teacher student logits perturbed", "scores table images"),
+    "studies.parse_network_name": ("teacher student logits", "scores reliability images table"),
+    "studies.Study": ("", "teacher student logits perturbed scores images download"),
+    "images.folder": ("images", "download teacher student logits perturbed scores"),
+    "images.download": ("download", "images teacher student logits scores"),
+    "figures._panels": ("figure", "table scores diversity teacher student"),
+    "tables.to_latex": ("table", "figure scores teacher student"),
+    "provenance.write_hdf5": ("", "images logits perturbed teacher student scores table figure"),
+    "jobs.job": ("", "images logits perturbed teacher student scores table figure"),
+}
+
+
+def change(path, name):
+    """Append a statement to a function or class."""
+    tree = ast.parse(path.read_text())
+    (node,) = [node for node in tree.body if getattr(node, "name", None) == name]
+    node.body += ast.parse("changed = True").body
+    path.write_text(ast.unparse(tree))
+
+
+def digests(scripts):
+    return {name: code_digest(ROOT / f"workflow_scripts/{name}.py") for name in scripts}
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A copy of the package to be edited, and the digests of the scripts before that."""
+    copy = tmp_path_factory.mktemp("copy") / "ensdistill"
+    shutil.copytree(provenance.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(provenance, "PACKAGE", copy)
+        yield copy, digests(path.stem for path in (ROOT / "workflow_scripts").glob("*.py"))
+
+
+@pytest.mark.parametrize("definition", REACH)
+def test_a_change_reruns_the_scripts_that_use_it_and_no_others(real, definition):
+    package, before = real
+    must, must_not = (set(scripts.split()) for scripts in REACH[definition])
+    module, name = definition.split(".")
+    path = package / f"{module}.py"
+    text = path.read_text()
+    change(path, name)
+    after = digests(must | must_not)
+    path.write_text(text)
+    assert {script for script in after if after[script] != before[script]} == must
+
+
+def test_formatting_the_whole_package_anew_reruns_nothing(real):
+    package, before = real
+    for path in package.glob("*.py"):
+        path.write_text(ast.unparse(ast.parse(path.read_text())))
+    assert digests(before) == before
+
+
+def test_every_script_reaches_code_of_its_own(real):
+    found = set(real[1].values())
+    assert len(found) == len(real[1]) > 8
+    assert hashlib.sha256(b"").hexdigest() not in found
+
+
+def test_the_package_imports_itself_only_in_ways_that_digests_follow():
+    for path in [*(ROOT / "ensdistill").glob("*.py"), *(ROOT / "workflow_scripts").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name.split(".")[0] for alias in node.names]
+                assert "ensdistill" not in names, f"{path.name}: write 'from ensdistill import …'"
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path.name}: a relative import"
+                ours = (node.module or "").split(".")[0] == "ensdistill"
+                assert not (ours and node.names[0].name == "*"), f"{path.name}: a star import"

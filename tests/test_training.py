@@ -1,0 +1,261 @@
+"""Objectives, optimiser steps and schedules against plain re-derivations."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ensdistill import InputError, training
+from ensdistill.networks import build_network
+from ensdistill.objectives import (
+    cross_entropy,
+    distillation,
+    distillation_loss,
+    student_objective,
+)
+from ensdistill.perturbations import PERTURBATIONS
+from ensdistill.studies import Recipe
+from ensdistill.training import fit, is_validated, learning_rate_factor, parameter_groups
+
+M, ALPHA, TAU, ETA = 3, 0.7, 2.0, 0.05
+
+
+@pytest.fixture
+def teachers():
+    torch.manual_seed(0)
+    return [
+        build_network("resnet8", 5, in_channels=1, width=4).double().eval().requires_grad_(False)
+        for _ in range(M)
+    ]
+
+
+@pytest.fixture
+def student():
+    torch.manual_seed(1)
+    return build_network("resnet8", 5, in_channels=1, width=4, ensemble_size=M).double()
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(2)
+    x = torch.rand(4, 1, 8, 8, dtype=torch.float64, generator=generator)
+    return x, torch.randint(0, 5, (4,), generator=generator)
+
+
+def literal_loss(student, teachers, x, x_met, y, alpha, tau, mean_target=False):
+    """SPEC-literal loops: member by member, image by image, class by class."""
+    members = student.ensemble_size
+    clean = student(torch.cat([x] * members))
+    met = clean if x_met is x else student(torch.cat([x_met] * members))
+    total = 0.0
+    for j in range(members):
+        for n in range(len(x)):
+            row = j * len(x) + n
+            total -= (1 - alpha) * F.log_softmax(clean[row], 0)[y[n]]
+            taught_by = teachers if mean_target else [teachers[j]]
+            target = sum(F.softmax(t(x_met[n : n + 1])[0] / tau, 0) for t in taught_by)
+            target = target / len(taught_by)
+            answer = F.softmax(met[row] / tau, 0)
+            for k in range(len(target)):
+                total += alpha * tau**2 * target[k] * (target[k] / answer[k]).log()
+    return total / (members * len(x))
+
+
+@pytest.mark.parametrize("perturbation", ["none", *PERTURBATIONS])
+def test_distillation_and_its_gradient_equal_the_literal_loops(
+    teachers, student, batch, perturbation
+):
+    x, y = batch
+    twin = copy.deepcopy(student)
+    settings = {"alpha": ALPHA, "temperature": TAU, "eta": ETA}
+    objective = distillation(
+        teachers, objective="one_to_one", perturbation=perturbation, **settings
+    )
+    parts = objective(student, x, y, torch.Generator().manual_seed(3))
+    x_met = x
+    if perturbation != "none":
+        generator = torch.Generator().manual_seed(3)
+        source = teachers[torch.randint(M, (), generator=generator).item()]
+        epsilon = PERTURBATIONS[perturbation](source, x, TAU, generator=generator)
+        x_met = torch.clamp(x + ETA * epsilon, 0, 1)
+        assert not torch.equal(x_met, x)
+    reference = literal_loss(twin, teachers, x, x_met, y, ALPHA, TAU)
+    # member_logits hands float32 to the loss, whatever the network computes in.
+    torch.testing.assert_close(parts["loss"].double(), reference, rtol=1e-5, atol=1e-6)
+    parts["loss"].backward()
+    reference.backward()
+    for (name, ours), theirs in zip(student.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
+    # Batch statistics of clean and perturbed images are not mixed: the buffers agree too.
+    for ours, theirs in zip(student.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_ensemble_mean_teaches_every_member_the_mean_prediction(teachers, batch):
+    x, y = batch
+    torch.manual_seed(4)
+    single = build_network("resnet8", 5, in_channels=1, width=4).double()
+    objective = student_objective(
+        teachers, "ensemble_mean", perturbation="none", alpha=ALPHA, temperature=TAU
+    )
+    ours = objective(copy.deepcopy(single), x, y, None)["loss"].double()
+    reference = literal_loss(single, teachers, x, x, y, ALPHA, TAU, mean_target=True)
+    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_ensemble_from_scratch_is_the_mean_cross_entropy_of_the_members(student, batch):
+    x, y = batch
+    parts = student_objective([], "cross_entropy", perturbation="none")(student, x, y, None)
+    logits = student(torch.cat([x] * M))
+    reference = np.mean([-F.log_softmax(logits[i], 0)[y[i % 4]].item() for i in range(4 * M)])
+    assert parts["loss"].item() == pytest.approx(reference, rel=1e-5)
+
+
+def test_tau_squared_keeps_the_gradient_scale(teachers, student, batch):
+    """With α = 1 the gradient is (softmax(Ŝ/τ) − softmax(T̂/τ))·τ per logit [Hinton 2015]."""
+    x, _ = batch
+    logits = torch.randn(M, 4, 5, requires_grad=True)
+    targets = torch.stack([(t(x) / 8).softmax(1).float() for t in teachers])
+    distillation_loss(logits, targets, 8.0).backward()
+    expected = 8 * ((logits.detach() / 8).softmax(-1) - targets) / (4 * M)
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_one_optimiser_step_equals_sgd_written_out(student, batch):
+    x, y = batch
+    twin = copy.deepcopy(student)
+    optimizer = torch.optim.SGD(parameter_groups(student, 0.2, 5e-4), momentum=0.9)
+    velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
+    for _ in range(3):
+        optimizer.zero_grad()
+        cross_entropy(student, x, y)["loss"].backward()
+        optimizer.step()
+        loss = F.cross_entropy(twin(torch.cat([x] * M)).float(), torch.cat([y] * M))
+        grads = torch.autograd.grad(loss, list(twin.parameters()))
+        with torch.no_grad():
+            for (name, parameter), gradient in zip(twin.named_parameters(), grads, strict=True):
+                factor = name.endswith((".r", ".s"))
+                decayed = gradient if factor else gradient + 5e-4 * parameter
+                velocity[name] = 0.9 * velocity[name] + decayed
+                parameter -= (0.1 if factor else 0.2) * velocity[name]
+    for (name, ours), theirs in zip(student.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_every_parameter_is_in_one_group_and_only_factors_are_special(student):
+    others, factors = parameter_groups(student, 0.2, 5e-4)
+    assert (others["lr"], others["weight_decay"]) == (0.2, 5e-4)
+    assert (factors["lr"], factors["weight_decay"]) == (0.1, 0)
+    layers = [m for m in student.modules() if hasattr(m, "r")]
+    assert {id(p) for p in factors["params"]} == {id(p) for m in layers for p in (m.r, m.s)}
+    assert len(others["params"]) + len(factors["params"]) == len(list(student.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("epoch", "factor"),
+    [
+        (1, 0.01),
+        (2, 0.2575),
+        (4, 0.7525),
+        (5, 1.0),
+        (6, 1.0),
+        (149, 1.0),
+        (150, 1.0),
+        (151, 1 - 0.99 / 120),
+        (210, 0.505),
+        (270, 0.01),
+        (271, 0.01),
+        (300, 0.01),
+    ],
+)
+def test_learning_rate_of_the_authors_recipe(epoch, factor):
+    assert learning_rate_factor(epoch, 300) == pytest.approx(factor, abs=1e-12)
+
+
+def test_cosine_schedule_is_pytorch_s_after_the_warm_up():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=46)
+    for epoch in range(5, 51):
+        expected = optimizer.param_groups[0]["lr"]
+        assert learning_rate_factor(epoch, 50, "cosine") == pytest.approx(expected, abs=1e-9)
+        optimizer.step()
+        reference.step()
+    assert learning_rate_factor(3, 50, "cosine") == pytest.approx(0.505)
+
+
+def test_validation_is_every_so_often_and_in_the_last_tenth():
+    validated = [epoch for epoch in range(1, 301) if is_validated(epoch, 300, 30)]
+    assert validated == [*range(30, 271, 30), *range(271, 301)]
+
+
+def small_fit(seed=0, learning_rate=0.05, epochs=3, **changes):
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randint(0, 128, (40, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(40) % 4
+    images[torch.arange(40), 0, labels * 2] = 255  # a bright row tells the class
+    torch.manual_seed(seed)
+    network = build_network("resnet8", 4, in_channels=1, width=4)
+    recipe = Recipe(epochs=epochs, batch_size=16, learning_rate=learning_rate, warmup_epochs=1)
+    settings = {**recipe.model_dump(), "crop_padding": 1, "flip": False, "precision": "fp32"}
+    split = images, labels
+    history = fit(network, cross_entropy, split, split, seed=seed, **{**settings, **changes})
+    return network, history
+
+
+def same(first, second):
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(precision):
+    first, again, other = (small_fit(seed, precision=precision)[0] for seed in (0, 0, 1))
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def test_bfloat16_trains_to_nearly_the_same_loss():
+    exact, rounded = (
+        small_fit(epochs=6, precision=precision)[1][-1] for precision in ("fp32", "bf16")
+    )
+    assert rounded["loss"] != exact["loss"]
+    assert rounded["loss"] == pytest.approx(exact["loss"], rel=0.1)
+
+
+def test_history_has_a_row_per_epoch_and_validation_where_it_was_due():
+    _, history = small_fit(epochs=10, validate_every=4)
+    assert [row["epoch"] for row in history] == list(range(1, 11))
+    assert history[0]["learning_rate"] == pytest.approx(0.05)
+    assert history[-1]["learning_rate"] == pytest.approx(0.0005)
+    assert all(row["loss"] == row["cross_entropy"] and row["seconds"] > 0 for row in history)
+    assert [row["epoch"] for row in history if "val_nll" in row] == [4, 8, 10]
+
+
+def test_the_kept_network_is_the_one_of_the_best_epoch(monkeypatch):
+    accuracies, states = iter([50.0, 70.0, 70.0, 60.0]), []
+
+    def spied(network, images):
+        states.append(copy.deepcopy(network.state_dict()))
+        return np.zeros((len(images), 1, 4))
+
+    monkeypatch.setattr(training, "predict", spied)
+    monkeypatch.setattr(training, "accuracy", lambda probs, labels: next(accuracies))
+    network, _ = small_fit(epochs=4, validate_every=1)
+    kept = network.state_dict()
+    equal = [all(torch.equal(kept[k], s[k]) for k in kept) for s in states]
+    assert equal == [False, False, True, False]  # of two equals the later
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_learning_rate():
+    with pytest.raises(InputError, match=r"not finite at step \d+ .*learning rate 1e\+30"):
+        small_fit(learning_rate=1e30)
+
+
+def test_labels_of_the_training_set_are_learnt():
+    _, history = small_fit(epochs=20)
+    assert history[-1]["accuracy"] > 75
+    assert history[-1]["loss"] < math.log(4) / 2

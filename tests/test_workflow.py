@@ -1,0 +1,369 @@
+"""The whole workflow on a tiny study, run as a user runs it: what is made, again, and not again."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from itertools import permutations
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from PIL import Image
+from scipy.special import softmax
+from scipy.stats import entropy
+from sklearn.metrics import brier_score_loss, log_loss
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+REPOSITORY = Path(__file__).parents[1]
+PARTS = ["Snakefile", "rules", "workflow_scripts", "ensdistill", "report", "envs", "profiles"]
+
+METHODS = {
+    "be": {"label": "BE", "objective": "cross_entropy"},
+    "kd_single": {"label": "KD-single", "objective": "ensemble_mean", "network": "single"},
+    "kd": {"label": "KD"},
+    "kd_conf_ods": {"label": "KD+ConfODS", "perturbation": "conf_ods"},
+}
+RECIPE = {"epochs": 3, "batch_size": 64, "learning_rate": 0.1, "warmup_epochs": 1}
+TINY = {
+    "images": {"source": "digits", "train": 200, "validation": 100, "test": 100},
+    "network": {"name": "resnet8", "width": 4},
+    "members": 2,
+    "pool": 3,
+    "student_seeds": 1,
+    "augmentation": {"crop_padding": 1, "flip": False},
+    "teacher": RECIPE,
+    "student": RECIPE,
+    "distillation": {"temperature": 2.0, "eta": "13/255"},
+    "methods": METHODS,
+}
+
+
+class Project:
+    """A copy of the workflow in a folder of its own, with its own library and results."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @classmethod
+    def new(cls, folder: Path) -> "Project":
+        for part in PARTS:
+            source = REPOSITORY / part
+            copy = shutil.copytree if source.is_dir() else shutil.copy2
+            (folder / part).parent.mkdir(parents=True, exist_ok=True)
+            copy(source, folder / part)
+        project = cls(folder)
+        project.configure({"run": ["tiny"], "studies": {"tiny": TINY}})
+        return project
+
+    def copy(self, folder: Path) -> "Project":
+        shutil.copytree(self.folder, folder)
+        return Project(folder)
+
+    def configure(self, config) -> None:
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+    def change(self, *path, value) -> None:
+        """Set one key of the configuration, by its path."""
+        config = yaml.safe_load((self.folder / "config.yaml").read_text())
+        place = config
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        self.configure(config)
+
+    def edit(self, file, old, new) -> None:
+        text = (self.folder / file).read_text()
+        assert text.count(old) == 1, f"{old!r} is in {file} {text.count(old)} times"
+        (self.folder / file).write_text(text.replace(old, new))
+
+    def snakemake(self, *arguments):
+        environment = {**os.environ, "PYTHONPATH": str(self.folder)}
+        return subprocess.run(
+            [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+
+    def run(self, *arguments):
+        done = self.snakemake(*arguments)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done
+
+    def planned(self, *arguments) -> set[str]:
+        """What a dry run would make: rules with the network they would make it for."""
+        jobs = []
+        for line in self.run("--dry-run", *arguments).stdout.splitlines():
+            if rule := re.match(r"(?:local)?rule (\w+):", line):
+                jobs.append(rule[1])
+            elif line.startswith("    wildcards: "):
+                values = re.findall(r"(?:network|method|seed)=([^,\s]+)", line)
+                jobs[-1] = " ".join([jobs[-1], *values])
+        return set(jobs) - {"all", "tables"}
+
+    def file(self, name) -> Path:
+        return self.folder / "results" / "tiny" / name
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    project = Project.new(tmp_path_factory.mktemp("finished"))
+    project.run()
+    return project
+
+
+@pytest.fixture
+def changed(finished, tmp_path):
+    """A finished project to be changed at will."""
+    return finished.copy(tmp_path / "changed")
+
+
+RENDERED = {"table", *(f"figure_{name}" for name in ("de_curve", "reliability"))}
+RENDERED |= {"figure_diversity_students", "figure_diversity_teachers"}
+FIGURES = {"de_curve", "reliability", "diversity_students", "diversity_teachers"}
+FIGURES |= {"learning_curves", "examples"}
+
+
+def test_everything_is_made_and_a_second_run_has_nothing_to_do(finished):
+    for ending in ("csv", "md", "tex", "html"):
+        assert finished.file(f"tables/results.{ending}").stat().st_size > 200
+    for figure in FIGURES:
+        assert finished.file(f"figures/{figure}.png").read_bytes().startswith(b"\x89PNG")
+        assert finished.file(f"figures/{figure}.pdf").read_bytes().startswith(b"%PDF")
+    assert finished.planned() == set()
+    assert not list(finished.folder.rglob("results/**/.*")), "temporary files are left"
+
+
+def member_logits(project, name, split):
+    with h5py.File(project.file(f"logits/{name}.h5")) as file:
+        return file[f"{split}/logits"][:].astype(float), file[f"{split}/labels"][:]
+
+
+def test_metrics_recomputed_from_the_logits_by_other_libraries_agree(finished):
+    table = pd.read_csv(finished.file("tables/results.csv")).set_index("system")
+    assert list(table.index) == ["DE-1", "DE-2", "DE-3", "BE", "KD-single", "KD", "KD+ConfODS"]
+    assert np.isfinite(table.to_numpy()).all()
+    labels_of = {method["label"]: name for name, method in METHODS.items()}
+    systems = {label: [f"students/{name}/0"] for label, name in labels_of.items()}
+    systems["DE-3"] = [f"teachers/{seed}" for seed in range(3)]
+    for label, networks in systems.items():
+        row = table.loc[label]
+        stored = {
+            split: [member_logits(finished, name, split) for name in networks]
+            for split in ("val", "test")
+        }
+        probs, labels = {}, {}
+        for split, files in stored.items():
+            logits = np.concatenate([logits for logits, _ in files], axis=1)
+            probs[split], labels[split] = softmax(logits, axis=2).mean(1), files[0][1]
+        members = softmax(logits, axis=2).transpose(1, 0, 2)
+        temperature = row["temperature"]
+        scaled = softmax(np.log(probs["test"]) / temperature, axis=1)
+        for p, suffix in ((probs["test"], ""), (scaled, "_ts")):
+            y = labels["test"]
+            assert row[f"nll{suffix}"] == pytest.approx(log_loss(y, p, labels=range(10)), abs=1e-6)
+            brier = brier_score_loss(y, p, labels=range(10), scale_by_half=False)
+            assert row[f"bs{suffix}"] == pytest.approx(brier, abs=1e-6)
+            ece = multiclass_calibration_error(
+                torch.tensor(p), torch.tensor(y), num_classes=10, n_bins=15
+            )
+            assert row[f"ece{suffix}"] == pytest.approx(ece.item(), abs=1e-6)
+        assert row["acc"] == pytest.approx(100 * np.mean(probs["test"].argmax(1) == y))
+        assert row["entropy"] == pytest.approx(entropy(probs["test"], axis=1).mean(), abs=1e-6)
+        pairs = list(permutations(members, 2))
+        kl = np.mean([entropy(a, b, axis=1).mean() for a, b in pairs]) if pairs else 0
+        assert row["diversity"] == pytest.approx(kl, abs=1e-6)
+        losses = [
+            log_loss(labels["val"], softmax(np.log(probs["val"]) / t, axis=1), labels=range(10))
+            for t in (temperature * 0.99, temperature, temperature * 1.01)
+        ]
+        assert losses[1] == min(losses) or temperature in (0.05, 20)
+    for size in (1, 2, 3):
+        assert table.loc[f"DE-{size}", "parameters"] == size * table.loc["DE-1", "parameters"]
+        assert table.loc[f"DE-{size}", "n"] == [3, 3, 1][size - 1]
+
+
+def test_files_say_what_made_them(finished):
+    with h5py.File(finished.file("logits/students/kd_conf_ods/0.h5")) as file:
+        known = dict(file.attrs)
+    for key in ("study", "method", "seed", "digest", "torch", "ensdistill", "device", "precision"):
+        assert key in known, key
+    assert known["method"] == "kd_conf_ods"
+    assert json.loads(known["network"])["name"] == "resnet8"
+
+
+def test_the_same_configuration_gives_the_same_bytes(finished, tmp_path):
+    again = Project.new(tmp_path / "again")
+    again.run("tables")
+    names = [
+        str(path.relative_to(again.file("")))
+        for pattern in ("*.safetensors", "*.h5", "*.csv", "*.md", "*.tex")
+        for path in again.file("").rglob(pattern)
+        if path.name != "history.csv"  # has seconds in it
+    ]
+    assert len(names) > 15
+    for name in names:
+        assert finished.file(name).read_bytes() == again.file(name).read_bytes(), name
+    weights = {
+        finished.file(f"teachers/{seed}/weights.safetensors").read_bytes() for seed in range(3)
+    }
+    assert len(weights) == 3, "another seed gives other weights"
+
+
+def test_another_eta_for_one_method_reruns_its_students_and_what_follows(changed):
+    changed.change("studies", "tiny", "methods", "kd_conf_ods", "eta", value="20/255")
+    assert changed.planned() == {
+        "student kd_conf_ods 0",
+        "logits students/kd_conf_ods/0",
+        "scores",
+        "reliability",
+        "diversity",
+        "learning_curves",
+        "figure_learning_curves",
+        *RENDERED,
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        (["student_seeds"], 2, {f"student {m} 1" for m in METHODS}),
+        (["pool"], 4, {"teacher 3"}),
+        (["methods", "kd", "label"], "KD one-to-one", set()),
+        (["confidence_bins"], 10, set()),
+    ],
+)
+def test_growing_or_relabelling_a_study_retrains_nothing_that_exists(
+    changed, path, value, expected
+):
+    changed.change("studies", "tiny", *path, value=value)
+    jobs = changed.planned()
+    assert {job for job in jobs if job.startswith(("student", "teacher", "images"))} == expected
+    assert "table" in jobs
+
+
+def test_a_deleted_figure_is_redrawn_alone(changed):
+    changed.file("figures/reliability.png").unlink()
+    assert changed.planned() == {"figure_reliability"}
+    changed.run()
+    assert changed.file("figures/reliability.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "first", "untouched"),
+    [
+        ("perturbations.py", "# Scaled first", "# First scaled", None, None),
+        ("metrics.py", '"""Index of the', '"""The index of the', None, None),
+        ("metrics.py", 'side="left"', 'side="right"', {"scores", "reliability"}, "student"),
+        ("perturbations.py", "** 0.5 /", "** 0.25 /", {"student kd 0", "perturbed"}, "teacher"),
+        ("training.py", "peaks = [", "peaks = [1.0 * ", {"teacher 0", "student be 0"}, "images"),
+        ("figures.py", "def save(", "HEIGHT_OF_NOTHING = 1\n\n\ndef save(", set(), "scores"),
+    ],
+)
+def test_code_changes_rerun_the_stages_that_use_them(changed, file, old, new, first, untouched):
+    text = (changed.folder / "ensdistill" / file).read_text()
+    if old not in text:
+        pytest.fail(f"{file} no longer has {old!r}")
+    changed.edit(f"ensdistill/{file}", old, new)
+    jobs = changed.planned()
+    if first is None:
+        assert jobs == set()
+    else:
+        assert first <= jobs
+        assert not any(job.startswith(untouched) for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        (["teacher", "epoch"], 3, "study 'tiny': unknown key 'teacher.epoch'; did you mean"),
+        (["members"], "four", "study 'tiny': members: input should be a valid integer"),
+        (["images", "source"], "mnist", "study 'tiny': images.source: "),
+    ],
+)
+def test_a_wrong_configuration_is_one_sentence(changed, path, value, sentence):
+    changed.change("studies", "tiny", *path, value=value)
+    done = changed.snakemake("--dry-run")
+    assert done.returncode != 0
+    output = done.stdout + done.stderr
+    lines = [line for line in output.splitlines() if "config.yaml, study" in line]
+    assert len(lines) == 1
+    assert sentence in lines[0]
+    assert "Traceback" not in output
+
+
+def flip_middle(data):
+    middle = bytearray(data)
+    for place in range(len(data) // 2, len(data) // 2 + 64):
+        middle[place] ^= 255
+    return bytes(middle)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "damage", "lost"),
+    [
+        ("images.h5", lambda d: d[:1000], "teachers/0/weights.safetensors"),
+        ("teachers/0/weights.safetensors", lambda d: d[:1000], "logits/teachers/0.h5"),
+        ("logits/teachers/0.h5", lambda d: d[:1000], "metrics/scores.csv"),
+        ("logits/teachers/0.h5", flip_middle, "metrics/reliability.csv"),
+        ("logits/perturbed.h5", lambda d: b"", "figures/examples.png"),
+    ],
+)
+def test_damaged_files_are_named_and_leave_nothing_half_made(changed, damaged, damage, lost):
+    path = changed.file(damaged)
+    stamps = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(damage(path.read_bytes()))
+    os.utime(path, ns=stamps)
+    changed.file(lost).unlink()
+    done = changed.snakemake(f"results/tiny/{lost}")
+    assert done.returncode != 0
+    sentences = [line for line in done.stderr.splitlines() if ": error: " in line]
+    assert len(sentences) == 1
+    assert f"results/tiny/{damaged}" in sentences[0]
+    assert not changed.file(lost).exists()
+    assert not list(changed.file("").rglob(".*"))
+
+
+def test_the_report_is_one_page_with_every_figure_and_the_table(finished):
+    finished.run("--report", "report.html")
+    page = (finished.folder / "report.html").read_text()
+    for figure in FIGURES:
+        assert f"results/tiny/figures/{figure}.png" in page
+    assert "results/tiny/tables/results.html" in page
+
+
+def test_the_images_of_a_folder_reach_the_table(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 30), ("test", 10)):
+        for label, name in enumerate(("ants", "bees")):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 128, (9, 8, 3), dtype=np.uint8) + 127 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+    project = Project.new(tmp_path / "project")
+    project.change(
+        "studies",
+        "tiny",
+        "images",
+        value={"source": "folder", "path": "../photos", "size": 8, "validation": 20},
+    )
+    project.change("studies", "tiny", "methods", value={"kd": METHODS["kd"]})
+    project.change("studies", "tiny", "teacher", "batch_size", value=16)
+    project.run("tables")
+    table = pd.read_csv(project.file("tables/results.csv")).set_index("system")
+    assert table.loc["KD", "diversity"] > 0
+    shutil.rmtree(tmp_path / "photos" / "test" / "bees")
+    project.file("images.h5").unlink()
+    done = project.snakemake("results/tiny/images.h5")
+    assert done.returncode != 0
+    assert "class 'bees' is in train/ but not in test/" in done.stderr
+    assert not project.file("images.h5").exists()
