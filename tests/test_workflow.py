@@ -265,13 +265,10 @@ def test_a_deleted_figure_is_redrawn_alone(changed):
         ("metrics.py", 'side="left"', 'side="right"', {"scores", "reliability"}, "student"),
         ("perturbations.py", "** 0.5 /", "** 0.25 /", {"student kd 0", "perturbed"}, "teacher"),
         ("training.py", "peaks = [", "peaks = [1.0 * ", {"teacher 0", "student be 0"}, "images"),
-        ("figures.py", "def save(", "HEIGHT_OF_NOTHING = 1\n\n\ndef save(", set(), "scores"),
+        ("figures.py", "WIDTH = 6.8", "WIDTH = 6.7", {"figure_examples"}, "scores"),
     ],
 )
 def test_code_changes_rerun_the_stages_that_use_them(changed, file, old, new, first, untouched):
-    text = (changed.folder / "ensdistill" / file).read_text()
-    if old not in text:
-        pytest.fail(f"{file} no longer has {old!r}")
     changed.edit(f"ensdistill/{file}", old, new)
     jobs = changed.planned()
     if first is None:
@@ -300,27 +297,32 @@ def test_a_wrong_configuration_is_one_sentence(changed, path, value, sentence):
     assert "Traceback" not in output
 
 
-def flip_middle(data):
-    middle = bytearray(data)
-    for place in range(len(data) // 2, len(data) // 2 + 64):
-        middle[place] ^= 255
-    return bytes(middle)
+def cut(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def flip_a_bit_of_the_test_logits(path):
+    with h5py.File(path) as file:
+        place = file["test/logits"].id.get_chunk_info(0).byte_offset
+    data = bytearray(path.read_bytes())
+    data[place + 20] ^= 1
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
     ("damaged", "damage", "lost"),
     [
-        ("images.h5", lambda d: d[:1000], "teachers/0/weights.safetensors"),
-        ("teachers/0/weights.safetensors", lambda d: d[:1000], "logits/teachers/0.h5"),
-        ("logits/teachers/0.h5", lambda d: d[:1000], "metrics/scores.csv"),
-        ("logits/teachers/0.h5", flip_middle, "metrics/reliability.csv"),
-        ("logits/perturbed.h5", lambda d: b"", "figures/examples.png"),
+        ("images.h5", cut, "teachers/0/weights.safetensors"),
+        ("teachers/0/weights.safetensors", cut, "logits/teachers/0.h5"),
+        ("logits/teachers/0.h5", cut, "metrics/scores.csv"),
+        ("logits/teachers/0.h5", flip_a_bit_of_the_test_logits, "metrics/reliability.csv"),
+        ("logits/perturbed.h5", cut, "figures/examples.png"),
     ],
 )
 def test_damaged_files_are_named_and_leave_nothing_half_made(changed, damaged, damage, lost):
     path = changed.file(damaged)
     stamps = path.stat().st_atime_ns, path.stat().st_mtime_ns
-    path.write_bytes(damage(path.read_bytes()))
+    damage(path)
     os.utime(path, ns=stamps)
     changed.file(lost).unlink()
     done = changed.snakemake(f"results/tiny/{lost}")
