@@ -1,0 +1,81 @@
+"""Every study of config.yaml: the plan is right, and its networks take real steps."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ensdistill.networks import build_network, count_parameters
+from ensdistill.objectives import cross_entropy, student_objective
+from ensdistill.studies import read_configuration
+from ensdistill.training import fit
+from tests.test_workflow import REPOSITORY, Project
+
+STUDIES = read_configuration(yaml.safe_load(Path(REPOSITORY, "config.yaml").read_text())).studies
+SHAPES = {  # channels, side, classes, parameters of a teacher
+    "digits": (1, 8, 10, 75_002),
+    "cifar10_small": (3, 32, 10, 298_026),
+    "cifar10_resnet32": (3, 32, 10, 464_154),
+    "cifar100_wrn28x10": (3, 32, 100, 36_536_884),
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    project = Project.new(tmp_path_factory.mktemp("configured"))
+    project.configure(yaml.safe_load((REPOSITORY / "config.yaml").read_text()))
+    return project
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_clean_checkout_plans_the_right_jobs(project, name):
+    study = STUDIES[name]
+    jobs = project.planned(
+        f"results/{name}/tables/results.md", f"results/{name}/figures/examples.png"
+    )
+    networks = {f"teacher {seed}" for seed in range(study.pool)}
+    networks |= {
+        f"student {method} {seed}"
+        for method in study.methods
+        for seed in range(study.student_seeds)
+    }
+    assert {job for job in jobs if job.startswith(("teacher", "student"))} == networks
+    assert sum(job.startswith("logits") for job in jobs) == len(networks)
+    assert jobs >= {"images", "perturbed", "scores", "table", "figure_examples"}
+    assert ("download" in jobs) == study.images.source.startswith("cifar")
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_few_steps_on_synthetic_images_of_the_right_shape(name):
+    study, (channels, side, classes, parameters) = STUDIES[name], SHAPES[name]
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (6, channels, side, side), dtype=np.uint8))
+    split = images, torch.from_numpy(rng.integers(0, classes, 6))
+
+    def train(role, ensemble_size, objective):
+        recipe = getattr(study, role).model_dump()
+        recipe |= {"epochs": 1, "batch_size": 3, "warmup_epochs": 1}
+        torch.manual_seed(0)
+        network = build_network(
+            **study.network.model_dump(),
+            num_classes=classes,
+            in_channels=channels,
+            ensemble_size=ensemble_size,
+        )
+        before = [parameter.clone() for parameter in network.parameters()]
+        settings = {**recipe, **study.augmentation.model_dump(), "precision": study.precision}
+        (row,) = fit(network, objective, split, split, seed=0, **settings)
+        assert np.isfinite(list(row.values())).all()
+        assert all(
+            not torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True)
+        )
+        return network
+
+    teacher = train("teacher", 1, cross_entropy)
+    assert count_parameters(teacher) == parameters
+    teacher.eval().requires_grad_(False)
+    method = study.method("kd_conf_ods")
+    student = train("student", study.members, student_objective([teacher] * 4, **method))
+    assert 1 < count_parameters(student) / parameters < 1.1
