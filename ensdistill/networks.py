@@ -201,8 +201,8 @@ def predict(network: nn.Module, images: Tensor, batch_size: int = 500) -> NDArra
 
 
 def count_parameters(network: nn.Module) -> int:
-    """The number of trainable parameters."""
-    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+    """The number of parameters; running statistics of batch normalisation are none."""
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def save_network(

@@ -77,8 +77,8 @@ def _rows(summary: pd.DataFrame) -> list[list[tuple[str, int]]]:
         cells = [(row["system"], 0), (str(row["n"]), 0)]
         for column in COLUMNS:
             text = f"{row[column.key]:.{column.decimals}f}"
-            if row["n"] > 1:
-                text += f" ± {row[f'{column.key}_std']:.{column.decimals}f}"
+            if spread := row[f"{column.key}_std"]:
+                text += f" ± {spread:.{column.decimals}f}"
             outside = row.get(f"{column.key}_outside", 0)
             text = {-1: "<", 1: ">"}.get((outside > 0) - (outside < 0), "") + text
             rank = ranks[column.key].get(index, 0) if column.better else 0

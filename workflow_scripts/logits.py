@@ -8,7 +8,7 @@ from ensdistill.provenance import write_hdf5
 
 with job(snakemake):
     device = prepare(snakemake.threads)
-    network = load_network(snakemake.input.weights, device).requires_grad_(True)
+    network = load_network(snakemake.input.weights, device)
     arrays = {}
     for split in ("val", "test"):
         images, labels = read_images(snakemake.input.images, split)
