@@ -36,12 +36,12 @@ COLUMNS = [
 
 LEGEND = (
     "Mean ± standard deviation over n replicates: student seeds, or for DE-m subsets of the pool "
-    "of teachers (all of them; overlapping, so the spread is understated). ACC: accuracy; NLL: "
-    "negative log-likelihood in nats; BS: Brier score; ECE: expected calibration error; TS: after "
+    "of teachers (overlapping, so the spread is understated). ACC: accuracy; NLL: negative "
+    "log-likelihood in nats; BS: Brier score; ECE: expected calibration error; TS: after "
     "temperature scaling on the validation split, T* its temperature; DEE: Deep Ensemble "
-    "Equivalent, the number of ensembled networks with the same NLL, '<' or '>' where replicates "
-    "lie outside the pool's curve; Diversity: pairwise KL between members in nats. Arrows point to "
-    "better."
+    "Equivalent, the number of ensembled networks with the same NLL; '<' or '>' where all "
+    "replicates lie outside the pool's curve, '≤' or '≥' where some do; Diversity: pairwise KL "
+    "between members in nats. Arrows point to better."
 )
 
 
@@ -79,12 +79,18 @@ def _rows(summary: pd.DataFrame) -> list[list[tuple[str, int]]]:
             text = f"{row[column.key]:.{column.decimals}f}"
             if spread := row[f"{column.key}_std"]:
                 text += f" ± {spread:.{column.decimals}f}"
-            outside = row.get(f"{column.key}_outside", 0)
-            text = {-1: "<", 1: ">"}.get((outside > 0) - (outside < 0), "") + text
+            text = _bound(row.get(f"{column.key}_outside", 0)) + text
             rank = ranks[column.key].get(index, 0) if column.better else 0
             cells.append((text, int(rank)))
         rows.append([*cells, (f"{int(row['parameters']):,}", 0)])
     return rows
+
+
+def _bound(outside: float) -> str:
+    """How a mean of clipped values is to be read; ±1 if all of them were clipped."""
+    if abs(outside) == 1:
+        return "<" if outside < 0 else ">"
+    return "≤" if outside < 0 else "≥" if outside > 0 else ""
 
 
 def _titles() -> list[str]:
@@ -120,6 +126,8 @@ def to_latex(summary: pd.DataFrame) -> str:
             ("T*", r"$T^*$"),
             ("<", "$<$"),
             (">", "$>$"),
+            ("≤", r"$\le$"),
+            ("≥", r"$\ge$"),
         ):
             text = text.replace(plain, latex)
         return text
@@ -154,9 +162,9 @@ def to_latex(summary: pd.DataFrame) -> str:
 
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; }
+body { font: 13px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .3rem .7rem; text-align: right; }
+th, td { padding: .3rem .45rem; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 thead th { border-block: 2px solid #222; }
 tbody tr:last-child td { border-bottom: 2px solid #222; }

@@ -35,6 +35,14 @@ FIGURES = {
     "learning_curves": "results/{study}/metrics/learning_curves.csv",
     "examples": "results/{study}/logits/perturbed.h5",
 }
+TITLES = {
+    "diversity_teachers": "Diversity of the teachers",
+    "diversity_students": "Diversity of the students",
+    "de_curve": "Deep ensembles by size, and students",
+    "reliability": "Reliability diagrams",
+    "learning_curves": "Learning curves",
+    "examples": "Perturbed images",
+}
 
 # What their captions say of a study.
 IN_CAPTIONS = {
@@ -59,7 +67,7 @@ for figure, source in FIGURES.items():
                 f"results/{{study}}/figures/{figure}.png",
                 caption=f"../report/{figure}.rst",
                 category="{study}",
-                labels={"what": figure.replace("_", " ").capitalize(), "as": "figure"},
+                labels={"what": TITLES[figure], "as": "figure"},
             ),
             f"results/{{study}}/figures/{figure}.pdf",
         log:
