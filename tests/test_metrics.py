@@ -137,6 +137,7 @@ def test_apply_temperature_one_changes_nothing(probs):
         (0.5, [0.8, 0.7, 0.6], 3.0, 1),
         (0.65, [0.8, 0.9, 0.6], 2 + 0.25 / 0.3, 0),  # not monotone: where it first gets there
         (0.75, [0.8, 0.7, 0.9, 0.6], 1.5, 0),
+        (0.7, [0.8, 0.7, 0.7, 0.6], 2.0, 0),  # a plateau: the smallest m
         (0.5, [0.8], 1.0, 1),
     ],
 )

@@ -44,11 +44,34 @@ def test_batch_ensemble_adds_only_factors_and_biases():
     assert count_parameters(ensemble) - count_parameters(plain) == extra
 
 
-def test_convolutions_start_he_normal_fan_out():
-    network = build_network("resnet8", 10, width=64, ensemble_size=2)
-    weight = network.blocks[0].conv1.weight
-    assert weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.02)
+@pytest.mark.parametrize("ensemble_size", [1, 2])
+def test_convolutions_start_he_normal_fan_out(ensemble_size):
+    network = build_network("resnet8", 10, in_channels=8, width=256, ensemble_size=ensemble_size)
+    weight = network.stem.weight
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 256)), rel=0.02)
     assert weight.mean().item() == pytest.approx(0, abs=1e-3)
+
+
+def test_identity_shortcut_takes_every_second_pixel_and_pads_channels_with_zeros():
+    block = build_network("resnet8", 10, width=4).blocks[1].eval()
+    nn.init.zeros_(block.conv2.weight)
+    x = torch.rand(2, 4, 6, 6)
+    expected = torch.zeros(2, 8, 3, 3)
+    for row in range(3):
+        for column in range(3):
+            expected[:, :4, row, column] = x[:, :, 2 * row, 2 * column]
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_projection_shortcut_sees_the_activated_input():
+    block = build_network("wrn10x2", 10, width=4).blocks[1].eval()
+    nn.init.zeros_(block.conv2.weight)
+    nn.init.uniform_(block.norm1.running_mean)
+    x = torch.rand(2, 8, 6, 6)
+    mean, var = (v.view(-1, 1, 1) for v in (block.norm1.running_mean, block.norm1.running_var))
+    active = torch.clamp((x - mean) / torch.sqrt(var + 1e-5), min=0)[:, :, ::2, ::2]
+    expected = torch.einsum("oi,nihw->nohw", block.shortcut.weight[:, :, 0, 0], active)
+    torch.testing.assert_close(block(x), expected)
 
 
 def test_normalisation_is_inside():
