@@ -228,9 +228,13 @@ def learning_curves(files: list[str]) -> Figure:
     }
     last = runs["epoch"].max()
     figure = Figure(figsize=(WIDTH, 3.5 + 0.12 * (len(systems) // 4)), layout="constrained")
-    axes = figure.subplots(2, 3, sharex=True)
+    axes = figure.subplots(2, 3)
     for axis, (key, title) in zip(axes.flat, panels.items(), strict=True):
-        axis.set(title=title, xlim=(0, 1.02 * last))
+        first = runs["epoch"][runs[key].notna()].min()
+        # Where only late epochs are validated, they get the whole width.
+        left = first - 0.5 if first > last / 2 else 0
+        axis.set(title=title, xlim=(left, last + 0.02 * (last - left)))
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
         if key == "learning_rate":
             _schedules(axis, systems)
             continue
@@ -252,7 +256,6 @@ def learning_curves(files: list[str]) -> Figure:
             axis.yaxis.set_major_locator(decades if top > 4 * bottom else ticker.MaxNLocator(4))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_locator(ticker.NullLocator())
-        axis.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
     for axis in axes[-1]:
         axis.set_xlabel("Epoch")
     _legend(figure, [Line2D([], [], lw=1.5, label=name, **looks[name]) for name in systems])
