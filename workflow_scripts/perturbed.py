@@ -1,3 +1,4 @@
+import numpy as np
 import torch
 
 from ensdistill.analysis import SETS, perturbed_logits
@@ -11,8 +12,10 @@ with job(snakemake):
     device = prepare(snakemake.threads)
     teachers = [load_network(path, device) for path in snakemake.input.teachers]
     images, labels = read_images(snakemake.input.images, "train")
+    # As in training, the batches that share a source of perturbation mix the classes.
+    order = np.random.default_rng(0).permutation(len(labels))
     settings = snakemake.params.perturbation
-    images = torch.from_numpy(images).to(device)
+    images = torch.from_numpy(images[order]).to(device)
     arrays = perturbed_logits(teachers, images, **settings)
     made = attributes(study=snakemake.wildcards.study, **settings, device=device.type, sets=SETS)
-    write_hdf5(snakemake.output[0], {**arrays, "labels": labels}, made)
+    write_hdf5(snakemake.output[0], {**arrays, "labels": labels[order]}, made)
