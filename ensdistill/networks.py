@@ -169,13 +169,13 @@ def build_network(
 
 
 def member_logits(network: nn.Module, x: Tensor) -> Tensor:
-    """Logits of every member on the same images: x (B, C, H, W) → (M, B, K), float32.
+    """Logits of every member on the same images: x (B, C, H, W) → (M, B, K).
 
-    A plain network is one member.
+    A plain network is one member. Under bfloat16 autocast the logits are float32 all the same.
     """
     members = getattr(network, "ensemble_size", 1)
-    logits = network(x.repeat(members, 1, 1, 1) if members > 1 else x).float()
-    return logits.view(members, x.shape[0], -1)
+    logits = network(x.repeat(members, 1, 1, 1) if members > 1 else x)
+    return logits.to(x.dtype).view(members, x.shape[0], -1)
 
 
 @torch.inference_mode()
@@ -197,7 +197,7 @@ def predict(network: nn.Module, images: Tensor, batch_size: int = 500) -> NDArra
         for batch in images.split(batch_size)
     ]
     network.train(training)
-    return torch.cat(logits).cpu().numpy()
+    return torch.cat(logits).float().cpu().numpy()
 
 
 def count_parameters(network: nn.Module) -> int:

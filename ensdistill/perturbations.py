@@ -77,7 +77,7 @@ def _ods(
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = network(x)
-    probs = (logits.detach().float() / temperature).softmax(1).to(x.dtype)
+    probs = (logits.detach().to(x.dtype) / temperature).softmax(1)
     if w is None:
         w = torch.empty_like(probs).uniform_(-1, 1, generator=generator)
     # g = Jᵀv, v = p∘(w − wᵀp)/τ. Only its direction counts, so v may be shifted and scaled:

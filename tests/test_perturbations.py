@@ -59,10 +59,10 @@ def closed_form(teacher, x, w, temperature):
 def test_directions_equal_the_closed_form_for_a_linear_softmax_teacher(linear, x, w):
     expected, confidence = closed_form(linear, x, w, TEMPERATURE)
     ours = ods_direction(linear, x, TEMPERATURE, w)
-    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-10, atol=1e-10)
     ours = conf_ods_direction(linear, x, TEMPERATURE, w)
     weighted = expected * confidence[:, None, None, None]
-    np.testing.assert_allclose(ours.numpy(), weighted, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(ours.numpy(), weighted, rtol=1e-10, atol=1e-10)
 
 
 def test_direction_equals_finite_differences_for_a_resnet():
