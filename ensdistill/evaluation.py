@@ -93,6 +93,16 @@ def score_systems(
     return frame
 
 
+def _on_test(
+    systems: Mapping[str, Sequence[str]], ensemble: Sequence[str]
+) -> dict[str, list[Split]]:
+    """Test logits and labels of every replicate by label, the deep ensemble first."""
+    first = {f"DE-{len(ensemble)}": [read_pool(ensemble, "test")]}
+    return first | {
+        label: [read_logits(path, "test") for path in paths] for label, paths in systems.items()
+    }
+
+
 def reliability_table(
     systems: Mapping[str, Sequence[str]], ensemble: Sequence[str], n_bins: int
 ) -> pd.DataFrame:
@@ -107,12 +117,8 @@ def reliability_table(
         One row per system and bin: name, bin, low, high, count, confidence, accuracy (shares),
         and the same in every row ece (mean over replicates) and n (replicates).
     """
-    predictions = {f"DE-{len(ensemble)}": [read_pool(ensemble, "test")]}
-    predictions |= {
-        label: [read_logits(path, "test") for path in paths] for label, paths in systems.items()
-    }
     tables = []
-    for label, replicates in predictions.items():
+    for label, replicates in _on_test(systems, ensemble).items():
         pairs = [(ensemble_probs(logits), labels) for logits, labels in replicates]
         probs, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
         count, confidence, correct = reliability(probs, labels, n_bins)
@@ -175,9 +181,9 @@ def student_diversity(
 
     Single networks, which have no members to differ, are left out.
     """
-    groups = {f"DE-{len(ensemble)}": [read_pool(ensemble, "test")[0]]}
-    groups |= {
-        label: [read_logits(path, "test")[0] for path in paths] for label, paths in students.items()
+    groups = {
+        label: [logits for logits, _ in replicates]
+        for label, replicates in _on_test(students, ensemble).items()
     }
     tables = [
         diversity_by_confidence(name, replicates, n_bins)

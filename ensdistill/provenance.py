@@ -127,14 +127,7 @@ def code_digest(script: str | os.PathLike[str]) -> str:
         return modules[name]
 
     def follow(owner: _Module, nodes: list[ast.AST]) -> None:
-        mentioned = {
-            name
-            for node in nodes
-            for part in ast.walk(node)
-            for name in (getattr(part, "id", None), getattr(part, "attr", None))
-            if isinstance(name, str)
-        }
-        for name in mentioned & owner.imports.keys():
+        for name in _names(nodes) & owner.imports.keys():
             source, symbol = owner.imports[name]
             if source in UNCOUNTED:
                 continue
@@ -165,12 +158,7 @@ def code_digest(script: str | os.PathLike[str]) -> str:
         nodes = owner.definitions[symbol]
         reached[name, symbol] = "\n".join(map(ast.dump, nodes))
         follow(owner, nodes)
-        inside = {
-            getattr(part, "id", None) or getattr(part, "attr", None)
-            for node in nodes
-            for part in ast.walk(node)
-        }
-        for used in inside & owner.definitions.keys():
+        for used in _names(nodes) & owner.definitions.keys():
             reach(name, used)
 
     root = _Module(Path(script))
@@ -199,6 +187,16 @@ class _Module:
                         source,
                         None if submodule else alias.name,
                     )
+
+
+def _names(nodes: list[ast.AST]) -> set[str]:
+    """Every name that code mentions, alone or after a dot."""
+    parts = [part for node in nodes for part in ast.walk(node)]
+    return {
+        part.id if isinstance(part, ast.Name) else part.attr
+        for part in parts
+        if isinstance(part, ast.Name | ast.Attribute)
+    }
 
 
 def _defined_names(node: ast.stmt) -> list[str]:
