@@ -1,6 +1,6 @@
 # The whole study, from raw images to tables and figures:
 #
-#     images ──► teachers ──► students (per method) ──► logits ──► metrics ──► tables, figures
+#     images ──► teachers ──► students (per method) ──► logits ──► metrics ──► tables, figures, claims
 #
 # `snakemake --cores all` makes the studies named under `run` in config.yaml;
 # `snakemake --cores all results/<study>/figures/de_curve.png` makes just what that file needs.
@@ -28,6 +28,7 @@ rule all:
     input:
         expand("results/{study}/tables/results.{ending}", study=RUN, ending=TABLES),
         expand("results/{study}/figures/{figure}.png", study=RUN, figure=FIGURES),
+        expand("results/{study}/claims.md", study=RUN),
 
 
 # snakemake --cores all teachers | students | tables | figures

@@ -1,7 +1,8 @@
 """The figures, each a function of its own name from its input files; `save` writes them.
 
 Deep ensembles and teachers are black. A student method has the same colour and marker in every
-figure of a study, by its place among the study's methods.
+figure of a study, by its place among the study's methods; a perturbation has those of the paper's
+method that uses it.
 """
 
 import json
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import ticker
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
@@ -59,7 +61,18 @@ MARKERS = "svD^PX<pd>h"
 SHARES = LogNorm(1e-3, 1, clip=True)
 """Shade by share of images; fixed, so that figures compare."""
 SHADES = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.1, 1, 256)))
+SPLITS = {"train": INK, "test": "#999999"}
 NAMES = {"clean": "clean", "gaussian": "Gaussian", "ods": "ODS", "conf_ods": "ConfODS"}
+PERTURBED = {
+    name: {"color": COLOURS[place], "marker": MARKERS[place]}
+    for place, name in enumerate(("gaussian", "ods", "conf_ods"), 3)
+}
+SCORES = {
+    "max_probability": ("o", "1 − confidence"),
+    "entropy": ("D", "entropy"),
+    "mutual_information": ("^", "mutual information of members"),
+}
+ENSEMBLE = re.compile(r"DE-\d+")
 TEACHERS = "teachers"
 """What the networks with the system `teacher` are called."""
 EXAMPLES = 4
@@ -251,11 +264,7 @@ def learning_curves(files: list[str]) -> Figure:
             axis.set_ylim(min(late) - margin, max(late) + margin)
         else:
             axis.set_yscale("log")
-            bottom, top = axis.get_ylim()
-            decades = ticker.LogLocator(subs=(1,) if top > 50 * bottom else (1, 2, 5))
-            axis.yaxis.set_major_locator(decades if top > 4 * bottom else ticker.MaxNLocator(4))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_locator(ticker.NullLocator())
+            _plain(axis.yaxis)
     for axis in axes[-1]:
         axis.set_xlabel("Epoch")
     _legend(figure, [Line2D([], [], lw=1.5, label=name, **looks[name]) for name in systems])
@@ -330,6 +339,246 @@ def examples(files: list[str]) -> Figure:
     return figure
 
 
+@styled
+def saturation(files: list[str]) -> Figure:
+    """How near to one-hot the teachers are (all in %): images by doubt, accuracy by confidence.
+
+    On train, where their accuracy is nearly 100 %, they say little but the label.
+    """
+    table = _read(files[0])
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    doubts, calibration = figure.subplots(1, 2, width_ratios=(1.6, 1))
+    dot: dict[str, Any] = {"marker": "o", "ms": 5, "mec": "white", "mew": 0.4}
+    for (split, _), teacher in table.groupby(["split", "teacher"], sort=False):
+        look, first = {"color": SPLITS[split]}, teacher.iloc[0]
+        doubts.plot(100 * teacher["doubt"], 100 * teacher["share"], lw=0.8, **look)
+        place = 100 * first["confidence"], first["accuracy"]
+        calibration.plot(*place, clip_on=False, **dot, **look)
+    doubts.set(xscale="log", xlim=(1e-4, 100), ylim=(0, 100), xlabel="Doubt: 1 − confidence (%)")
+    doubts.set_title("Images with at most this doubt (%)")
+    _plain(doubts.xaxis)
+    low = min(100 * table["confidence"].min(), table["accuracy"].min(), 99)
+    ends = (low - 0.08 * (100 - low), 100)
+    calibration.plot(ends, ends, color=PALE, lw=0.8, zorder=0)
+    calibration.set(xlim=ends, ylim=ends, title="Accuracy (%)", xlabel="Mean confidence (%)")
+    calibration.set_box_aspect(1)
+    for scale in (calibration.xaxis, calibration.yaxis):
+        scale.set_major_locator(ticker.MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    _legend(figure, [Line2D([], [], color=SPLITS[x], label=x, **dot) for x in SPLITS])
+    counts = table.groupby("split", sort=False)["n"].first()
+    images = " and ".join(f"{n:,} {split}" for split, n in counts.items())
+    _note(
+        figure,
+        f"A line and a dot per teacher (n = {table['teacher'].nunique()}); {images} images. "
+        "Diagonal: calibrated; below: overconfident.",
+    )
+    return figure
+
+
+@styled
+def sweep(files: list[str]) -> Figure:
+    """Teachers' mean pairwise KL (nats) on training images by the size η of their perturbation.
+
+    With 95 % bootstrap intervals over images (bands), beside that on clean images.
+    """
+    table = _read(files[0])
+    study = table.iloc[0]
+    figure = Figure(figsize=(WIDTH, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.set(xscale="log", yscale="log", ylabel="Pairwise KL of the teachers (nats)")
+    axis.set_xlabel("Size η of the perturbation (1/255 of the pixel range)")
+    for name, look in PERTURBED.items():
+        curve = table[table["perturbation"] == name]
+        eta = 255 * curve["eta"]
+        axis.fill_between(eta, curve["low"], curve["high"], color=look["color"], alpha=0.2, lw=0)
+        axis.plot(eta, curve["kl"], ms=4, label=NAMES[name], **look)
+    lower, upper = sorted(SPLITS, key=lambda split: study[f"{split}_kl"])
+    for split, side in ((lower, "top"), (upper, "bottom")):  # apart, however near they are
+        kl = study[f"{split}_kl"]
+        axis.axhline(kl, color=SPLITS[split], ls="--", lw=0.8, zorder=1)
+        text, right = f"{split}, clean: {_short(kl)}", ("axes fraction", "data")
+        axis.annotate(text, (1, kl), (3, 0), right, "offset points", va=side)
+    if study["study_eta"] > 0:
+        eta, top = 255 * study["study_eta"], ("data", "axes fraction")
+        axis.axvline(eta, color=INK, ls=":", lw=0.8, zorder=1)
+        text = f"the study: η = {eta:.3g}/255"
+        axis.annotate(text, (eta, 1), (0, 3), top, "offset points", ha="center")
+    _plain(axis.yaxis)
+    sizes = 255 * table["eta"].unique()
+    axis.set_xticks(sizes, [f"{eta:.4g}" for eta in sizes])
+    axis.set_xticks([], minor=True)
+    _legend(figure, axis.get_legend_handles_labels()[0])
+    images = _count(table["n"], "training image")
+    bands = f"Bands: 95 % bootstrap intervals of the mean over n = {images}."
+    _note(figure, f"{bands} Dashed: means over all of train and test.")
+    return figure
+
+
+@styled
+def transfer(files: list[str]) -> Figure:
+    """What ODS made from one teacher does to the others' KL (nats); and cosines of directions.
+
+    Sources in the ensemble are left out of it; external ones never were in it. Nam et al. 2021,
+    Fig. 6.
+    """
+    table, cosines = map(_read, files)
+    histograms = dict(list(cosines.groupby("name", sort=False)))
+    figure = Figure(figsize=(WIDTH, max(3.4, 1 + 0.2 * len(table))), layout="constrained")
+    axes = figure.subplot_mosaic([["sources", name] for name in histograms], width_ratios=(1.3, 1))
+    axis, inside = axes["sources"], table["where"] == "inside"
+    marks = {
+        "clean": (table["clean"], {"marker": "|", "mew": 1.2}),
+        "ODS of a teacher of the ensemble": (table["ods"].where(inside), {"marker": "o"}),
+        "same, whole ensemble": (table["own"], {"marker": "x", "ms": 3.5}),
+        "ODS of an external teacher": (table["ods"].mask(inside), {"marker": "o", "mfc": "white"}),
+    }
+    axis.hlines(table.index, table["clean"], table["ods"], color=PALE, lw=0.8)
+    axis.hlines(table.index, table["ods_low"], table["ods_high"], color=INK, lw=0.8)
+    for label, (kl, mark) in marks.items():
+        if (kl > 0).any():
+            axis.plot(kl, table.index, label=label, **{"color": INK, "ls": "", "ms": 5} | mark)
+    axis.set(xscale="log", xlabel="Pairwise KL of the ensemble's other teachers (nats)")
+    axis.set_yticks(table.index, [f"teacher {source}" for source in table["source"]])
+    axis.tick_params(axis="y", length=0)
+    axis.set_ylim(len(table) - 0.5, -0.5)
+    _plain(axis.xaxis)
+    titles = {
+        "inside": "Two teachers of the ensemble",
+        "outside": "One of them and an external one",
+        "random": "A teacher and a random direction",
+    }
+    for name, bins in histograms.items():
+        density = bins["count"] / bins["count"].sum() / (bins["high"] - bins["low"])
+        mean, axis = bins["mean"].iloc[0], axes[name]
+        axis.stairs(density, [*bins["low"], bins["high"].iloc[-1]], fill=True, color=PALE)
+        axis.axvline(mean, color=INK)
+        axis.set(title=f"{titles[name]}: mean {mean:z.2f}", xlim=(-1, 1), ylabel="Density")
+        axis.set_xticks((-1, -0.5, 0, 0.5, 1))
+        axis.tick_params(labelbottom=False)
+        axis.yaxis.set_major_locator(ticker.MaxNLocator(3, steps=[1, 2, 5, 10]))
+    axis.tick_params(labelbottom=True)
+    axis.set_xlabel("Cosine of two directions")
+    _legend(figure, axes["sources"].get_legend_handles_labels()[0])
+    counts = ", ".join(f"{bins['n'].iloc[0]:,}" for bins in histograms.values())
+    images = _count(table["n"], "training image")
+    _note(
+        figure,
+        f"Dots: mean and 95 % bootstrap interval over n = {images}. "
+        f"Cosines: n = {counts} (pairs × images).",
+    )
+    return figure
+
+
+@styled
+def jacobians(files: list[str]) -> Figure:
+    """How far the students' logit Jacobians are from their teachers', and in which direction.
+
+    Distilling at perturbed inputs should make them agree. Nam et al. 2021, section 3.2.
+    """
+    table = _read(files[0])
+    systems = dict(list(table.groupby("system", sort=False)))
+    looks = _looks(systems)
+    titles = {"error": "Relative error, lower is better", "cosine": "Cosine, higher is better"}
+    figure, axes = _rows(systems, titles.values(), 0.3)
+    for axis, key in zip(axes, titles, strict=True):
+        for row, (name, runs) in enumerate(systems.items()):
+            look, several = looks[name], len(runs) > 1
+            places = row + several * np.linspace(0.06, 0.34, len(runs))
+            small = {"color": look["color"], "lw": 0.8}
+            axis.hlines(places, runs[f"{key}_low"], runs[f"{key}_high"], **small)
+            axis.plot(runs[key], places, **small | {"ls": ""}, marker=".", ms=4)
+            axis.plot(runs[key].mean(), row - 0.17 * several, **look | {"ls": ""}, ms=5)
+    images = _count(table["n"], "test image")
+    _note(
+        figure,
+        f"Large: mean over n = {_replicates(table)}. Small: each, "
+        f"with its 95 % bootstrap interval over n = {images}.",
+    )
+    return figure
+
+
+@styled
+def corruptions(files: list[str]) -> Figure:
+    """Accuracy (%), NLL (nats) and ECE over kinds of corruption, by severity and system.
+
+    After Ovadia et al. 2019. Boxes are of the kinds' means over replicates.
+    """
+    table = _read(files[0])
+    titles = {"acc": "Accuracy (%), higher is better", "nll": "NLL (nats), lower is better"}
+    titles["ece"] = "ECE, lower is better"
+    looks = _looks(table["system"].unique())
+    for look in looks.values():
+        if look["ls"] != "-":  # boxes have no line style to tell a colour's second method by
+            look["mfc"] = "white"
+    means = table.groupby(["system", "severity", "kind"])[list(titles)].mean()
+    width = 0.84 / len(looks)
+    figure = Figure(figsize=(WIDTH, 5.2 + 0.12 * (len(looks) // 4)), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True)
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        for place, (name, look) in enumerate(looks.items()):
+            shift = width * (place - (len(looks) - 1) / 2)
+            groups = dict(list(means.loc[name, key].groupby("severity")))
+            axis.plot(shift, groups.pop(0), **look | {"ls": ""}, ms=4)
+            line = {"color": look["color"], "lw": 0.6}
+            median = {"color": look["color"] if look["mfc"] == "white" else "white"}
+            axis.boxplot(
+                groups.values(),
+                positions=[severity + shift for severity in groups],
+                widths=0.8 * width,
+                whis=(0, 100),
+                patch_artist=True,
+                manage_ticks=False,
+                showcaps=False,
+                boxprops={"edgecolor": look["color"], "facecolor": look["mfc"], "lw": 0.6},
+                whiskerprops=line,
+                medianprops=median,
+            )
+        axis.set(title=title, xlim=(-0.5, 5.5))
+    axes[1].set_yscale("log")
+    _plain(axes[1].yaxis)
+    axes[-1].set_xlabel("Severity of the corruption (0: the same images as they are)")
+    _legend(figure, [Line2D([], [], **look, ms=4, lw=0.9, label=x) for x, look in looks.items()])
+    kinds = table["kind"][table["severity"] > 0].nunique()
+    images = _count(table["n"], "image")
+    _note(
+        figure,
+        f"Median, quartiles and range over n = {kinds} kinds ({images} each) of the mean over "
+        f"n = {_replicates(table)}.",
+    )
+    return figure
+
+
+@styled
+def out_of_distribution(files: list[str]) -> Figure:
+    """How well uncertainty tells images of other things from test images, by system and score.
+
+    The other images are the positives [Hendrycks et al. 2019].
+    """
+    table = _read(files[0])
+    titles = {"auroc": "AUROC, higher is better", "aupr": "AUPR, higher is better"}
+    titles["fpr95"] = "FPR95, lower is better"
+    looks = _looks(table["system"].unique())
+    figure, axes = _rows(looks, titles.values(), 0.34)
+    for axis, key in zip(axes, titles, strict=True):
+        for row, (name, look) in enumerate(looks.items()):
+            for shift, (score, (marker, _)) in zip((-0.26, 0, 0.26), SCORES.items(), strict=True):
+                values = table[key][(table["system"] == name) & (table["score"] == score)]
+                if len(values):
+                    error = values.std() if len(values) > 1 else None
+                    dot = look | {"ls": "", "marker": marker, "ms": 4, "elinewidth": 0.9}
+                    axis.errorbar(values.mean(), row + shift, xerr=error, **dot)
+    dot = {"ls": "", "color": GREY, "ms": 4}
+    _legend(figure, [Line2D([], [], marker=x, label=label, **dot) for x, label in SCORES.values()])
+    inside, outside = table["n_in"].iloc[0], table["n_out"].iloc[0]
+    _note(
+        figure,
+        f"Mean ± standard deviation over n = {_replicates(table)}; {inside:,} test images, "
+        f"{outside:,} others. By chance: AUROC 0.50, AUPR {outside / (inside + outside):.2f}, "
+        "FPR95 0.95.",
+    )
+    return figure
+
+
 def _read(path: str) -> pd.DataFrame:
     """A table; what a system is called is text, even if it is 1 or NA."""
     text = {"name": str, "system": str}
@@ -341,11 +590,12 @@ def _looks(systems: Iterable[str]) -> dict[str, dict[str, Any]]:
     looks: dict[str, dict[str, Any]] = {}
     place = 0
     for name in systems:
-        looks[name] = {"color": INK, "marker": "o", "ls": "-"}
-        if name != TEACHERS and not re.fullmatch(r"DE-\d+", name):
+        looks[name] = {"color": INK, "mfc": "white" if name == "DE-1" else INK}
+        looks[name] |= {"marker": "o", "ls": "-"}
+        if name != TEACHERS and not ENSEMBLE.fullmatch(name):
             cycle, index = divmod(place, len(COLOURS))
             style = {"color": COLOURS[index], "marker": MARKERS[place % len(MARKERS)]}
-            looks[name] = style | {"ls": ["-", "--", ":"][cycle % 3]}
+            looks[name] = style | {"mfc": COLOURS[index], "ls": ["-", "--", ":"][cycle % 3]}
             place += 1
     return looks
 
@@ -376,6 +626,24 @@ def _panels(
     return figure, axes
 
 
+def _rows(
+    systems: Iterable[str], titles: Iterable[str], height: float
+) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with panels side by side that share a row per system, `height` inches or more."""
+    names, titles = [textwrap.fill(name, 20) for name in systems], list(titles)
+    height = max(height, *(0.13 * (name.count("\n") + 1) + 0.05 for name in names))
+    figure = Figure(figsize=(WIDTH, 0.9 + height * len(names)), layout="constrained")
+    axes = figure.subplots(1, len(titles), sharey=True)
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_yticks(range(len(names)), names)
+        axis.set_yticks(np.arange(1, len(names)) - 0.5, minor=True)
+        axis.tick_params(axis="y", which="both", length=0)
+        axis.grid(axis="y", which="minor", color=PALE, lw=0.4)
+        axis.set(title=title, ylim=(len(names) - 0.5, -0.5))
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    return figure, axes
+
+
 def _label(axes: Sequence[Axes], cols: int, xlabel: str, ylabel: str) -> None:
     """Label the outer axes of a grid whose panels share scales."""
     for place, axis in enumerate(axes):
@@ -403,6 +671,14 @@ def _count(counts: Iterable[int], noun: str) -> str:
     return f"{span} {noun}" if high == 1 else f"{span} {noun}s"
 
 
+def _replicates(table: pd.DataFrame) -> str:
+    """As "5 (DE-1), 1 (DE-4), 3 seeds (students)"."""
+    counts = dict(table.groupby("system", sort=False)["replicate"].nunique())
+    ensembles = [f"{counts.pop(name)} ({name})" for name in [*counts] if ENSEMBLE.fullmatch(name)]
+    students = [f"{_count(counts.values(), 'seed')} (students)"] if counts else []
+    return ", ".join(ensembles + students)
+
+
 def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     """Above the panels, in as many columns as there is room for (in characters), at most 4."""
     for cols in range(min(len(handles), 4), 0, -1):
@@ -412,5 +688,14 @@ def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     figure.legend(handles=handles, loc="outside upper center", ncols=cols)
 
 
+def _plain(scale: Axis) -> None:
+    """Plain numbers at round places of a logarithmic axis that has all its data."""
+    low, high = scale.get_view_interval()
+    decades = ticker.LogLocator(subs=(1,) if high > 50 * low else (1, 2, 5))
+    scale.set_major_locator(decades if high > 4 * low else ticker.MaxNLocator(4))
+    scale.set_major_formatter("{x:g}")
+    scale.set_minor_locator(ticker.NullLocator())
+
+
 def _note(figure: Figure, text: str) -> None:
-    figure.supxlabel(text, x=0.01, ha="left", color=GREY, fontsize=7)
+    figure.supxlabel(textwrap.fill(text, 128), x=0.01, ha="left", color=GREY, fontsize=7)

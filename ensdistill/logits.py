@@ -1,7 +1,7 @@
 """The stored predictions of a network: all that metrics ever read.
 
-A logits file has `/val` and `/test`, each with `logits` float32 (N, M, K) and `labels` int64
-(N,), and attributes that say what made it.
+A logits file has the splits of an images file, such as `/val` and `/test`, each with `logits`
+float32 (N, M, K) and `labels` int64 (N,), and attributes that say what made it.
 """
 
 import os
@@ -29,6 +29,14 @@ def read_logits(path: str | os.PathLike[str], split: str) -> Split:
     if not np.isfinite(logits).all():
         raise InputError(f"{path}: some {split} logits are not finite")
     return logits, labels
+
+
+def splits_of(path: str | os.PathLike[str]) -> list[str]:
+    """The splits of a file of logits or images, such as `test` or `corrupted/fog/3`, sorted."""
+    found: list[str] = []
+    with open_hdf5(path) as file:
+        file.visit(found.append)
+    return [name.removesuffix("/labels") for name in found if name.endswith("/labels")]
 
 
 def read_attributes(path: str | os.PathLike[str]) -> dict[str, Any]:

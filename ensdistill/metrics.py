@@ -148,6 +148,75 @@ def pairwise_kl(logits: ArrayLike, reduction: Literal["mean", "none"] = "mean") 
     return _reduce((members * own - crossed) / (members * (members - 1)), reduction)
 
 
+def mutual_information(logits: ArrayLike) -> Array:
+    """Of prediction and member: H(p̄) − mean_j H(p_j), in nats: 0 … log M [Houlsby et al. 2011].
+
+    What the members disagree about, as opposed to what each finds ambiguous; 0 for one member.
+    (N, M, K) → (N,).
+
+    >>> mutual_information([[[-99.0, 99.0], [99.0, -99.0]]]).round(4).tolist()
+    [0.6931]
+    """
+    members = softmax(np.asarray(logits, dtype=np.float64), axis=-1)
+    return entropy(members.mean(1), "none") - entropy(members, "none").mean(1)
+
+
+def _roc(inside: ArrayLike, outside: ArrayLike) -> tuple[Array, Array]:
+    """Images of each kind that lie at or above every threshold, from the highest down."""
+    scores = [np.asarray(values, dtype=np.float64) for values in (inside, outside)]
+    thresholds = np.unique(np.concatenate(scores))[::-1]
+    below, found = (
+        len(values) - np.searchsorted(np.sort(values), thresholds, side="left") for values in scores
+    )
+    return below.astype(np.float64), found.astype(np.float64)
+
+
+def auroc(inside: ArrayLike, outside: ArrayLike) -> float:
+    """Area under the receiver operating characteristic of a score that should be high outside.
+
+    The probability that an out-of-distribution image scores above one from the distribution,
+    ties counting half; 0.5 is chance.
+
+    Args:
+        inside: scores of images from the distribution, (N,).
+        outside: scores of out-of-distribution images, the positive class, (N',).
+
+    >>> auroc([0.1, 0.2, 0.3], [0.2, 0.9])
+    0.75
+    """
+    alarms, found = _roc(inside, outside)
+    rates = np.r_[0, alarms / alarms[-1]], np.r_[0, found / found[-1]]
+    return float(np.trapezoid(rates[1], rates[0]))
+
+
+def aupr(inside: ArrayLike, outside: ArrayLike) -> float:
+    """Average precision of a score that should be high outside: Σ (R_n − R_{n−1})·P_n.
+
+    Out-of-distribution images are the positive class, so chance is their share of all images.
+    Arguments as `auroc`.
+
+    >>> round(aupr([0.1, 0.2, 0.3], [0.2, 0.9]), 4)
+    0.75
+    """
+    alarms, found = _roc(inside, outside)
+    return float(np.sum(np.diff(found / found[-1], prepend=0) * found / (alarms + found)))
+
+
+def fpr95(inside: ArrayLike, outside: ArrayLike) -> float:
+    """Share of images from the distribution that are flagged when 95 % of the others are.
+
+    The false positive rate at 95 % recall, out-of-distribution images being the positive class
+    [Hendrycks et al. 2019]; lower is better. Arguments as `auroc`.
+
+    >>> round(fpr95([0.1, 0.2, 0.3], [0.2, 0.9]), 4)
+    0.6667
+    """
+    alarms, found = _roc(inside, outside)
+    # Counted in images: 0.95·N' may not be a binary fraction.
+    enough = np.argmax(found >= np.ceil(0.95 * found[-1] - 1e-9))
+    return float(alarms[enough] / alarms[-1])
+
+
 def _reduce(values: Array, reduction: str) -> float | Array:
     return float(values.mean()) if reduction == "mean" else values
 

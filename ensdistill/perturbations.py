@@ -102,6 +102,29 @@ PERTURBATIONS: dict[str, Direction] = {
 }
 
 
+def draw_direction(
+    name: str,
+    teachers: Sequence[nn.Module],
+    x: Tensor,
+    temperature: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """ε of a batch, shape of x, from one teacher drawn uniformly.
+
+    One source serves all members: a direction that diversifies one teacher diversifies the
+    others too [Nam et al. 2021, §3].
+
+    Args:
+        name: a key of `PERTURBATIONS`.
+        teachers: the networks from which the source is drawn.
+        x: images (B, C, H, W) in [0, 1].
+        temperature: τ.
+        generator: on the device of x; draws the source and ε.
+    """
+    source = torch.randint(len(teachers), (), generator=generator, device=x.device).item()
+    return PERTURBATIONS[name](teachers[source], x, temperature, generator=generator)
+
+
 def perturb(
     name: str,
     teachers: Sequence[nn.Module],
@@ -111,19 +134,9 @@ def perturb(
     temperature: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """x̃ = clip(x + η·ε, 0, 1), shape of x, ε from one teacher drawn uniformly for the batch.
+    """x̃ = clip(x + η·ε, 0, 1), shape of x; η in units of the pixel range.
 
-    One source serves all members: a direction that diversifies one teacher diversifies the
-    others too [Nam et al. 2021, §3].
-
-    Args:
-        name: a key of `PERTURBATIONS`.
-        teachers: the networks from which the source is drawn.
-        x: images (B, C, H, W) in [0, 1].
-        eta: η, in units of the pixel range.
-        temperature: τ.
-        generator: on the device of x; draws the source and ε.
+    Other arguments as `draw_direction`.
     """
-    source = torch.randint(len(teachers), (), generator=generator, device=x.device).item()
-    epsilon = PERTURBATIONS[name](teachers[source], x, temperature, generator=generator)
+    epsilon = draw_direction(name, teachers, x, temperature, generator)
     return (x + eta * epsilon).clamp(0, 1)

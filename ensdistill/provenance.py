@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -76,17 +76,19 @@ def attributes(**known: Any) -> dict[str, Any]:
 
 
 def write_hdf5(
-    path: str | os.PathLike[str], arrays: Mapping[str, ArrayLike], attributes: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, ArrayLike] | Iterable[tuple[str, ArrayLike]],
+    attributes: Mapping[str, Any],
 ) -> None:
     """Write arrays by name ("test/logits"), chunked, compressed and checksummed, with attributes.
 
-    Nested attributes are stored as JSON.
+    Nested attributes are stored as JSON. Pairs are taken one by one: not all need be in memory.
     """
     with atomic(path) as temporary, h5py.File(temporary, "w") as file:
         for key, value in attributes.items():
             plain = isinstance(value, str | int | float)
             file.attrs[key] = value if plain else json.dumps(value, default=str)
-        for name, array in arrays.items():
+        for name, array in arrays.items() if isinstance(arrays, Mapping) else arrays:
             file.create_dataset(
                 name, data=array, chunks=True, compression="gzip", shuffle=True, fletcher32=True
             )
@@ -109,7 +111,7 @@ def open_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
         raise InputError(f"{path}: damaged or not what it should be ({reason})") from error
 
 
-def code_digest(script: str | os.PathLike[str]) -> str:
+def code_digest(script: str | os.PathLike[str], function: str | None = None) -> str:
     """A digest of the library code that a script can reach, blind to comments and docstrings.
 
     Followed are the names that a definition mentions, from the script's imports through this
@@ -117,6 +119,7 @@ def code_digest(script: str | os.PathLike[str]) -> str:
 
     Args:
         script: a Python file that imports from `ensdistill`.
+        function: the one that the script takes by name from a module.
     """
     reached: dict[tuple[str, str], str] = {}
     modules: dict[str, _Module] = {}
@@ -145,7 +148,8 @@ def code_digest(script: str | os.PathLike[str]) -> str:
                 and isinstance(part.value, ast.Name)
                 and part.value.id == name
             ]
-            for used in known if alone > len(dotted) else known & set(dotted):
+            whole = {function} if function and owner is root else known
+            for used in whole if alone > len(dotted) else known & set(dotted):
                 reach(source, used)
 
     def reach(name: str, symbol: str) -> None:

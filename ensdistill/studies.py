@@ -28,6 +28,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
+SCORES = ("acc", "nll", "bs", "ece", "nll_ts", "bs_ts", "ece_ts")
+"""Metrics of which there are published results."""
+
+
 def parse_network_name(name: str) -> tuple[str, int, int]:
     """(family, depth, widening factor) of `resnet{6n+2}` or `wrn{6n+4}x{k}`; else ValueError."""
     if match := re.fullmatch(r"resnet-?(\d+)", name):
@@ -72,9 +76,8 @@ class Section(BaseModel):
 class Images(Section):
     """Where images come from and how many each split has."""
 
-    source: Literal["digits", "cifar10", "cifar100", "folder"] = "digits"
-    """`digits` ships with scikit-learn, `cifar10` and `cifar100` are downloaded, `folder` is
-    your own data."""
+    source: Literal["digits", "cifar10", "cifar100", "svhn", "tinyimagenet", "folder"] = "digits"
+    """`digits` ships with scikit-learn, `folder` is your own data, the others are downloaded."""
     path: str | list[str] | None = None
     """For `folder`: a directory or tar/zip archives that hold train/<class>/… and
     test/<class>/…, or a directory of such archives; relative to where snakemake runs."""
@@ -90,6 +93,37 @@ class Images(Section):
     """Test images: a seeded stratified subset of this many; all unless told."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the stratified choices."""
+
+    @model_validator(mode="after")
+    def _path_goes_with_folder(self) -> Self:
+        if (self.source == "folder") != (self.path is not None):
+            raise ValueError("'path' and the source 'folder' need each other")
+        return self
+
+
+class Corruptions(Section):
+    """Corrupted copies of test images: 19 kinds, 5 severities [Hendrycks & Dietterich 2019]."""
+
+    source: Literal["copies", "official"] = "copies"
+    """`copies`: made here from the study's test images, with ImageNet-C's severities;
+    `official`: the archives CIFAR-10-C and CIFAR-100-C, for all test images of the sources cifar10
+    and cifar100."""
+    images: Count | None = 500
+    """Images that are corrupted: a seeded stratified choice of the test split; null for all."""
+
+
+class OutOfDistribution(Section):
+    """Images of other things, which a network should be unsure about."""
+
+    source: Literal[
+        "photographs", "digits", "cifar10", "cifar100", "svhn", "tinyimagenet", "folder"
+    ] = "photographs"
+    """`photographs`: pieces of the two photographs that ship with scikit-learn; else the test
+    split of a source. Brought to the size and channels of the study's images."""
+    path: str | list[str] | None = None
+    """For `folder`: as in `images`."""
+    images: Count | None = 500
+    """How many: a seeded stratified choice; null for all (of the photographs: 2,000 pieces)."""
 
     @model_validator(mode="after")
     def _path_goes_with_folder(self) -> Self:
@@ -171,6 +205,15 @@ class Distillation(Section):
     or a fraction such as 1/255."""
 
 
+class Analyses(Section):
+    """How many images the costlier analyses look at; seeded choices."""
+
+    train_images: Count = 1000
+    """Training images of the sweep over η and of transferability; all if there are fewer."""
+    jacobian_images: Count = 200
+    """Test images whose Jacobians are compared; all if there are fewer."""
+
+
 class Method(Section):
     """One way to train a student: a row of the results table."""
 
@@ -199,11 +242,24 @@ class Method(Section):
         return self
 
 
+class Published(Section):
+    """Results that others published for the same study, shown beside ours."""
+
+    source: str
+    """Where they stand."""
+    scores: Annotated[dict[str, dict[Literal[*SCORES], float]], Field(min_length=1)]
+    """By system (DE-m or a method's label) and metric."""
+
+
 class Study(Section):
     """One data set, one architecture, one ensemble and the students that learn from it."""
 
     images: Images = Images()
     """The data."""
+    corruptions: Corruptions = Corruptions()
+    """Corrupted test images, to see how uncertainty grows with the shift."""
+    out_of_distribution: OutOfDistribution = OutOfDistribution()
+    """Images that belong to none of the classes, to see whether uncertainty tells them apart."""
     network: Network = Network()
     """The architecture."""
     members: Annotated[int, Field(ge=2)] = 4
@@ -223,8 +279,12 @@ class Study(Section):
     """How students are trained."""
     distillation: Distillation = Distillation()
     """The loss's settings, shared by the methods."""
+    analyses: Analyses = Analyses()
+    """The costlier analyses."""
     confidence_bins: Count = 15
     """Equal-width bins of calibration errors, reliability diagrams and diversity figures."""
+    published: Published | None = None
+    """Published results, for the tables."""
     methods: Annotated[dict[Name, Method], Field(min_length=1)] = {
         "be": Method(label="BE", objective="cross_entropy"),
         "kd_single": Method(label="KD-single", objective="ensemble_mean", network="single"),
@@ -243,6 +303,20 @@ class Study(Section):
         for label in labels:
             if labels.count(label) > 1 or re.fullmatch(r"DE-\d+|teachers?", label):
                 raise ValueError(f"the label {label!r} in 'methods' is already taken")
+        systems = [*labels, *(f"DE-{size}" for size in range(1, self.pool + 1))]
+        for system in self.published.scores if self.published else ():
+            if system not in systems:
+                raise ValueError(f"'published' has {system!r}; this study has {', '.join(systems)}")
+        source = self.images.source
+        if self.corruptions.source == "official" and (
+            source not in ("cifar10", "cifar100") or self.images.test is not None
+        ):
+            raise ValueError(
+                "corruptions of source 'official' need images of source 'cifar10' or 'cifar100', "
+                "with 'test' null"
+            )
+        if self.out_of_distribution.source == source != "folder":
+            raise ValueError(f"'out_of_distribution' and 'images' have one source, {source!r}")
         return self
 
     def method(self, name: str) -> dict[str, Any]:

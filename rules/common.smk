@@ -1,8 +1,10 @@
+import re
 from functools import cache
 
 from snakemake.exceptions import WorkflowError
 
 from ensdistill import InputError
+from ensdistill.downloads import ARCHIVES, ARCHIVES_OF
 from ensdistill.provenance import code_digest
 from ensdistill.studies import read_configuration
 
@@ -46,9 +48,12 @@ def student_labels(wildcards):
 
 
 @cache
-def code(script):
-    """A parameter that changes when the library code that a rule's script uses changes."""
-    return code_digest(workflow.source_path(f"../workflow_scripts/{script}.py"))
+def code(script, function=None):
+    """A parameter that changes when the library code that a rule's script uses changes.
+
+    `function` is the one that the script takes by name.
+    """
+    return code_digest(workflow.source_path(f"../workflow_scripts/{script}.py"), function)
 
 
 def training(wildcards, role, seed, ensemble_size):
@@ -69,11 +74,23 @@ def training(wildcards, role, seed, ensemble_size):
     }
 
 
-def archive(wildcards):
-    """The download that a study's images come from, if any."""
-    source = STUDIES[wildcards.study].images.source
-    downloaded = source in ("cifar10", "cifar100")
-    return {"archive": f"results/downloads/{source}.tar.gz"} if downloaded else {}
+def archives_of(source):
+    """The downloads that a source is read from, if any."""
+    return [f"results/downloads/{archive}" for archive in ARCHIVES_OF.get(source, [])]
+
+
+def official_corruptions(wildcards):
+    """The download of a study's corrupted images, unless they are made here."""
+    study = STUDIES[wildcards.study]
+    official = study.corruptions.source == "official"
+    return archives_of(f"{study.images.source}_c") if official else []
+
+
+def shift(wildcards):
+    """What decides a study's shifted images."""
+    study = STUDIES[wildcards.study]
+    sections = study.model_dump(include={"corruptions", "out_of_distribution"})
+    return {**sections, "seed": study.images.seed}
 
 
 def teachers_of_student(wildcards):
@@ -95,27 +112,47 @@ def student_training(wildcards):
     return training(wildcards, "student", seed, ensemble_size)
 
 
-def student_logits(wildcards):
-    """Logits files of all students."""
-    return student_files(wildcards.study, "logits/{}.h5")
+def of_pool(pattern):
+    """An input function: files of all teachers, {} being the network."""
+    return lambda wildcards: teacher_files(wildcards.study, pattern)
 
 
-def ensemble_logits(wildcards):
-    """Logits files of the teachers that teach."""
-    return teacher_files(wildcards.study, "logits/{}.h5", STUDIES[wildcards.study].members)
+def of_ensemble(pattern):
+    """An input function: files of the teachers that teach."""
+    return lambda wildcards: teacher_files(
+        wildcards.study, pattern, STUDIES[wildcards.study].members
+    )
 
 
-def confidence_bins(wildcards):
-    """Bins of calibration errors and figures."""
-    return STUDIES[wildcards.study].confidence_bins
+def of_students(pattern):
+    """An input function: files of all students, in the order of the results table."""
+    return lambda wildcards: student_files(wildcards.study, pattern)
 
 
-def history_labels(wildcards):
-    """The system of each file of `histories`."""
-    return ["teacher"] * STUDIES[wildcards.study].pool + student_labels(wildcards)
+def settings_of(names):
+    """A parameter function: those settings of a study that an evaluation takes."""
+
+    def settings(wildcards):
+        study = STUDIES[wildcards.study]
+        known = {
+            "n_bins": study.confidence_bins,
+            "members": study.members,
+            "labels": {name: method.label for name, method in study.methods.items()},
+            "methods": {
+                name: method.model_dump(include={"label", "objective", "perturbation", "network"})
+                for name, method in study.methods.items()
+            },
+        }
+        return {name: known[name] for name in names}
+
+    return settings
 
 
-def histories(wildcards):
-    """Histories of all teachers and students, in the order of the results table."""
-    teachers = teacher_files(wildcards.study, "{}/history.csv")
-    return teachers + student_files(wildcards.study, "{}/history.csv")
+def eta_sweep(wildcards):
+    """Sizes η around the study's own."""
+    distillation = STUDIES[wildcards.study].distillation
+    eta = distillation.eta or 1 / 255
+    return {
+        "etas": [eta * factor for factor in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)],
+        "temperature": distillation.temperature,
+    }

@@ -18,12 +18,21 @@ rule logits:
         "../workflow_scripts/logits.py"
 
 
+use rule logits as shifted_logits with:
+    input:
+        images="results/{study}/shifted.h5",
+        weights="results/{study}/{network}/weights.safetensors",
+    output:
+        "results/{study}/logits/shifted/{network}.h5",
+    log:
+        "results/{study}/logs/logits/shifted/{network}.log",
+
+
+# What teachers say around training images, by functions of ensdistill.analysis.
 rule perturbed:
     input:
         images="results/{study}/images.h5",
-        teachers=lambda wildcards: teacher_files(
-            wildcards.study, "{}/weights.safetensors", STUDIES[wildcards.study].members
-        ),
+        weights=of_ensemble("{}/weights.safetensors"),
     output:
         "results/{study}/logits/perturbed.h5",
     log:
@@ -33,9 +42,60 @@ rule perturbed:
     resources:
         gpu=1,
     params:
-        perturbation=lambda wildcards: STUDIES[wildcards.study].distillation.model_dump(
+        function="perturbed_logits",
+        images=None,
+        settings=lambda wildcards: STUDIES[wildcards.study].distillation.model_dump(
             include={"eta", "temperature"}
         ),
-        code=code("perturbed"),
+        code=code("analyse", "perturbed_logits"),
     script:
-        "../workflow_scripts/perturbed.py"
+        "../workflow_scripts/analyse.py"
+
+
+use rule perturbed as swept with:
+    output:
+        "results/{study}/logits/swept.h5",
+    log:
+        "results/{study}/logs/logits/swept.log",
+    params:
+        function="sweep_logits",
+        images=lambda wildcards: STUDIES[wildcards.study].analyses.train_images,
+        settings=eta_sweep,
+        code=code("analyse", "sweep_logits"),
+
+
+use rule perturbed as transferred with:
+    input:
+        images="results/{study}/images.h5",
+        weights=of_pool("{}/weights.safetensors"),
+    output:
+        "results/{study}/logits/transferred.h5",
+    log:
+        "results/{study}/logs/logits/transferred.log",
+    params:
+        function="transfer_logits",
+        images=lambda wildcards: STUDIES[wildcards.study].analyses.train_images,
+        settings=lambda wildcards: STUDIES[wildcards.study].distillation.model_dump(
+            include={"eta", "temperature"}
+        ),
+        code=code("analyse", "transfer_logits"),
+
+
+rule distances:
+    input:
+        images="results/{study}/images.h5",
+        teachers=of_ensemble("{}/weights.safetensors"),
+        students=of_students("{}/weights.safetensors"),
+    output:
+        "results/{study}/logits/distances.h5",
+    log:
+        "results/{study}/logs/logits/distances.log",
+    conda:
+        "../envs/ensdistill.yaml"
+    resources:
+        gpu=1,
+    params:
+        images=lambda wildcards: STUDIES[wildcards.study].analyses.jacobian_images,
+        code=code("distances"),
+    script:
+        "../workflow_scripts/distances.py"

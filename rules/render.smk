@@ -21,6 +21,7 @@ rule table:
     conda:
         "../envs/ensdistill.yaml"
     params:
+        published=lambda wildcards: STUDIES[wildcards.study].model_dump()["published"],
         code=code("table"),
     script:
         "../workflow_scripts/table.py"
@@ -34,6 +35,15 @@ FIGURES = {
     "reliability": "results/{study}/metrics/reliability.csv",
     "learning_curves": "results/{study}/metrics/learning_curves.csv",
     "examples": "results/{study}/logits/perturbed.h5",
+    "saturation": "results/{study}/metrics/saturation.csv",
+    "sweep": "results/{study}/metrics/sweep.csv",
+    "transfer": [
+        "results/{study}/metrics/transfer.csv",
+        "results/{study}/metrics/directions.csv",
+    ],
+    "jacobians": "results/{study}/metrics/jacobians.csv",
+    "corruptions": "results/{study}/metrics/corruptions.csv",
+    "out_of_distribution": "results/{study}/metrics/out_of_distribution.csv",
 }
 TITLES = {
     "diversity_teachers": "Diversity of the teachers",
@@ -42,6 +52,12 @@ TITLES = {
     "reliability": "Reliability diagrams",
     "learning_curves": "Learning curves",
     "examples": "Perturbed images",
+    "saturation": "Confidence of the teachers on train and test",
+    "sweep": "Diversity by size of the perturbation",
+    "transfer": "ODS from one teacher, seen by others",
+    "jacobians": "Jacobians of students and teachers",
+    "corruptions": "Corrupted images",
+    "out_of_distribution": "Out-of-distribution detection",
 }
 
 # What their captions say of a study.
@@ -53,6 +69,8 @@ IN_CAPTIONS = {
     "distillation": True,
     "teacher": {"epochs"},
     "student": {"epochs"},
+    "corruptions": {"source", "images"},
+    "out_of_distribution": {"source", "images"},
 }
 
 for figure, source in FIGURES.items():
@@ -77,6 +95,6 @@ for figure, source in FIGURES.items():
         params:
             figure=figure,
             study=lambda wildcards: STUDIES[wildcards.study].model_dump(include=IN_CAPTIONS),
-            code=code("figure"),
+            code=code("figure", figure),
         script:
             "../workflow_scripts/figure.py"

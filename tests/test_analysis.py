@@ -1,21 +1,45 @@
-"""The teachers' answers at perturbed images, batch by batch by hand."""
+"""What networks say around images, batch by batch, image by image and class by class by hand."""
+
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from ensdistill.analysis import SETS, perturbed_logits
-from ensdistill.networks import build_network
-from ensdistill.perturbations import PERTURBATIONS
+from ensdistill import analysis
+from ensdistill.analysis import (
+    SETS,
+    jacobian_distances,
+    logit_jacobians,
+    perturbed_logits,
+    sweep_logits,
+    transfer_logits,
+)
+from ensdistill.networks import build_network, member_logits
+from ensdistill.perturbations import PERTURBATIONS, ods_direction
 
-ETA, TAU, SEED = 0.05, 2.0, 3
+ETA, TAU, SEED, K = 0.05, 2.0, 3, 5
+SETTINGS = {"temperature": TAU, "seed": SEED, "batch_size": 8}
+BATCHES = (slice(0, 8), slice(8, 16), slice(16, 22))
+
+
+def network(seed, members=1):
+    """A frozen network in eval mode whose batch normalisation is not the identity."""
+    torch.manual_seed(seed)
+    made = build_network("resnet8", K, in_channels=1, ensemble_size=members, width=4)
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight, 1, 0.3)
+            nn.init.normal_(module.bias, 0, 0.3)
+    return made.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def teachers():
-    torch.manual_seed(0)
-    networks = [build_network("resnet8", 5, in_channels=1, width=4) for _ in range(3)]
-    return [network.eval().requires_grad_(False) for network in networks]
+    return [network(seed) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -26,34 +50,145 @@ def images():
 
 @pytest.fixture(scope="module")
 def arrays(teachers, images):
-    return perturbed_logits(teachers, images, eta=ETA, temperature=TAU, seed=SEED, batch_size=8)
+    return perturbed_logits(teachers, images, eta=ETA, **SETTINGS)
+
+
+def drawn(name, teachers, images):
+    """x and ε of each batch, source and direction drawn as in training."""
+    generator = torch.Generator().manual_seed(SEED)
+    for batch in BATCHES:
+        x = images[batch].float() / 255
+        source = teachers[torch.randint(len(teachers), (), generator=generator).item()]
+        yield x, PERTURBATIONS[name](source, x, TAU, generator=generator)
+
+
+def answers(networks, x):
+    with torch.no_grad():
+        return torch.stack([network(x) for network in networks], dim=1)
+
+
+def close(actual, expected, atol=1e-5):
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_every_set_is_the_images_moved_by_one_source_per_batch(arrays, teachers, images, name):
-    generator = torch.Generator().manual_seed(SEED)
-    logits, moved = [], []
-    for start in (0, 8, 16):
-        x = images[start : start + 8].float() / 255
-        if name != "clean":
-            source = teachers[torch.randint(3, (), generator=generator).item()]
-            epsilon = PERTURBATIONS[name](source, x, TAU, generator=generator)
-            x = torch.clamp(x + ETA * epsilon, 0, 1)
-        with torch.no_grad():
-            logits.append(torch.stack([teacher(x) for teacher in teachers], dim=1))
-        moved.append(x)
-    expected = torch.cat(logits).numpy()
-    np.testing.assert_allclose(arrays[f"{name}/logits"], expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(
-        arrays[f"{name}/examples"], torch.cat(moved)[:8].numpy(), rtol=1e-5, atol=1e-6
-    )
+    if name == "clean":
+        moved = images.float() / 255
+    else:
+        pairs = drawn(name, teachers, images)
+        moved = torch.cat([torch.clamp(x + ETA * epsilon, 0, 1) for x, epsilon in pairs])
+    close(arrays[f"{name}/logits"], answers(teachers, moved))
+    close(arrays[f"{name}/examples"], moved[:8], atol=1e-6)
 
 
 def test_the_seed_decides(arrays, teachers, images):
-    settings = {"eta": ETA, "temperature": TAU, "batch_size": 8}
-    again = perturbed_logits(teachers, images, seed=SEED, **settings)
-    other = perturbed_logits(teachers, images, seed=SEED + 1, **settings)
+    again = perturbed_logits(teachers, images, eta=ETA, **SETTINGS)
+    other = perturbed_logits(teachers, images, eta=ETA, **{**SETTINGS, "seed": SEED + 1})
     for name in SETS:
         key = f"{name}/logits"
         np.testing.assert_array_equal(arrays[key], again[key])
         assert (name == "clean") == np.array_equal(arrays[key], other[key])
+
+
+def test_a_sweep_moves_images_along_the_same_directions_at_every_size(arrays, teachers, images):
+    etas = [0.01, ETA, 0.3]
+    swept = sweep_logits(teachers, images, etas=etas, **SETTINGS)
+    assert list(swept) == [f"{name}/logits" for name in PERTURBATIONS]
+    for name in PERTURBATIONS:
+        x, epsilon = map(torch.cat, zip(*drawn(name, teachers, images), strict=True))
+        for eta, logits in zip(etas, swept[f"{name}/logits"], strict=True):
+            close(logits, answers(teachers, torch.clamp(x + eta * epsilon, 0, 1)))
+        # At the study's own size: what rule `perturbed` stores.
+        np.testing.assert_array_equal(swept[f"{name}/logits"][1], arrays[f"{name}/logits"])
+
+
+def test_transfer_asks_every_network_where_every_source_leads(teachers, images):
+    made = transfer_logits(teachers, images, eta=ETA, **SETTINGS)
+    x = images.float() / 255
+    generator = torch.Generator().manual_seed(SEED)
+    w, noise = [], []
+    for batch in BATCHES:
+        w.append(torch.empty(len(x[batch]), K).uniform_(-1, 1, generator=generator))
+        noise.append(torch.empty(len(x[batch]), 64).normal_(generator=generator))
+    w, noise = torch.cat(w), torch.cat(noise).numpy()
+    close(made["clean/logits"], answers(teachers, x))
+    directions = [ods_direction(source, x, TAU, w) for source in teachers]
+    for source, direction in enumerate(directions):
+        moved = torch.clamp(x + ETA * direction, 0, 1)
+        close(made["ods/logits"][source], answers(teachers, moved), atol=1e-4)
+    flat = [direction.flatten(1).numpy() for direction in directions]
+    for n in range(len(x)):
+        for i in range(3):
+            for j in range(3):
+                expected = flat[i][n] @ flat[j][n] / 64  # of norm √D each
+                assert made["cosines"][n, i, j] == pytest.approx(expected, abs=1e-4)
+            expected = flat[i][n] @ noise[n] / (8 * np.linalg.norm(noise[n]))
+            assert made["random_cosines"][n, i] == pytest.approx(expected, abs=1e-4)
+
+
+def test_random_directions_are_nearly_orthogonal_to_ods(teachers):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (300, 1, 8, 8), dtype=torch.uint8)
+    cosines = transfer_logits(teachers, images, eta=ETA, temperature=TAU)["random_cosines"]
+    # In D dimensions a random cosine has mean 0 and mean square 1/D.
+    assert cosines.mean() == pytest.approx(0, abs=0.02)
+    assert np.square(cosines).mean() == pytest.approx(1 / 64, rel=0.3)
+
+
+def jacobian(network, image):
+    """(M, K, D) of one image by one backward pass per member and class."""
+    image = image[None].clone().requires_grad_()
+    logits = member_logits(network, image)
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    torch.autograd.grad(logits[j, 0, k], image, retain_graph=True)[0].flatten()
+                    for k in range(logits.shape[2])
+                ]
+            )
+            for j in range(logits.shape[0])
+        ]
+    )
+
+
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("elements", [2**22, 700, 1])
+def test_jacobians_equal_one_backward_pass_per_logit(monkeypatch, members, elements):
+    # 4 images of 64 pixels: with 700 elements two classes at a time (one, for 3 members).
+    monkeypatch.setattr(analysis, "JACOBIAN_ELEMENTS", elements)
+    made = network(7, members).double()
+    x = torch.rand(4, 1, 8, 8, dtype=torch.float64)
+    expected = torch.stack([jacobian(made, image) for image in x])
+    assert expected.abs().amax((0, 2, 3)).min() > 1e-2
+    np.testing.assert_allclose(logit_jacobians(made, x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("elements", [2**22, 2 * 3 * K * 64, 1])
+def test_jacobian_distances_equal_loops_over_images_and_members(monkeypatch, images, elements):
+    # Images all at once, two at a time, and one at a time.
+    monkeypatch.setattr(analysis, "JACOBIAN_ELEMENTS", elements)
+    teachers = [network(seed) for seed in range(3)]
+    students = {"be/0": network(4, members=3), "single/0": network(5), "teacher/0": teachers[1]}
+    found = jacobian_distances(teachers, students, images[:5])
+    assert set(found) == {f"{name}/{kind}" for name in students for kind in ("error", "cosine")}
+
+    exact = {id(made): deepcopy(made).double() for made in [*teachers, *students.values()]}
+    for n, image in enumerate(images[:5].double() / 255):
+        for name, student in students.items():
+            own = jacobian(exact[id(student)], image).numpy()
+            for j, teacher in enumerate(teachers):
+                a = own[j if len(own) > 1 else 0]
+                b = jacobian(exact[id(teacher)], image)[0].numpy()
+                error = np.linalg.norm(a - b, "fro") / np.linalg.norm(b, "fro")
+                cosine = np.trace(a @ b.T) / (np.linalg.norm(a, "fro") * np.linalg.norm(b, "fro"))
+                assert found[f"{name}/error"][n, j] == pytest.approx(error, rel=1e-4)
+                assert found[f"{name}/cosine"][n, j] == pytest.approx(cosine, abs=1e-4)
+
+
+def test_a_student_equal_to_its_teacher_has_its_jacobian(teachers, images):
+    found = jacobian_distances(teachers, {"0": teachers[0]}, images[:4])
+    np.testing.assert_array_equal(found["0/error"][:, 0], 0)
+    np.testing.assert_allclose(found["0/cosine"][:, 0], 1, rtol=1e-6)
+    assert found["0/error"][:, 1:].min() > 0.1

@@ -7,18 +7,20 @@ import pytest
 import torch
 import yaml
 
+from ensdistill.downloads import ARCHIVES_OF
 from ensdistill.networks import build_network, count_parameters
 from ensdistill.objectives import cross_entropy, student_objective
 from ensdistill.studies import read_configuration
 from ensdistill.training import fit
-from tests.test_workflow import REPOSITORY, Project
+from tests.test_workflow import FIGURES, REPOSITORY, Project
 
 STUDIES = read_configuration(yaml.safe_load(Path(REPOSITORY, "config.yaml").read_text())).studies
 SHAPES = {  # channels, side, classes, parameters of a teacher
     "digits": (1, 8, 10, 75_002),
-    "cifar10_small": (3, 32, 10, 298_026),
+    "cifar10_small": (3, 32, 10, 75_290),
     "cifar10_resnet32": (3, 32, 10, 464_154),
     "cifar100_wrn28x10": (3, 32, 100, 36_536_884),
+    "tinyimagenet_wrn28x10": (3, 64, 200, 36_600_984),
 }
 
 
@@ -32,9 +34,8 @@ def project(tmp_path_factory):
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_clean_checkout_plans_the_right_jobs(project, name):
     study = STUDIES[name]
-    jobs = project.planned(
-        f"results/{name}/tables/results.md", f"results/{name}/figures/examples.png"
-    )
+    project.change("run", value=[name])
+    jobs = project.planned()
     networks = {f"teacher {seed}" for seed in range(study.pool)}
     networks |= {
         f"student {method} {seed}"
@@ -43,8 +44,15 @@ def test_a_clean_checkout_plans_the_right_jobs(project, name):
     }
     assert {job for job in jobs if job.startswith(("teacher", "student"))} == networks
     assert sum(job.startswith("logits") for job in jobs) == len(networks)
-    assert jobs >= {"images", "perturbed", "scores", "table", "figure_examples"}
-    assert ("download" in jobs) == study.images.source.startswith("cifar")
+    assert sum(job.startswith("shifted_logits") for job in jobs) == (
+        study.members + len(study.methods) * study.student_seeds
+    )
+    assert jobs >= {"images", "shifted", "table", "claims"}
+    assert jobs >= {"perturbed", "swept", "transferred", "distances"}
+    assert {job for job in jobs if job.startswith("figure_")} == {f"figure_{x}" for x in FIGURES}
+    downloads = {job.split()[1] for job in jobs if job.startswith("download ")}
+    sources = study.images.source, study.out_of_distribution.source
+    assert downloads == {archive for source in sources for archive in ARCHIVES_OF.get(source, [])}
 
 
 @pytest.mark.parametrize("name", STUDIES)

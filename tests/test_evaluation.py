@@ -1,21 +1,18 @@
-"""Tables of numbers, and how they are shown, against sums written out."""
+"""Tables of numbers against sums written out, SciPy and scikit-learn."""
 
-from itertools import combinations
+from itertools import combinations, permutations
 from math import comb
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import log_softmax, softmax
+from scipy.stats import bootstrap
+from scipy.stats import entropy as kl_or_entropy
+from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
-from ensdistill import InputError, metrics, tables
-from ensdistill.evaluation import (
-    METRICS,
-    diversity_by_confidence,
-    learning_curves,
-    reliability_table,
-    score_systems,
-    subsets,
-)
+from ensdistill import InputError, evaluation, metrics
+from ensdistill.evaluation import DOUBTS, diversity_by_confidence, scores, subsets
 from ensdistill.logits import read_logits
 from ensdistill.provenance import write_hdf5
 
@@ -24,7 +21,7 @@ POOL, K = 4, 5
 
 @pytest.fixture
 def files(tmp_path):
-    """Logits files of a pool of teachers and of two students of two members each."""
+    """Logits files of a pool of teachers and of students of two members each."""
     rng = np.random.default_rng(0)
     labels = {"val": rng.integers(0, K, 80), "test": rng.integers(0, K, 120)}
 
@@ -44,9 +41,24 @@ def files(tmp_path):
     return teachers, students
 
 
+def pairwise(logits):
+    """KL(p_i ‖ p_j) of every image, averaged over ordered pairs of members."""
+    p = softmax(np.asarray(logits, np.float64), axis=2)
+    pairs = permutations(range(p.shape[1]), 2)
+    return np.mean([kl_or_entropy(p[:, i], p[:, j], axis=1) for i, j in pairs], axis=0)
+
+
+def is_mean_with_interval(found, values):
+    """Estimate, low and high against SciPy's percentile bootstrap of the mean over images."""
+    reference = bootstrap((values,), np.mean, n_resamples=9999, method="percentile", rng=1)
+    # The ends are quantiles of resamples, and vary by 0.06 standard errors.
+    ends = pytest.approx(reference.confidence_interval, abs=0.3 * reference.standard_error)
+    return found[0] == pytest.approx(np.mean(values)) and found[1:] == ends
+
+
 def test_scores_of_every_subset_and_student(files):
     teachers, students = files
-    frame = score_systems(teachers, students, n_bins=15)
+    frame = scores(teachers, students, n_bins=15)
     assert list(frame.system) == [
         f"DE-{m}" for m in range(1, POOL + 1) for _ in range(comb(POOL, m))
     ] + ["A", "A", "B", "C"]
@@ -61,7 +73,7 @@ def test_scores_of_every_subset_and_student(files):
 
 def test_deep_ensemble_equivalents_are_read_off_the_mean_curve(files):
     teachers, students = files
-    frame = score_systems(teachers, students, n_bins=15)
+    frame = scores(teachers, students, n_bins=15)
     for metric, column in (("nll", "dee"), ("nll_ts", "dee_ts")):
         curve = [frame[frame.system == f"DE-{m}"][metric].mean() for m in range(1, POOL + 1)]
         assert curve == sorted(curve, reverse=True)
@@ -83,22 +95,9 @@ def test_large_pools_are_sampled_without_repetition():
     assert subsets(5, 2) == list(combinations(range(5), 2))
 
 
-def test_summary_is_mean_and_sample_deviation(files):
-    frame = score_systems(*files, n_bins=15)
-    summary = tables.summarize(frame).set_index("system")
-    group = frame[frame.system == "A"]
-    assert summary.loc["A", "n"] == 2
-    for metric in METRICS:
-        values = group[metric].to_numpy()
-        assert summary.loc["A", metric] == pytest.approx(values.mean())
-        expected = abs(values[0] - values[1]) / np.sqrt(2)
-        assert summary.loc["A", f"{metric}_std"] == pytest.approx(expected)
-        assert summary.loc["B", f"{metric}_std"] == 0
-
-
 def test_reliability_bins_add_up_to_the_calibration_error(files):
     teachers, students = files
-    table = reliability_table(students, teachers[:2], n_bins=10)
+    table = evaluation.reliability(teachers[:2], students, n_bins=10)
     assert list(table.name.unique()) == ["DE-2", "A", "B", "C"]
     for name, group in table.groupby("name"):
         images = group["count"].sum()
@@ -123,13 +122,255 @@ def test_diversity_in_confidence_bins_averages_to_the_diversity(files):
         assert row["count"] == np.sum((confidence > row.low) & (confidence <= row.high))
 
 
+@pytest.fixture
+def perturbed(tmp_path):
+    """Two teachers on training images, as they are and moved; sure of some and not of others."""
+    rng = np.random.default_rng(2)
+    size = rng.uniform(1, 20, (90, 1, 1))
+    arrays = {f"{name}/logits": size * rng.normal(size=(90, 2, K)) for name in ("clean", "ods")}
+    path = str(tmp_path / "perturbed.h5")
+    labels = arrays["clean/logits"].mean(1).argmax(1)
+    write_hdf5(path, {**arrays, "labels": labels}, {"sets": ["clean", "ods"], "eta": 0.25})
+    return path, arrays, labels
+
+
+def test_teachers_diversity_is_shown_on_train_and_on_test(files, perturbed):
+    teachers, _ = files
+    path, arrays, _ = perturbed
+    table = evaluation.diversity_teachers(path, teachers[:2], n_bins=8)
+    test = np.concatenate([read_logits(teacher, "test")[0] for teacher in teachers[:2]], axis=1)
+    expected = {f"train_{name}": pairwise(arrays[f"{name}/logits"]) for name in ("clean", "ods")}
+    expected["test_clean"] = pairwise(test)
+    assert list(table.name.unique()) == list(expected)
+    for name, group in table.groupby("name"):
+        assert group["count"].sum() == len(expected[name])
+        assert group.mean_kl.tolist() == pytest.approx([expected[name].mean()] * 8)
+
+
+def test_students_diversity_leaves_single_networks_out(files):
+    teachers, students = files
+    table = evaluation.diversity_students(teachers, {**students, "single": teachers[:1]}, n_bins=8)
+    assert list(table.name.unique()) == ["DE-4", "A", "B", "C"]
+    expected = np.mean([pairwise(read_logits(path, "test")[0]) for path in students["A"]])
+    assert table[table.name == "A"].mean_kl.tolist() == pytest.approx([expected] * 8)
+
+
+def test_saturation_counts_images_by_how_far_from_one_hot_a_teacher_is(files, perturbed):
+    teachers, _ = files
+    path, arrays, labels = perturbed
+    table = evaluation.saturation(path, teachers[:2])
+    test = [read_logits(teacher, "test") for teacher in teachers[:2]]
+    expected = {("test", j): (logits[:, 0], y) for j, (logits, y) in enumerate(test)}
+    expected |= {("train", j): (arrays["clean/logits"][:, j], labels) for j in range(2)}
+    groups = dict(list(table.groupby(["split", "teacher"])))
+    assert groups.keys() == expected.keys()
+    for key, (logits, y) in expected.items():
+        largest = log_softmax(logits.astype(float), axis=1).max(1)
+        # 1 − max p = −(exp(log max p) − 1)
+        shares = [np.mean(-np.expm1(largest) <= doubt) for doubt in DOUBTS]
+        assert groups[key].share.tolist() == shares
+        assert groups[key].doubt.tolist() == DOUBTS.tolist()
+        same = groups[key][["confidence", "accuracy", "n"]].drop_duplicates().to_numpy().tolist()
+        right = 100 * np.mean(logits.argmax(1) == y)
+        assert same == [pytest.approx([np.exp(largest).mean(), right, len(y)])]
+    share = groups["train", 0].share
+    assert 0 < share.iloc[0] < share.iloc[-2] < share.iloc[-1] == 1
+
+
+def test_sweep_is_the_diversity_at_every_size(files, perturbed, tmp_path):
+    teachers, _ = files
+    rng = np.random.default_rng(3)
+    etas, sets = [0.125, 0.25, 0.5], ["gaussian", "ods"]
+    arrays = {f"{name}/logits": rng.normal(size=(3, 70, 2, K)) for name in sets}
+    swept = str(tmp_path / "swept.h5")
+    write_hdf5(swept, arrays, {"etas": etas, "sets": sets})
+    table = evaluation.sweep(swept, perturbed[0], teachers[:2])
+    rows = table.set_index(["perturbation", "eta"])
+    assert list(rows.index) == [(name, eta) for name in sets for eta in etas]
+    for (name, eta), row in rows.iterrows():
+        values = pairwise(arrays[f"{name}/logits"][etas.index(eta)])
+        assert is_mean_with_interval(row[["kl", "low", "high"]].tolist(), values)
+        assert row.n == 70
+    test = np.concatenate([read_logits(teacher, "test")[0] for teacher in teachers[:2]], axis=1)
+    train = pairwise(perturbed[1]["clean/logits"]).mean()
+    same = table[["train_kl", "test_kl", "study_eta"]].drop_duplicates().to_numpy().tolist()
+    assert same == [pytest.approx([train, pairwise(test).mean(), 0.25])]
+
+
+@pytest.fixture
+def transferred(tmp_path):
+    """Three members of an ensemble and a fourth network outside it."""
+    rng = np.random.default_rng(4)
+    arrays = {
+        "clean/logits": rng.normal(size=(60, 4, K)),
+        "ods/logits": 2 * rng.normal(size=(4, 60, 4, K)),
+        "cosines": rng.uniform(-1, 1, (60, 4, 4)),
+        "random_cosines": rng.uniform(-0.1, 0.1, (60, 4)),
+    }
+    path = str(tmp_path / "transferred.h5")
+    write_hdf5(path, arrays, {})
+    return path, arrays
+
+
+def test_transfer_is_measured_on_the_members_other_than_the_source(transferred):
+    path, arrays = transferred
+    clean, ods = arrays["clean/logits"], arrays["ods/logits"]
+    others = {0: [1, 2], 1: [0, 2], 2: [0, 1], 3: [0, 1, 2]}
+    table = evaluation.transfer(path, members=3).set_index("source")
+    assert table["where"].to_dict() == {0: "inside", 1: "inside", 2: "inside", 3: "outside"}
+    for source, row in table.iterrows():
+        moved = pairwise(ods[source][:, others[source]])
+        assert row.clean == pytest.approx(pairwise(clean[:, others[source]]).mean())
+        assert is_mean_with_interval(row[["ods", "ods_low", "ods_high"]].tolist(), moved)
+        own = pairwise(ods[source][:, :3]).mean() if source < 3 else np.nan
+        assert row.own == pytest.approx(own, nan_ok=True)
+        assert row.n == 60
+
+
+def test_cosines_are_told_apart_by_where_the_two_networks_are(transferred):
+    path, arrays = transferred
+    cosines = arrays["cosines"]
+    expected = {
+        "inside": [cosines[:, i, j] for i, j in [(0, 1), (0, 2), (1, 2)]],
+        "outside": [cosines[:, i, 3] for i in range(3)],
+        "random": list(arrays["random_cosines"].T),
+    }
+    table = evaluation.directions(path, members=3)
+    assert list(table.name.unique()) == list(expected)
+    for name, group in table.groupby("name"):
+        values = np.concatenate(expected[name])
+        for _, row in group.iterrows():
+            assert row["count"] == np.sum((values >= row.low) & (values < row.high))
+        assert group["mean"].tolist() == pytest.approx([values.mean()] * len(group))
+        assert group["n"].unique().tolist() == [group["count"].sum()] == [len(values)]
+    # Without an external network nothing is outside.
+    assert list(evaluation.direction_cosines(path, members=4)) == ["inside", "random"]
+
+
+def test_jacobian_distances_are_averaged_over_members_seed_by_seed(tmp_path):
+    rng = np.random.default_rng(5)
+    arrays = {
+        f"students/{method}/{seed}/{measure}": rng.gamma(2.0, size=(50, 3))
+        for method in ("kd", "be")
+        for seed in (10, 2, 0)  # whose order as text is another
+        for measure in ("error", "cosine")
+    }
+    path = str(tmp_path / "distances.h5")
+    write_hdf5(path, arrays, {})
+    table = evaluation.jacobians(path, {"be": "BE-3", "kd": "KD"})
+    rows = table.set_index(["system", "replicate"])
+    assert list(rows.index) == [(label, i) for label in ("BE-3", "KD") for i in range(3)]
+    for (label, replicate), row in rows.iterrows():
+        student = f"students/{'kd' if label == 'KD' else 'be'}/{(0, 2, 10)[replicate]}"
+        for measure in ("error", "cosine"):
+            found = row[[measure, f"{measure}_low", f"{measure}_high"]].tolist()
+            assert is_mean_with_interval(found, arrays[f"{student}/{measure}"].mean(1))
+        assert row.n == 50
+
+
+@pytest.fixture
+def shifted(tmp_path):
+    """Logits files of two teachers and of students on shifted images, and their arrays."""
+    rng = np.random.default_rng(6)
+    labels = {split: rng.integers(0, K, 40) for split in ("clean/0", "fog/1", "fog/5")}
+    labels = {f"corrupted/{split}": y for split, y in labels.items()}
+    labels["out_of_distribution"] = np.full(55, -1)
+    known = {}
+
+    def write(name, members):
+        path = str(tmp_path / f"shifted_{name}.h5")
+        known[path] = {split: rng.normal(size=(len(y), members, K)) for split, y in labels.items()}
+        arrays = {f"{split}/logits": logits for split, logits in known[path].items()}
+        write_hdf5(path, {**arrays, **{f"{split}/labels": y for split, y in labels.items()}}, {})
+        return path
+
+    teachers = [write(f"teacher{seed}", 1) for seed in range(2)]
+    students = {"A": [write(f"a{seed}", 2) for seed in range(2)], "single": [write("single", 1)]}
+    return teachers, students, known, labels
+
+
+def systems_of(teachers, students, read):
+    """Logits by system and replicate."""
+    alone = [read(path) for path in teachers]
+    systems = {("DE-1", i): logits for i, logits in enumerate(alone)}
+    systems[f"DE-{len(alone)}", 0] = np.concatenate(alone, axis=1)
+    pairs = ((label, enumerate(paths)) for label, paths in students.items())
+    return systems | {(label, i): read(path) for label, group in pairs for i, path in group}
+
+
+def test_corruptions_has_every_system_on_every_corrupted_set(shifted):
+    teachers, students, known, labels = shifted
+    table = evaluation.corruptions(teachers, students, n_bins=10)
+    rows = table.set_index(["kind", "severity", "system", "replicate"])
+    assert len(rows) == 3 * 6
+    for kind, severity in (("clean", 0), ("fog", 1), ("fog", 5)):
+        split = f"corrupted/{kind}/{severity}"
+        y = labels[split]
+        systems = systems_of(teachers, students, lambda path, split=split: known[path][split])
+        for system, logits in systems.items():
+            row, probs = rows.loc[(kind, severity, *system)], softmax(logits, axis=2).mean(1)
+            diversity = pairwise(logits).mean() if logits.shape[1] > 1 else 0
+            assert row.to_dict() == pytest.approx(
+                {
+                    "acc": 100 * np.mean(probs.argmax(1) == y),
+                    "nll": log_loss(y, probs, labels=range(K)),
+                    "ece": metrics.ece(probs, y, 10),
+                    "bs": brier_score_loss(y, probs, labels=range(K), scale_by_half=False),
+                    "entropy": kl_or_entropy(probs, axis=1).mean(),
+                    "diversity": diversity,
+                    "n": 40,
+                }
+            )
+
+
+def test_out_of_distribution_images_are_told_from_test_images_by_uncertainty(files, shifted):
+    teachers, students = files
+    students = {"A": students["A"], "single": [teachers[3]]}
+    shifted_teachers, shifted_students, known, _ = shifted
+    table = evaluation.out_of_distribution(
+        teachers[:2], students, shifted_teachers, shifted_students
+    )
+    inside = systems_of(teachers[:2], students, lambda path: read_logits(path, "test")[0])
+    outside = systems_of(
+        shifted_teachers, shifted_students, lambda path: known[path]["out_of_distribution"]
+    )
+    expected = {}
+    for system in inside:
+        logits = np.float64(inside[system]), outside[system]
+        p = [softmax(part, axis=2) for part in logits]
+        uncertainty = {
+            "max_probability": [1 - part.mean(1).max(1) for part in p],
+            "entropy": [kl_or_entropy(part.mean(1), axis=1) for part in p],
+        }
+        if p[0].shape[1] > 1:
+            uncertainty["mutual_information"] = [
+                kl_or_entropy(part.mean(1), axis=1) - kl_or_entropy(part, axis=2).mean(1)
+                for part in p
+            ]
+        for name, values in uncertainty.items():
+            both, is_outside = np.concatenate(values), np.repeat([0, 1], [120, 55])
+            threshold = np.sort(values[1])[-53]  # 53 of 55 are the first to make 95 %
+            expected[*system, name] = {
+                "auroc": roc_auc_score(is_outside, both),
+                "aupr": average_precision_score(is_outside, both),
+                "fpr95": np.mean(values[0] >= threshold),
+                "n_in": 120,
+                "n_out": 55,
+            }
+    found = table.set_index(["system", "replicate", "score"]).to_dict("index")
+    assert found.keys() == expected.keys()
+    for key in expected:
+        assert found[key] == pytest.approx(expected[key])
+
+
 def test_learning_curves_are_joined_with_their_system(tmp_path):
     paths = []
     for index in range(3):
         path = tmp_path / f"{index}.csv"
         pd.DataFrame({"epoch": [1, 2], "loss": [index, index / 2]}).to_csv(path, index=False)
         paths.append(str(path))
-    joined = learning_curves(["teacher", "KD", "KD"], paths)
+    students = evaluation.by_label(["KD", "KD"], paths[1:])
+    joined = evaluation.learning_curves(paths[:1], students)
     assert joined.groupby(["system", "replicate"]).loss.sum().to_dict() == {
         ("KD", 0): 1.5,
         ("KD", 1): 3.0,
@@ -144,37 +385,3 @@ def test_logits_that_are_not_finite_are_refused(tmp_path):
     write_hdf5(path, {"test/logits": logits, "test/labels": np.zeros(3, np.int64)}, {})
     with pytest.raises(InputError, match=r"logits.h5: some test logits are not finite"):
         read_logits(path, "test")
-
-
-@pytest.fixture
-def summary(files):
-    return tables.summarize(score_systems(*files, n_bins=15))
-
-
-def test_markdown_marks_best_and_second_best_student(summary):
-    lines = tables.to_markdown(summary).splitlines()
-    header, rows = lines[0].split(" | "), {line.split(" | ")[0][2:]: line for line in lines[2:9]}
-    nll = header.index("NLL ↓")
-    assert rows["C"].split(" | ")[nll].startswith("**")
-    assert rows["A"].split(" | ")[nll].startswith("*")
-    assert not rows["A"].split(" | ")[nll].startswith("**")
-    assert "*" not in rows["B"].split(" | ")[nll]
-    assert "*" not in rows["DE-4"].replace("T*", "")
-    dee = header.index("DEE ↑")
-    assert rows["B"].split(" | ")[dee] == "<1.00"
-    assert rows["C"].split(" | ")[dee] == f"**>{POOL}.00**"
-    value = summary.set_index("system").loc["A"]
-    assert f"{value.nll:.4f} ± {value.nll_std:.4f}" in rows["A"]
-
-
-def test_latex_escapes_and_has_as_many_cells_in_every_row(summary):
-    summary["system"] = summary["system"].replace("A", "A_100% & more")
-    text = tables.to_latex(summary)
-    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
-    assert r"A\_100\% \& more" in text
-    assert {len(row.replace(r"\&", "").split("&")) for row in rows} == {len(tables.COLUMNS) + 3}
-
-
-def test_html_escapes_labels(summary):
-    summary["system"] = summary["system"].replace("A", "<script>")
-    assert "<script>" not in tables.to_html(summary)

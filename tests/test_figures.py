@@ -119,6 +119,165 @@ def test_examples_show_the_images_the_differences_and_the_diversity(tmp_path, ch
     assert float(axes[1].get_xlabel().split()[1]) == pytest.approx(kl, rel=0.05)
 
 
+def test_saturation_shows_every_teacher_on_train_and_on_test(tmp_path):
+    rows = [
+        {"split": split, "teacher": teacher, "doubt": doubt, "share": share, "n": 10}
+        | {"confidence": 0.9 + teacher / 100, "accuracy": 80 + teacher}
+        for split in ("train", "test")
+        for teacher in (0, 1)
+        for doubt, share in ((1e-6, 0.1 * teacher), (1e-2, 0.5), (1, 1.0))
+    ]
+    doubts, calibration = figures.saturation(write(tmp_path / "s.csv", pd.DataFrame(rows))).axes
+    colours = [figures.SPLITS[split] for split in ("train", "train", "test", "test")]
+    assert [line.get_color() for line in doubts.lines] == colours
+    np.testing.assert_allclose(doubts.lines[1].get_xdata(), [1e-4, 1, 100])
+    np.testing.assert_allclose(doubts.lines[1].get_ydata(), [10, 50, 100])
+    dots = [line.get_xydata()[0] for line in calibration.lines[:-1]]
+    np.testing.assert_allclose(dots, [[90, 80], [91, 81]] * 2)
+    assert [dot.get_color() for dot in calibration.lines[:-1]] == colours
+    np.testing.assert_array_equal(*calibration.lines[-1].get_data())  # the diagonal
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    rows = [
+        {"perturbation": name, "eta": eta / 255, "kl": kl * eta, "low": kl, "high": 9 * kl, "n": 5}
+        for name, kl in (("conf_ods", 0.2), ("gaussian", 0.1), ("ods", 0.4))
+        for eta in (1, 2, 4)
+    ]
+    frame = pd.DataFrame(rows).assign(train_kl=0.1, test_kl=0.3, study_eta=2 / 255)
+    return frame, write(tmp_path / "sweep.csv", frame)
+
+
+def test_sweep_shows_the_diversity_at_every_size_beside_that_of_clean_images(sweep):
+    (axis,) = figures.sweep(sweep[1]).axes
+    *curves, train, test, study = axis.lines
+    assert [curve.get_label() for curve in curves] == ["Gaussian", "ODS", "ConfODS"]
+    for curve, kl in zip(curves, (0.1, 0.4, 0.2), strict=True):
+        np.testing.assert_allclose(curve.get_xydata(), [[1, kl], [2, 2 * kl], [4, 4 * kl]])
+    bands = [band.get_datalim(axis.transData) for band in axis.collections]
+    np.testing.assert_allclose([[band.y0, band.y1] for band in bands][1], [0.4, 3.6])
+    assert (train.get_ydata()[0], test.get_ydata()[0]) == (0.1, 0.3)
+    assert study.get_xdata()[0] == 2
+    texts = [text.get_text() for text in axis.texts]
+    assert texts == ["train, clean: 0.10", "test, clean: 0.30", "the study: η = 2/255"]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "2", "4"]
+
+
+def test_sweep_has_no_line_at_a_size_of_nothing(sweep, tmp_path):
+    (axis,) = figures.sweep(write(tmp_path / "0.csv", sweep[0].assign(study_eta=0))).axes
+    assert len(axis.lines) == 5
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_transfer_shows_every_source_and_the_densities_of_cosines(tmp_path, external):
+    sources = pd.DataFrame({"source": [0, 1, 2], "where": ["inside", "inside", "outside"]})
+    sources = sources.assign(clean=[0.1, 0.2, 0.3], ods=[1.0, 2, 3], own=[4, 5, np.nan], n=7)
+    sources = sources.assign(ods_low=sources["ods"] / 2, ods_high=sources["ods"] * 2)
+    names = ["inside", "outside", "random"]
+    cosines = pd.concat([bins(name, [1, 2, 0, 4, 3], mean=0.25, n=10) for name in names])
+    if not external:
+        sources = sources[sources["where"] == "inside"]
+        cosines = cosines[cosines["name"] != "outside"]
+    files = write(tmp_path / "t.csv", sources) + write(tmp_path / "d.csv", cosines)
+    axis, *histograms = figures.transfer(files).axes
+    shown = {line.get_label(): line.get_xydata() for line in axis.lines}
+    clean, inside, own, *outside = (place[~np.isnan(place[:, 0])] for place in shown.values())
+    np.testing.assert_allclose(clean[:2], [[0.1, 0], [0.2, 1]])
+    np.testing.assert_allclose(inside, [[1, 0], [2, 1]])
+    np.testing.assert_allclose(own, [[4, 0], [5, 1]])
+    np.testing.assert_allclose(outside, [[[3, 2]]] if external else [])
+    intervals = [path[:, 0].tolist() for path in axis.collections[1].get_segments()]
+    assert intervals == [[0.5, 2], [1, 4], [1.5, 6]][: len(sources)]
+    assert len(histograms) == 2 + external
+    for histogram in histograms:
+        density, edges, _ = histogram.patches[0].get_data()
+        np.testing.assert_allclose(density, np.array([1, 2, 0, 4, 3]) / 10 / 0.2)
+        np.testing.assert_allclose(edges, np.arange(6) / 5)
+        assert histogram.lines[0].get_xdata()[0] == 0.25
+        assert histogram.get_title(loc="left").endswith("mean 0.25")
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_jacobians_are_means_over_seeds_above_every_seed_with_its_interval(tmp_path, seeds):
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"system": np.repeat(["A", "B"], seeds), "n": 5})
+    frame["replicate"] = [*range(seeds)] * 2
+    for key in ("error", "cosine"):
+        frame[key] = rng.random(2 * seeds)
+        frame[f"{key}_low"], frame[f"{key}_high"] = frame[key] - 0.1, frame[key] + 0.2
+    axes = figures.jacobians(write(tmp_path / "j.csv", frame)).axes
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["A", "B"]
+    for axis, key in zip(axes, ("error", "cosine"), strict=True):
+        for row, (_, runs) in enumerate(frame.groupby("system")):
+            small, large = axis.lines[2 * row : 2 * row + 2]
+            np.testing.assert_allclose(small.get_xdata(), runs[key])
+            np.testing.assert_allclose(large.get_xdata(), runs[key].mean())
+            intervals = [path[:, 0] for path in axis.collections[row].get_segments()]
+            np.testing.assert_allclose(intervals, runs[[f"{key}_low", f"{key}_high"]])
+            places = [*small.get_ydata(), *large.get_ydata()]
+            assert np.round(places).tolist() == [row] * (seeds + 1)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_boxes_are_of_the_kinds_of_corruption_averaged_over_seeds(tmp_path, seeds):
+    rng = np.random.default_rng(0)
+    sets = [("clean", 0), *((f"kind {k}", severity) for severity in (1, 5) for k in range(4))]
+    rows = [
+        {"system": system, "replicate": replicate, "kind": kind, "severity": severity, "n": 9}
+        | dict(zip(("acc", "nll", "ece"), 0.1 + rng.random(3), strict=True))
+        for kind, severity in sets
+        for system in ("DE-1", "DE-4", "A")
+        for replicate in range(1 if system == "DE-4" else seeds)
+    ]
+    frame = pd.DataFrame(rows)
+    figure = figures.corruptions(write(tmp_path / "c.csv", frame))
+    for axis, key in zip(figure.axes, ("acc", "nll", "ece"), strict=True):
+        values = frame.groupby(["severity", "system", "kind"], sort=False)[key].mean()
+        dots = [line for line in axis.lines if len(line.get_xdata()) == 1]
+        assert [dot.get_ydata()[0] for dot in dots] == pytest.approx([*values[0]])
+        lines = [line for line in axis.lines if len(line.get_xdata()) == 2]
+        boxes = zip(axis.patches, lines[::3], lines[1::3], lines[2::3], strict=True)
+        places = [(place, severity) for place in range(3) for severity in (1, 5)]
+        for (patch, low, high, median), (place, severity) in zip(boxes, places, strict=True):
+            box = patch.get_path().get_extents()
+            assert (box.x0 + box.x1) / 2 == pytest.approx(severity + dots[place].get_xdata()[0])
+            ends = [low.get_ydata()[1], box.y0, median.get_ydata()[0], box.y1, high.get_ydata()[1]]
+            kinds = values[severity][("DE-1", "DE-4", "A")[place]]
+            np.testing.assert_allclose(ends, kinds.quantile([0, 0.25, 0.5, 0.75, 1]))
+    single, ensemble, student = (patch.get_facecolor() for patch in figure.axes[0].patches[::2])
+    assert [*map(to_hex, (single, ensemble))] == ["#ffffff", figures.INK]
+    assert to_hex(student) == figures.COLOURS[0].lower()
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_detection_is_shown_by_system_and_score_with_the_spread_over_seeds(tmp_path, seeds):
+    rng = np.random.default_rng(0)
+    rows = [
+        {"system": system, "replicate": replicate, "score": score, "n_in": 30, "n_out": 10}
+        | dict(zip(("auroc", "aupr", "fpr95"), rng.random(3), strict=True))
+        for system in ("DE-1", "A")
+        for replicate in range(seeds)
+        for score in figures.SCORES
+        if (system, score) != ("DE-1", "mutual_information")
+    ]
+    frame = pd.DataFrame(rows)
+    figure = figures.out_of_distribution(write(tmp_path / "o.csv", frame))
+    groups = frame.groupby(["system", "score"], sort=False)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["DE-1", "A"]
+    for axis, key in zip(figure.axes, ("auroc", "aupr", "fpr95"), strict=True):
+        assert len(axis.containers) == 5
+        for container, ((system, score), group) in zip(axis.containers, groups, strict=True):
+            dot, _, spread = container
+            assert dot.get_xdata()[0] == pytest.approx(group[key].mean())
+            assert np.round(dot.get_ydata()[0]) == ["DE-1", "A"].index(system)
+            assert dot.get_marker() == figures.SCORES[score][0]
+            if seeds > 1:
+                ends = spread[0].get_segments()[0][:, 0]
+                assert np.ptp(ends) == pytest.approx(2 * group[key].std())
+    assert "AUPR 0.25" in figure.get_supxlabel()
+
+
 def test_equal_figures_have_equal_bytes(diversity, tmp_path):
     for turn in ("first", "second"):
         figure = figures.diversity_teachers(diversity)

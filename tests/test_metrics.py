@@ -8,7 +8,14 @@ import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 from scipy.stats import entropy as scipy_entropy
-from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    brier_score_loss,
+    log_loss,
+    roc_auc_score,
+    roc_curve,
+)
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ensdistill import metrics
@@ -100,6 +107,48 @@ def test_pairwise_kl_of_equal_or_single_members_is_zero(logits):
 
 def test_pairwise_kl_survives_underflowing_probabilities():
     assert metrics.pairwise_kl([[[0.0, -2000.0], [-2000.0, 0.0]]]) == pytest.approx(2000)
+
+
+def test_mutual_information_equals_the_loop(logits):
+    found = metrics.mutual_information(logits)
+    for image, value in zip(logits.astype(float), found, strict=True):
+        p = [softmax(member) for member in image]
+        expected = scipy_entropy(sum(p) / 4) - sum(map(scipy_entropy, p)) / 4
+        assert value == pytest.approx(expected, abs=1e-9)
+    np.testing.assert_array_equal(metrics.mutual_information(logits[:, :1]), 0)
+
+
+SCORES = {
+    "continuous": lambda rng, n, shift: rng.normal(shift, size=n),
+    "tied": lambda rng, n, shift: rng.integers(0, 4, n) + rng.integers(0, 2, n) * round(shift),
+    "saturated": lambda rng, n, shift: np.maximum(rng.normal(shift, size=n), 0.5),
+    "constant": lambda rng, n, shift: np.full(n, 0.1),
+}
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_detection_scores_agree_with_scikit_learn(kind):
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        inside = SCORES[kind](rng, rng.integers(1, 80), 0.0)
+        outside = SCORES[kind](rng, rng.integers(1, 80), rng.normal())
+        is_outside = np.repeat([0, 1], [len(inside), len(outside)])
+        both = np.concatenate([inside, outside])
+        assert metrics.auroc(inside, outside) == pytest.approx(roc_auc_score(is_outside, both))
+        reference = average_precision_score(is_outside, both)
+        assert metrics.aupr(inside, outside) == pytest.approx(reference)
+        false, true, _ = roc_curve(is_outside, both, drop_intermediate=False)
+        assert metrics.fpr95(inside, outside) == pytest.approx(false[np.argmax(true >= 0.95)])
+
+
+def test_detection_is_perfect_when_all_others_score_higher_and_worst_when_all_score_lower():
+    low, high = np.linspace(0, 1, 30), np.linspace(2, 3, 20)
+    assert [metrics.auroc(low, high), metrics.aupr(low, high)] == pytest.approx([1, 1])
+    assert metrics.fpr95(low, high) == metrics.auroc(high, low) == 0
+    assert metrics.fpr95(high, low) == 1
+    # The k-th outside image found comes after all 20 inside: precision k / (20 + k).
+    expected = np.mean([k / (20 + k) for k in range(1, 31)])
+    assert metrics.aupr(high, low) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])

@@ -425,24 +425,70 @@ def test_a_name_passed_on_by_another_module_is_followed(small):
 
 # A definition, the scripts that a change of it must rerun, and those that it must not rerun.
 REACH = {
-    "perturbations._ods": ("student perturbed", "teacher logits scores reliability images"),
-    "perturbations.conf_ods_direction": ("student perturbed", "teacher logits scores"),
-    "objectives.distillation_loss": ("student", "teacher logits perturbed scores"),
-    "objectives.cross_entropy": ("teacher student", "logits perturbed scores"),
-    "training.fit": ("teacher student", "logits perturbed scores images"),
-    "metrics.ece": ("scores reliability", "teacher student logits perturbed images table"),
-    "metrics.nll": ("scores teacher student", "logits perturbed images"),
-    "metrics.pairwise_kl": ("scores diversity", "teacher student logits reliability"),
-    "batch_ensemble.BatchEnsembleConv2d": ("student logits", "scores reliability table images"),
-    "networks.PreActivationBlock": ("teacher student logits perturbed", "scores table images"),
-    "studies.parse_network_name": ("teacher student logits", "scores reliability images table"),
-    "studies.Study": ("", "teacher student logits perturbed scores images download"),
-    "images.folder": ("images", "download teacher student logits perturbed scores"),
-    "images.download": ("download", "images teacher student logits scores"),
-    "figures._panels": ("figure", "table scores diversity teacher student"),
-    "tables.to_latex": ("table", "figure scores teacher student"),
-    "provenance.write_hdf5": ("", "images logits perturbed teacher student scores table figure"),
-    "jobs.job": ("", "images logits perturbed teacher student scores table figure"),
+    "perturbations._ods": (
+        "student analyse:perturbed_logits",
+        "teacher logits evaluate:scores evaluate:reliability images",
+    ),
+    "perturbations.conf_ods_direction": (
+        "student analyse:perturbed_logits",
+        "teacher logits evaluate:scores",
+    ),
+    "objectives.distillation_loss": (
+        "student",
+        "teacher logits analyse:perturbed_logits evaluate:scores",
+    ),
+    "objectives.cross_entropy": (
+        "teacher student",
+        "logits analyse:perturbed_logits evaluate:scores",
+    ),
+    "training.fit": ("teacher student", "logits analyse:perturbed_logits evaluate:scores images"),
+    "metrics.ece": (
+        "evaluate:scores evaluate:reliability evaluate:corruptions",
+        "teacher student logits analyse:perturbed_logits images table",
+    ),
+    "metrics.nll": ("evaluate:scores teacher student", "logits analyse:perturbed_logits images"),
+    "metrics.pairwise_kl": (
+        "evaluate:scores evaluate:diversity_students",
+        "teacher student logits evaluate:reliability",
+    ),
+    "batch_ensemble.BatchEnsembleConv2d": (
+        "student logits",
+        "evaluate:scores evaluate:reliability table images",
+    ),
+    "networks.PreActivationBlock": (
+        "teacher student logits analyse:perturbed_logits",
+        "evaluate:scores table images",
+    ),
+    "studies.parse_network_name": (
+        "teacher student logits",
+        "evaluate:scores evaluate:reliability images table",
+    ),
+    "studies.Study": (
+        "",
+        "teacher student logits analyse:perturbed_logits evaluate:scores images download",
+    ),
+    "sources.folder": (
+        "images shifted",
+        "download teacher student logits analyse:perturbed_logits evaluate:scores",
+    ),
+    "downloads.download": ("download", "images shifted teacher student logits evaluate:scores"),
+    "shift.corrupt": ("shifted", "images download teacher student logits evaluate:scores"),
+    "figures._panels": (
+        "figure:reliability",
+        "figure:examples table evaluate:scores teacher student",
+    ),
+    "tables.to_latex": ("table", "figure:de_curve evaluate:scores teacher student"),
+    "provenance.write_hdf5": (
+        "",
+        "images logits analyse:perturbed_logits teacher student evaluate:scores table",
+    ),
+    "analysis.transfer_logits": ("analyse:transfer_logits", "analyse:sweep_logits distances"),
+    "analysis.logit_jacobians": ("distances", "analyse:transfer_logits evaluate:jacobians"),
+    "bootstrap.interval": ("claims evaluate:sweep", "evaluate:scores analyse:sweep_logits table"),
+    "jobs.job": (
+        "",
+        "images logits analyse:perturbed_logits teacher student evaluate:scores table",
+    ),
 }
 
 
@@ -454,8 +500,13 @@ def change(path, name):
     path.write_text(ast.unparse(tree))
 
 
-def digests(scripts):
-    return {name: code_digest(ROOT / f"workflow_scripts/{name}.py") for name in scripts}
+def digests(names):
+    """Digests by `script` or, where a script takes a function by name, `script:function`."""
+    parts = {name: name.partition(":") for name in names}
+    return {
+        name: code_digest(ROOT / f"workflow_scripts/{script}.py", function or None)
+        for name, (script, _, function) in parts.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -465,7 +516,9 @@ def real(tmp_path_factory):
     shutil.copytree(provenance.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(provenance, "PACKAGE", copy)
-        yield copy, digests(path.stem for path in (ROOT / "workflow_scripts").glob("*.py"))
+        named = {name for row in REACH.values() for names in row for name in names.split()}
+        scripts = {path.stem for path in (ROOT / "workflow_scripts").glob("*.py")}
+        yield copy, digests(named | scripts)
 
 
 @pytest.mark.parametrize("definition", REACH)

@@ -39,7 +39,7 @@ def complaint(config):
         read_configuration(config)
     message = str(caught.value)
     assert "\n" not in message
-    assert len(message) < 200
+    assert len(message) < 300
     assert caught.value.__cause__ is None
     assert message.startswith("config.yaml")
     return message
@@ -109,7 +109,7 @@ UNKNOWN_KEYS = [
     ("methods.kd.perturbaton", "ods", "'methods.kd.perturbaton'; did you mean 'perturbation'?"),
     ("methods.ods.lable", "KD", "'methods.ods.lable'; did you mean 'label'?"),
     ("images.colour", "red", "unknown key 'images.colour'; known are source, path, size, train"),
-    ("zzz", 1, "unknown key 'zzz'; known are images, network, members, pool"),
+    ("zzz", 1, "unknown key 'zzz'; known are images, corruptions, out_of_distribution, network"),
 ]
 WRONG_TYPES = [
     ("members", "4"),
@@ -172,7 +172,9 @@ OUT_OF_RANGE = [
     ("methods.kd.eta", -0.1),
 ]
 NO_SUCH_CHOICE = [
-    ("images.source", "mnist", "'digits', 'cifar10', 'cifar100' or 'folder', not \"mnist\""),
+    ("images.source", "mnist", "'svhn', 'tinyimagenet' or 'folder', not \"mnist\""),
+    ("out_of_distribution.source", "mnist", "'tinyimagenet' or 'folder', not \"mnist\""),
+    ("corruptions.source", "c", "'copies' or 'official', not \"c\""),
     ("methods.kd.perturbation", "odz", "'none', 'gaussian', 'ods' or 'conf_ods', not \"odz\""),
     ("methods.kd.objective", "mse", "'cross_entropy', 'one_to_one' or 'ensemble_mean'"),
     ("methods.kd.network", "big", "'batch_ensemble' or 'single'"),
@@ -225,6 +227,16 @@ TOGETHER = [
     ({"student": {"warmup_epochs": 301}}, "student: 'warmup_epochs' is larger than 'epochs'"),
     ({"images": {"source": "folder"}}, "images: 'path' and the source 'folder' need each other"),
     ({"images": {"path": "x"}}, "images: 'path' and the source 'folder' need each other"),
+    ({"out_of_distribution": {"source": "folder"}}, "out_of_distribution: 'path' and the source"),
+    (
+        {"out_of_distribution": {"source": "digits"}},
+        "'out_of_distribution' and 'images' have one source, 'digits'",
+    ),
+    ({"corruptions": {"source": "official"}}, "corruptions of source 'official' need images of"),
+    (
+        {"images": {"source": "cifar10", "test": 100}, "corruptions": {"source": "official"}},
+        "corruptions of source 'official' need images of",
+    ),
     ({"methods": {"a": {"label": "X"}, "b": {"label": "X"}}}, "the label 'X' in 'methods'"),
     ({"methods": {"a": {"label": "DE-4"}}}, "the label 'DE-4' in 'methods' is already taken"),
     ({"methods": {"a": {"label": "teacher"}}}, "the label 'teacher' in 'methods' is already"),

@@ -33,6 +33,9 @@ METHODS = {
 RECIPE = {"epochs": 3, "batch_size": 64, "learning_rate": 0.1, "warmup_epochs": 1}
 TINY = {
     "images": {"source": "digits", "train": 200, "validation": 100, "test": 100},
+    "corruptions": {"images": 20},
+    "out_of_distribution": {"images": 50},
+    "analyses": {"train_images": 100, "jacobian_images": 20},
     "network": {"name": "resnet8", "width": 4},
     "members": 2,
     "pool": 3,
@@ -105,7 +108,7 @@ class Project:
             if rule := re.match(r"(?:local)?rule (\w+):", line):
                 jobs.append(rule[1])
             elif line.startswith("    wildcards: "):
-                values = re.findall(r"(?:network|method|seed)=([^,\s]+)", line)
+                values = re.findall(r"(?:network|method|seed|archive)=([^,\s]+)", line)
                 jobs[-1] = " ".join([jobs[-1], *values])
         return set(jobs) - {"all", "tables"}
 
@@ -126,10 +129,10 @@ def changed(finished, tmp_path):
     return finished.copy(tmp_path / "changed")
 
 
-RENDERED = {"table", *(f"figure_{name}" for name in ("de_curve", "reliability"))}
-RENDERED |= {"figure_diversity_students", "figure_diversity_teachers"}
-FIGURES = {"de_curve", "reliability", "diversity_students", "diversity_teachers"}
-FIGURES |= {"learning_curves", "examples"}
+ON_STUDENTS = {"reliability", "diversity_students", "learning_curves", "jacobians"}
+ON_STUDENTS |= {"corruptions", "out_of_distribution"}
+ON_TEACHERS = {"diversity_teachers", "saturation", "sweep", "transfer"}
+FIGURES = {"de_curve", "examples", *ON_STUDENTS, *ON_TEACHERS}
 
 
 def test_everything_is_made_and_a_second_run_has_nothing_to_do(finished):
@@ -202,10 +205,10 @@ def test_files_say_what_made_them(finished):
 
 def test_the_same_configuration_gives_the_same_bytes(finished, tmp_path):
     again = Project.new(tmp_path / "again")
-    again.run("tables")
+    again.run("tables", "results/tiny/claims.csv", "results/tiny/metrics/corruptions.csv")
     names = [
         str(path.relative_to(again.file("")))
-        for pattern in ("*.safetensors", "*.h5", "*.csv", "*.md", "*.tex")
+        for pattern in ("*.safetensors", "*.h5", "*.csv", "*.md", "*.tex", "*.html")
         for path in again.file("").rglob(pattern)
         if path.name != "history.csv"  # has seconds in it
     ]
@@ -223,12 +226,14 @@ def test_another_eta_for_one_method_reruns_its_students_and_what_follows(changed
     assert changed.planned() == {
         "student kd_conf_ods 0",
         "logits students/kd_conf_ods/0",
+        "shifted_logits students/kd_conf_ods/0",
+        "distances",
         "scores",
-        "reliability",
-        "diversity",
-        "learning_curves",
-        "figure_learning_curves",
-        *RENDERED,
+        "claims",
+        "table",
+        "figure_de_curve",
+        *ON_STUDENTS,
+        *(f"figure_{name}" for name in ON_STUDENTS),
     }
 
 
@@ -266,6 +271,8 @@ def test_a_deleted_figure_is_redrawn_alone(changed):
         ("perturbations.py", "** 0.5 /", "** 0.25 /", {"student kd 0", "perturbed"}, "teacher"),
         ("training.py", "peaks = [", "peaks = [1.0 * ", {"teacher 0", "student be 0"}, "images"),
         ("figures.py", "WIDTH = 6.8", "WIDTH = 6.7", {"figure_examples"}, "scores"),
+        ("bootstrap.py", "LEVEL = 0.95", "LEVEL = 0.9", {"claims", "sweep"}, "figure_examples"),
+        ("analysis.py", "2**22", "2**21", {"distances", "jacobians", "claims"}, "logits"),
     ],
 )
 def test_code_changes_rerun_the_stages_that_use_them(changed, file, old, new, first, untouched):
@@ -340,6 +347,7 @@ def test_the_report_is_one_page_with_every_figure_and_the_table(finished):
     for figure in FIGURES:
         assert f"results/tiny/figures/{figure}.png" in page
     assert "results/tiny/tables/results.html" in page
+    assert "results/tiny/claims.html" in page
 
 
 def test_the_images_of_a_folder_reach_the_table(tmp_path):

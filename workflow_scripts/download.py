@@ -1,5 +1,5 @@
-from ensdistill.images import download
+from ensdistill.downloads import download
 from ensdistill.jobs import job
 
 with job(snakemake):
-    download(snakemake.wildcards.source, snakemake.output[0])
+    download(snakemake.wildcards.archive, snakemake.output[0])

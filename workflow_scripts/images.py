@@ -7,6 +7,6 @@ with job(snakemake):
     write_images(
         snakemake.output[0],
         **images,
-        archive=snakemake.input.get("archive"),
+        archives=snakemake.input.archives,
         attributes=attributes(study=snakemake.wildcards.study, images=images),
     )

@@ -1,0 +1,101 @@
+"""Intervals for means over test images and over student seeds.
+
+Images are resampled with replacement (Efron 1979), the same images for everything that is
+compared. Seeds are few, and resampling three of them would call every fourth difference without
+cause significant; so the error of a mean over seeds follows Student's t distribution instead, and
+its draws are added to the resampled means.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
+
+Array = NDArray[np.float64]
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A quantity for each of R student seeds, as measured and on B resamples of the images."""
+
+    measured: Array
+    """(R,)"""
+    resampled: Array
+    """(B, R)"""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and the ends of its interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def image_weights(images: int, seed: int = 0, resamples: int = RESAMPLES) -> Array:
+    """Weights (B, N) of each image in each resample; rows sum to 1.
+
+    The same arguments give the same weights, so that comparisons are paired by image.
+    """
+    rng = np.random.default_rng(seed)
+    weights = np.empty((resamples, images))
+    for row in weights:
+        row[:] = np.bincount(rng.integers(images, size=images), minlength=images)
+    weights /= images
+    return weights
+
+
+def mean_of(values: ArrayLike, weights: Array) -> Estimate:
+    """The mean over images of values (N, R) or (N,), one column per seed."""
+    columns = np.asarray(values, dtype=np.float64).reshape(weights.shape[1], -1)
+    return Estimate(columns.mean(0), weights @ columns)
+
+
+def interval(*sides: Estimate, log: bool = False, seed: int = 0) -> Interval:
+    """The mean over seeds of one quantity, or the difference of two, with its 95 % interval.
+
+    The interval is the estimate plus the quantiles of the resampled deviations, each moved by a
+    draw of the seeds' error: the standard error of the mean, or of the difference of means
+    [Welch 1947], times Student's t with Welch and Satterthwaite's degrees of freedom. A side
+    with a single seed adds none, so then the interval speaks of those students only.
+
+    Args:
+        sides: one quantity, or two whose difference (first − second) is wanted.
+        log: take logarithms first and return to the original scale: a geometric mean, or the
+            ratio of two.
+        seed: of the draws.
+
+    Returns:
+        NaN throughout if a value is not finite, or its logarithm is not.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = np.log if log else np.asarray
+        pairs = [(scale(side.measured), scale(side.resampled)) for side in sides]
+        signs = (1, -1)[: len(pairs)]
+        estimate = sum(sign * full.mean() for sign, (full, _) in zip(signs, pairs, strict=True))
+        means = sum(
+            sign * resampled.mean(1) for sign, (_, resampled) in zip(signs, pairs, strict=True)
+        )
+    if not (np.isfinite(estimate) and np.isfinite(means).all()):
+        return Interval(np.nan, np.nan, np.nan)
+    # Centred: an expected calibration error grows by resampling alone. At the median, so that
+    # the estimate lies inside where values are clipped, as Deep Ensemble Equivalents are.
+    deviations = means - np.median(means)
+    repeated = [full for full, _ in pairs if len(full) > 1]
+    variances = [full.var(ddof=1) / len(full) for full in repeated]
+    total = sum(variances)
+    if total > 0:
+        shares = zip(variances, repeated, strict=True)
+        freedom = total**2 / sum(part**2 / (len(full) - 1) for part, full in shares)
+        # Evenly spread over the distribution, in random order: its tails without their chance.
+        ranks = np.random.default_rng(seed).permutation(len(deviations)) + 0.5
+        deviations = deviations + np.sqrt(total) * stdtrit(freedom, ranks / len(deviations))
+    tail = (1 - LEVEL) / 2
+    low, high = estimate + np.quantile(deviations, [tail, 1 - tail])
+    ends = np.array([estimate, low, high])
+    return Interval(*(np.exp(ends) if log else ends).tolist())

@@ -1,0 +1,372 @@
+"""The claims of Nam et al. (2021), each with what this run says of it.
+
+A claim is about one or more quantities. The verdict on each comes from its 95 % interval (see
+`ensdistill.bootstrap`) and from the values that the paper claims for it: `supported` if the whole
+interval lies among them, `not supported` if none of it does, `undecided` otherwise. Most claims
+have a bound on one side only, so that a quantity exactly at the bound is called supported, and
+called not supported, in 2.5 % of runs each.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ensdistill import metrics
+from ensdistill.bootstrap import Estimate, Interval, image_weights, interval, mean_of
+from ensdistill.evaluation import direction_cosines, jacobian_means, read_pool, subsets
+from ensdistill.logits import Split, read_attributes, read_logits
+from ensdistill.metrics import ensemble_probs, pairwise_kl
+from ensdistill.provenance import open_hdf5
+
+MUCH = 2.0
+"""How many times more counts as much more (≫)."""
+UNCHANGED = (0.8, 1.25)
+"""Ratios that count as no change: the usual margin of equivalence studies."""
+MOST = 0.5
+"""The share of a gain that counts as recovering most of it."""
+
+METRICS = {"nll": "NLL", "ece": "ECE", "bs": "Brier score", "acc": "accuracy (%)", "dee": "DEE"}
+"""Of students; lower is better for the first three."""
+LOWER_IS_BETTER = ("nll", "ece", "bs")
+
+Bounds = tuple[float, float]
+
+
+def verdict(found: Interval, claimed: Bounds) -> str:
+    """What an interval says of a claim that a quantity lies strictly within bounds.
+
+    An interval that ends at a bound decides nothing: two methods whose DEE is clipped to 1 differ
+    by exactly 0.
+    """
+    low, high = claimed
+    if low < found.low and found.high < high:
+        return "supported"
+    return "not supported" if found.high < low or high < found.low else "undecided"
+
+
+class _Page:
+    """Collects rows."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(
+        self, claim: str, quantity: str, found: Interval, claimed: Bounds, images: int, seeds: int
+    ) -> None:
+        low, high = claimed
+        if np.isinf(low):
+            text = f"< {high:g}"
+        elif np.isinf(high):
+            text = f"> {low:g}"
+        else:
+            text = f"{low:g} to {high:g}"
+        self.rows.append(
+            {
+                "claim": claim,
+                "quantity": quantity,
+                "estimate": found.estimate,
+                "low": found.low,
+                "high": found.high,
+                "verdict": verdict(found, claimed),
+                "n": images,
+                "seeds": seeds,
+                "claimed": text,
+            }
+        )
+
+
+def above(bound: float) -> Bounds:
+    """All values above a bound."""
+    return bound, np.inf
+
+
+def below(bound: float) -> Bounds:
+    """All values below a bound."""
+    return -np.inf, bound
+
+
+def claims(
+    *,
+    teachers: Sequence[str],
+    students: Mapping[str, Sequence[str]],
+    methods: Mapping[str, Mapping[str, str]],
+    members: int,
+    n_bins: int,
+    perturbed: str,
+    transferred: str,
+    distances: str,
+) -> pd.DataFrame:
+    """Every claim that a study can speak of, in the paper's order.
+
+    Args:
+        teachers: logits files of the whole pool; the first `members` teach.
+        students: logits files of every seed, by label.
+        methods: of each method its label, objective, perturbation and network, as configured.
+        members: M.
+        n_bins: of the calibration error.
+        perturbed, transferred, distances: files of the rules of these names.
+
+    Returns:
+        One row per quantity: claim, quantity, estimate, low, high (95 % interval), verdict, n
+        (images), seeds (students per method; 0 if none are concerned), claimed (the values
+        that support the claim).
+    """
+    page = _Page()
+    _on_teachers(page, teachers[:members], members, perturbed, transferred)
+    systems = _Systems(teachers, students, members, n_bins)
+    kinds = {
+        name: (method["objective"], method["perturbation"], method["network"])
+        for name, method in methods.items()
+    }
+
+    def named(objective: str, *perturbations: str, network: str = "batch_ensemble") -> list[str]:
+        wanted = {(objective, perturbation, network) for perturbation in perturbations}
+        return [methods[name]["label"] for name, kind in kinds.items() if kind in wanted]
+
+    plain = named("one_to_one", "none")[:1]
+    gaussian = named("one_to_one", "gaussian")[:1]
+    diversified = named("one_to_one", "ods", "conf_ods")
+    single = named("ensemble_mean", "none", network="single")[:1]
+    for label in diversified:
+        for other in plain:
+            _more_diverse(page, systems, label, other)
+    for label in diversified:
+        for other in [*plain, *gaussian]:
+            _better(page, systems, f"{label} is better than {other}", label, other)
+    for label, other in zip(
+        named("one_to_one", "conf_ods")[:1], named("one_to_one", "ods")[:1], strict=False
+    ):
+        _better(page, systems, f"{label} is at least as good as {other}", label, other)
+    for label in plain:
+        for other in single:
+            claim = f"{other}, a single student, falls short of {label}"
+            _better(page, systems, claim, label, other)
+    names = {method["label"]: name for name, method in methods.items()}
+    for label in diversified:
+        for other in plain:
+            _nearer_jacobians(page, distances, (label, names[label]), (other, names[other]))
+    for label in students:
+        _recovers(page, systems, label, label in diversified)
+    return pd.DataFrame(page.rows)
+
+
+def _on_teachers(
+    page: _Page, ensemble: Sequence[str], members: int, perturbed: str, transferred: str
+) -> None:
+    """Claims on the teachers' diversity, and on directions that transfer."""
+    with open_hdf5(perturbed) as file:
+        sets = json.loads(file.attrs["sets"])
+        train = {name: pairwise_kl(file[f"{name}/logits"][:], "none") for name in sets}
+    test = pairwise_kl(read_pool(ensemble, "test")[0], "none")
+    on_train = image_weights(len(train["clean"]))
+    clean, on_test = mean_of(train["clean"], on_train), mean_of(test, image_weights(len(test), 1))
+
+    def add(claim: str, quantity: str, sides: Sequence[Estimate], claimed: Bounds, n: int, **how):
+        page.add(claim, quantity, interval(*sides, **how), claimed, n, seeds=0)
+
+    agree = "On training images the teachers agree far more than on test images"
+    ratio = "diversity of the teachers, train ÷ test"
+    add(agree, ratio, (clean, on_test), below(1 / MUCH), len(test), log=True)
+    for name, claim, claimed in (
+        ("gaussian", "Gaussian noise leaves the teachers' diversity unchanged", UNCHANGED),
+        ("ods", "ODS raises the teachers' diversity", above(1)),
+        ("conf_ods", "ConfODS raises the teachers' diversity", above(1)),
+    ):
+        moved = mean_of(train[name], on_train)
+        quantity = f"diversity on train, {NAMES[name]} ÷ clean"
+        add(claim, quantity, (moved, clean), claimed, len(on_train[0]), log=True)
+    with open_hdf5(transferred) as file:
+        still, moved = file["clean/logits"][:], file["ods/logits"][:]
+    weights = image_weights(len(still))
+    for where, sources in (
+        # Of two members one is not the source, and there is no other from which it could differ.
+        ("inside", range(members if members > 2 else 0)),
+        ("outside", range(members, len(moved))),
+    ):
+        if not sources:
+            continue
+        pairs = []
+        for source in sources:
+            others = [member for member in range(members) if member != source]
+            pairs.append([pairwise_kl(x[:, others], "none") for x in (moved[source], still)])
+        means = [mean_of(np.mean(side, axis=0), weights) for side in zip(*pairs, strict=True)]
+        claim = f"ODS directions transfer from a network {where} the ensemble to its members"
+        quantity = "diversity of the other teachers, ODS ÷ clean"
+        add(claim, quantity, means, above(MUCH), len(still), log=True)
+    cosines = direction_cosines(transferred, members)
+    between, noise = (mean_of(cosines[name].mean(1), weights) for name in ("inside", "random"))
+    claim = "ODS directions of different teachers are alike"
+    quantity = "mean cosine between two teachers' directions − between ODS and random ones"
+    add(claim, quantity, (between, noise), above(0), len(still))
+
+
+NAMES = {"gaussian": "Gaussian", "ods": "ODS", "conf_ods": "ConfODS"}
+
+
+class _Systems:
+    """Metrics of the students and of deep ensembles, as measured and resampled by test image."""
+
+    def __init__(
+        self,
+        teachers: Sequence[str],
+        students: Mapping[str, Sequence[str]],
+        members: int,
+        n_bins: int,
+    ):
+        pool, labels = read_pool(teachers, "test")
+        self.images = len(labels)
+        self.weights = image_weights(self.images)
+        self.members = members
+        self.ensemble_parameters = members * int(read_attributes(teachers[0])["parameters"])
+        sizes = [
+            np.stack(
+                [
+                    _per_image(pool[:, list(chosen)], labels)["nll"]
+                    for chosen in subsets(pool.shape[1], size)
+                ]
+            ).mean(0)
+            for size in range(1, pool.shape[1] + 1)
+        ]
+        self.curve = mean_of(np.stack(sizes, axis=1), self.weights)
+        """NLL of deep ensembles; its columns are not seeds but sizes."""
+        self.parameters = {
+            label: int(read_attributes(paths[0])["parameters"]) for label, paths in students.items()
+        }
+        self.metrics = {
+            label: self._measure([read_logits(path, "test") for path in paths], n_bins)
+            for label, paths in students.items()
+        }
+
+    def _measure(self, replicates: Sequence[Split], n_bins: int) -> dict[str, Estimate]:
+        seeds = [_per_image(logits, labels) for logits, labels in replicates]
+        found = {
+            key: mean_of(np.stack([seed[key] for seed in seeds], axis=1), self.weights)
+            for key in seeds[0]
+        }
+        errors = [
+            _calibration_error(logits, labels, n_bins, self.weights)
+            for logits, labels in replicates
+        ]
+        found["ece"] = _beside(errors)
+        found["dee"] = _equivalents(found["nll"], self.curve)
+        return found
+
+
+def _per_image(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, NDArray]:
+    """Values (N,) whose means over images are the metrics."""
+    probs, rows = ensemble_probs(logits), np.arange(len(labels))
+    likelihood = np.clip(probs[rows, labels], metrics.SMALLEST_PROBABILITY, None)
+    error = probs.copy()
+    error[rows, labels] -= 1
+    return {
+        "nll": -np.log(likelihood),
+        "bs": np.square(error).sum(1),
+        "acc": 100.0 * (probs.argmax(1) == labels),
+        "diversity": pairwise_kl(logits, "none"),
+    }
+
+
+def _beside(columns: Sequence[Estimate]) -> Estimate:
+    measured = np.concatenate([column.measured for column in columns])
+    return Estimate(measured, np.concatenate([column.resampled for column in columns], axis=1))
+
+
+def _calibration_error(
+    logits: NDArray[np.float32], labels: NDArray[np.int64], n_bins: int, weights: NDArray
+) -> Estimate:
+    """ECE = Σ_b |mean over images of 1[in bin b]·(correct − confidence)|."""
+    probs = ensemble_probs(logits)
+    gaps = (probs.argmax(1) == labels) - probs.max(1)
+    by_bin = np.zeros((len(labels), n_bins))
+    by_bin[np.arange(len(labels)), metrics.confidence_bins(probs.max(1), n_bins)] = gaps
+    means = mean_of(by_bin, weights)
+    return Estimate(
+        np.abs(means.measured).sum(keepdims=True),
+        np.abs(means.resampled).sum(1, keepdims=True),
+    )
+
+
+def _equivalents(nll: Estimate, curve: Estimate) -> Estimate:
+    """Deep Ensemble Equivalents, the curve resampled with the students."""
+
+    def dee(scores: NDArray, sizes: NDArray) -> list[float]:
+        return [metrics.deep_ensemble_equivalent(score, sizes) for score in scores]
+
+    resampled = [dee(*pair) for pair in zip(nll.resampled, curve.resampled, strict=True)]
+    return Estimate(np.array(dee(nll.measured, curve.measured)), np.array(resampled))
+
+
+def _more_diverse(page: _Page, systems: _Systems, label: str, other: str) -> None:
+    sides = [systems.metrics[name]["diversity"] for name in (label, other)]
+    page.add(
+        f"{label} students are more diverse on test images than {other} students",
+        f"diversity on test, {label} ÷ {other}",
+        interval(*sides, log=True),
+        above(1),
+        systems.images,
+        _seeds(sides),
+    )
+
+
+def _better(page: _Page, systems: _Systems, claim: str, label: str, other: str) -> None:
+    """`label` against `other` by every metric, as differences that are positive if it is better."""
+    for key, title in METRICS.items():
+        names = (other, label) if key in LOWER_IS_BETTER else (label, other)
+        sides = [systems.metrics[name][key] for name in names]
+        quantity = f"{title}, {names[0]} − {names[1]}"
+        found = interval(*sides)
+        page.add(claim, quantity, found, above(0), systems.images, _seeds(sides))
+
+
+def _nearer_jacobians(
+    page: _Page, distances: str, method: tuple[str, str], other: tuple[str, str]
+) -> None:
+    (label, name), (other_label, other_name) = method, other
+    for measure, title, better in (
+        ("error", "relative error of the Jacobians", -1),
+        ("cosine", "cosine of the Jacobians", 1),
+    ):
+        means = jacobian_means(distances, measure)
+        weights = image_weights(len(means[name]))
+        sides = [mean_of(means[wanted], weights) for wanted in (name, other_name)]
+        labels = [label, other_label]
+        ordered, shown = (sides, labels) if better > 0 else (sides[::-1], labels[::-1])
+        page.add(
+            f"{label} brings the students' Jacobians nearer to the teachers' than {other_label}",
+            f"{title}, {shown[0]} − {shown[1]}",
+            interval(*ordered),
+            above(0),
+            len(means[name]),
+            _seeds(sides),
+        )
+
+
+def _recovers(page: _Page, systems: _Systems, label: str, diversified: bool) -> None:
+    """The share of a deep ensemble's gain in NLL, and at what share of its parameters."""
+    size = systems.members
+    curve = systems.curve
+    nll = systems.metrics[label]["nll"]
+
+    def share(student: NDArray, sizes: NDArray) -> NDArray:
+        one, ensemble = sizes[..., :1], sizes[..., size - 1 : size]
+        return (one - student) / (one - ensemble)
+
+    found = Estimate(share(nll.measured, curve.measured), share(nll.resampled, curve.resampled))
+    part = systems.parameters[label] / systems.ensemble_parameters
+    extent = "more" if diversified else "less"
+    page.add(
+        f"{label} recovers {extent} than half of the ensemble's gain",
+        f"share of DE-{size}'s gain in NLL over DE-1, at {100 * part:.0f} % of its parameters",
+        interval(found),
+        above(MOST) if diversified else below(MOST),
+        systems.images,
+        len(nll.measured),
+    )
+
+
+def _seeds(sides: Sequence[Estimate]) -> int:
+    return min(len(side.measured) for side in sides)

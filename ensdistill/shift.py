@@ -1,0 +1,258 @@
+"""Test images under shift, on which uncertainty should grow: shifted.h5.
+
+shifted.h5 has `/corrupted/clean/0`, `/corrupted/<kind>/<severity>` for the 19 `KINDS` at severities
+1 … 5, and `/out_of_distribution`, each with `images` uint8 (N, C, H, W) and `labels` int64 (N,);
+images out of distribution have the label −1.
+"""
+
+import hashlib
+import math
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from ensdistill import InputError
+from ensdistill.downloads import verify
+from ensdistill.images import read_images
+from ensdistill.provenance import open_hdf5, write_hdf5
+from ensdistill.sources import SOURCES, as_array
+
+KINDS = [
+    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur",
+    "zoom_blur", "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate",
+    "jpeg_compression", "speckle_noise", "gaussian_blur", "spatter", "saturate",
+]  # fmt: skip
+"""Kinds of corruption: the benchmark's 15, then its 4 for validation."""
+SEVERITIES = range(1, 6)
+SMALLEST = 32
+"""Side in pixels below which `imagecorruptions` takes no image."""
+SEEDED = {"impulse_noise", "glass_blur"}
+"""Kinds with generators of their own; the others draw from numpy's global one, or nothing."""
+PIECES = 2000
+"""How many pieces of photographs there are."""
+
+
+def write_shifted(
+    output: str | os.PathLike[str],
+    images: str | os.PathLike[str],
+    *,
+    corruptions: dict[str, Any],
+    out_of_distribution: dict[str, Any],
+    seed: int,
+    official: Sequence[str] = (),
+    archives: Sequence[str] = (),
+    attributes: dict[str, Any],
+) -> None:
+    """Write shifted.h5: corrupted test images, and images of other things.
+
+    Args:
+        output: the file to write, whole or not at all.
+        images: images.h5, whose test split is corrupted.
+        corruptions, out_of_distribution: sections of a study.
+        seed: of choices, corruptions and pieces.
+        official: the archive of the `official` corruptions.
+        archives: those of the source of images out of distribution.
+        attributes: what else the file should say of itself.
+
+    Raises:
+        InputError: a source is unusable, or the official corruptions are of other images.
+    """
+    clean, labels = read_images(images, "test")
+    with open_hdf5(images) as file:
+        checksums = {"images": str(file.attrs["sha256"])}
+    chosen = _choice(labels, corruptions["images"], seed)
+    others, checksums["out_of_distribution"] = _others(
+        **out_of_distribution, shape=clean.shape[1:], seed=seed, archives=archives
+    )
+    if corruptions["source"] == "official":
+        (archive,) = official
+        checksums["corruptions"] = verify(archive)
+        corrupted = _official(archive, labels, chosen)
+    else:
+        attributes = {**attributes, "imagecorruptions": version("imagecorruptions-imaug")}
+        corrupted = _copies(clean[chosen], seed)
+
+    def arrays() -> Iterator[tuple[str, NDArray[Any]]]:
+        yield from _named("corrupted/clean/0", clean[chosen], labels[chosen])
+        for kind, severity, copies in corrupted:
+            yield from _named(f"corrupted/{kind}/{severity}", copies, labels[chosen])
+        yield from _named("out_of_distribution", others, np.full(len(others), -1, dtype=np.int64))
+
+    write_hdf5(output, arrays(), {**attributes, "kinds": KINDS, "sha256": checksums})
+
+
+def _named(
+    split: str, images: NDArray[np.uint8], labels: NDArray[np.int64]
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    yield f"{split}/images", images
+    yield f"{split}/labels", labels
+
+
+def _choice(labels: NDArray[np.int64], count: int | None, seed: int) -> NDArray[np.int64]:
+    """Indices of `count` images by seed, the classes' shares kept; of all if there are no more.
+
+    Systematic sampling of a random order within classes: unlike a stratified split it works for
+    any count.
+    """
+    if count is None or count >= len(labels):
+        return np.arange(len(labels))
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    return np.sort(order[np.arange(count) * len(labels) // count])
+
+
+# --- corruptions -----------------------------------------------------------------------------
+
+
+def _copies(images: NDArray[np.uint8], seed: int) -> Iterator[tuple[str, int, NDArray[np.uint8]]]:
+    for kind in KINDS:
+        for severity in SEVERITIES:
+            yield kind, severity, corrupt(images, kind, severity, seed)
+
+
+def corrupt(
+    images: NDArray[np.uint8], kind: str, severity: int, seed: int = 0
+) -> NDArray[np.uint8]:
+    """Corrupted copies of images (N, C, H, W), C being 1 or 3 [Hendrycks & Dietterich 2019].
+
+    Severities are ImageNet-C's, meant for 224 pixels, so copies of CIFAR-10's images are not
+    CIFAR-10-C, whose severities were chosen for 32. Images below 32 pixels are enlarged by a whole
+    factor, corrupted and reduced by averaging; grey ones become RGB and their channels' mean. So
+    `saturate` leaves grey ones as they are, and `pixelate` may leave small ones.
+
+    Args:
+        kind: one of `KINDS`.
+        severity: 1 … 5.
+        seed: of what is random about it; the same seed makes the same copies.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise InputError(
+            f"corrupted copies need OpenCV, which does not load ({error}); on Debian and Ubuntu "
+            "`apt-get install libgl1` gives what it lacks"
+        ) from error
+    _, channels, height, width = images.shape
+    factor = math.ceil(SMALLEST / min(height, width))
+    rng = np.random.default_rng([seed, KINDS.index(kind), severity])
+    copies = np.empty_like(images)
+    # `frost` reads one of six photographs for every image: each once is enough.
+    with _global_seed(rng.integers(2**32)), patch.object(cv2, "imread", cache(cv2.imread)):
+        for image, copy in zip(images, copies, strict=True):
+            large = image.repeat(factor, axis=1).repeat(factor, axis=2).transpose(1, 2, 0)
+            corrupted = _corrupt(large, kind, severity, rng)
+            blocks = corrupted.reshape(height, factor, width, factor, channels, 3 // channels)
+            copy[:] = np.rint(blocks.mean(axis=(1, 3, 5))).transpose(2, 0, 1)
+    return copies
+
+
+def _corrupt(
+    image: NDArray[np.uint8], kind: str, severity: int, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """One image (H, W, 1 or 3) as corrupted RGB (H, W, 3)."""
+    import imagecorruptions
+
+    own = {"seed": int(rng.integers(2**32))} if kind in SEEDED else {}
+    invalid = "raise" if kind == "spatter" else "warn"
+    while True:  # an image on which no drop of spatter fell would turn black by 0/0: drawn anew
+        with suppress(FloatingPointError), np.errstate(invalid=invalid):
+            return imagecorruptions.corrupt(image, severity, kind, **own)
+
+
+@contextmanager
+def _global_seed(seed: int) -> Iterator[None]:
+    """Seed numpy's global generator, from which `imagecorruptions` draws, and give it back."""
+    before = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
+
+
+def _official(
+    archive: str, labels: NDArray[np.int64], chosen: NDArray[np.int64]
+) -> Iterator[tuple[str, int, NDArray[np.uint8]]]:
+    """The chosen images of CIFAR-10-C or CIFAR-100-C, read kind by kind.
+
+    Each kind holds the whole test split five times, by severity.
+    """
+    with open(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+
+        def load(name: str) -> NDArray[Any]:
+            file.seek(tar.getmember(f"{Path(archive).stem}/{name}.npy").offset_data)
+            return np.load(file, allow_pickle=False)
+
+        if not np.array_equal(load("labels"), np.tile(labels, len(SEVERITIES))):
+            raise InputError(f"{archive}: its labels are not those of the study's test images")
+        for kind in KINDS:
+            for severity, images in zip(
+                SEVERITIES, np.split(load(kind), len(SEVERITIES)), strict=True
+            ):
+                yield kind, severity, images[chosen].transpose(0, 3, 1, 2)
+
+
+# --- out of distribution ---------------------------------------------------------------------
+
+
+def _others(
+    *,
+    source: str,
+    path: str | Sequence[str] | None,
+    images: int | None,
+    shape: tuple[int, int, int],
+    seed: int,
+    archives: Sequence[str],
+) -> tuple[NDArray[np.uint8], str]:
+    """Images of `shape` (C, H, W) from another source, and the SHA-256 of what was read."""
+    channels, height, width = shape
+    mode = "L" if channels == 1 else "RGB"
+    if source == "photographs":
+        photographs = load_sample_images().images
+        sha256 = hashlib.sha256(b"".join(photographs)).hexdigest()
+        whole = [Image.fromarray(photograph).convert(mode) for photograph in photographs]
+        pictures = _pieces(whole, width, height, min(images or PIECES, PIECES), seed)
+    else:
+        data = SOURCES[source](
+            source=source,
+            path=path,
+            size=max(height, width),
+            test=None,
+            seed=seed,
+            archives=archives,
+        )
+        pixels, labels = data.test
+        sha256 = data.sha256
+        pictures = (
+            Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+            .convert(mode)
+            .resize((width, height), Image.Resampling.BICUBIC)
+            for image in pixels[_choice(labels, images, seed)]
+        )
+    return as_array(pictures, mode), sha256
+
+
+def _pieces(
+    photographs: Sequence[Image.Image], width: int, height: int, count: int, seed: int
+) -> Iterator[Image.Image]:
+    """Pieces at random places, four times the size wanted where there is room, then reduced."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        photograph = photographs[rng.integers(len(photographs))]
+        scale = min(4, photograph.width / width, photograph.height / height)
+        across, down = int(scale * width), int(scale * height)
+        left = int(rng.integers(photograph.width - across + 1))
+        top = int(rng.integers(photograph.height - down + 1))
+        box = (left, top, left + across, top + down)
+        yield photograph.resize((width, height), Image.Resampling.BOX, box)

@@ -1,0 +1,101 @@
+"""Images, folders and archives for tests, and images.h5 made of them."""
+
+import hashlib
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ensdistill import InputError
+from ensdistill.downloads import ARCHIVES, Archive
+from ensdistill.images import write_images
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encode(pixels, ending="png", **options):
+    picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    if ending == "webp":
+        options = {"lossless": True, "exact": True, **options}
+    picture.save(buffer, {"jpg": "JPEG", "tif": "TIFF"}.get(ending, ending.upper()), **options)
+    return buffer.getvalue()
+
+
+def write_tree(root, files):
+    for name, data in files.items():
+        path = Path(root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return str(root)
+
+
+def write_tar(path, files, mode="w"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+def write_zip(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return str(path)
+
+
+def per_class(**classes):
+    """Files of a tree with the same image in train/<class>/0.png and test/<class>/0.png."""
+    return {
+        f"{s}/{label}/0.png": data for label, data in classes.items() for s in ("train", "test")
+    }
+
+
+def good_tree():
+    """Two classes of four training images and one test image."""
+    files = per_class(cat=encode(noise(40, 30, seed=1)), dog=encode(noise(40, 30, seed=2)))
+    for i in (1, 2, 3):
+        files |= {
+            f"train/{label}/{i}.png": encode(noise(40, 30, seed=i)) for label in ("cat", "dog")
+        }
+    return files
+
+
+def md5(data):
+    return hashlib.md5(data).hexdigest()
+
+
+def publish(monkeypatch, path, content):
+    """Write a file that stands for the official archive of its name."""
+    path.write_bytes(content)
+    monkeypatch.setitem(ARCHIVES, path.name, Archive("http://127.0.0.1/", md5(content)))
+    return str(path)
+
+
+def make(output, **options):
+    chosen = {"source": "folder", "train": None, "validation": 1, "test": None, "seed": 0}
+    if options.get("source", "folder") == "folder":
+        chosen["size"] = None
+    write_images(output, attributes={}, **{**chosen, **options})
+
+
+def fails(output, **options):
+    """The one sentence with which `write_images` refuses, having left nothing behind."""
+    before = sorted(output.parent.rglob("*"))
+    with pytest.raises(InputError) as caught:
+        make(output, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "<_io" not in message
+    assert sorted(output.parent.rglob("*")) == before
+    return message

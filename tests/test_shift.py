@@ -1,0 +1,327 @@
+import hashlib
+import io
+import json
+from importlib.metadata import version
+
+import h5py
+import imagecorruptions
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+from sklearn.metrics import pairwise_distances
+
+from ensdistill import InputError, shift
+from ensdistill.images import read_images
+from ensdistill.provenance import write_hdf5
+from ensdistill.shift import KINDS, SEVERITIES, corrupt, write_shifted
+from tests.builders import encode, make, noise, publish, write_tar, write_tree
+
+COPIES = {"source": "copies", "images": 4}
+PHOTOGRAPHS = {"source": "photographs", "path": None, "images": 5}
+SHAPES = [(1, 8, 8), (3, 32, 32), (3, 64, 64), (1, 28, 20)]
+
+
+def photographs(*shape, count=4):
+    """Pieces of a photograph (N, C, H, W)."""
+    channels, height, width = shape
+    whole = load_sample_images().images[1].transpose(2, 0, 1)[:channels]
+    corners = range(60, 60 + 20 * count, 20)
+    return np.stack([whole[:, i : i + height, i : i + width] for i in corners])
+
+
+def images_file(path, images, labels, **attributes):
+    """An images.h5 with just a test split."""
+    arrays = {"test/images": images, "test/labels": np.asarray(labels)}
+    write_hdf5(path, arrays, {"sha256": "of the source", "source": "folder", **attributes})
+    return path
+
+
+def write(tmp_path, images, *, corruptions=COPIES, others=PHOTOGRAPHS, seed=0, **options):
+    path = tmp_path / "shifted.h5"
+    sections = {"corruptions": corruptions, "out_of_distribution": others}
+    write_shifted(path, images, **sections, seed=seed, attributes={"study": "x"}, **options)
+    return path
+
+
+@pytest.fixture
+def uncorrupted(monkeypatch):
+    """For tests of all but the copies."""
+    monkeypatch.setattr(shift, "corrupt", lambda images, *_: images)
+
+
+# --- corrupted copies ------------------------------------------------------------------------
+
+
+def test_the_kinds_are_those_of_the_package():
+    assert imagecorruptions.get_corruption_names("all") == KINDS
+
+
+def all_copies(shape):
+    """Mean squared distance from the images by kind and severity, and a digest of all copies."""
+    images, digest = photographs(*shape), hashlib.sha256()
+    distances = np.zeros((len(KINDS), len(SEVERITIES)))
+    for i, kind in enumerate(KINDS):
+        for j, severity in enumerate(SEVERITIES):
+            copies = corrupt(images, kind, severity)
+            assert copies.shape == images.shape
+            assert copies.dtype == np.uint8
+            digest.update(copies.tobytes())
+            distances[i, j] = ((copies.astype(float) - images) ** 2).mean()
+    return distances, digest.hexdigest()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_copies_keep_the_shape_and_grow_apart_with_severity(shape):
+    distances, _ = all_copies(shape)
+    assert (np.diff(distances.mean(0)) > 0).all()
+    assert (np.diff(distances[:3]) > 0).all()  # noises
+    # What is grey has no saturation, and enlarged pixels survive pixelation.
+    exempt = ["saturate", "pixelate"] if shape[0] == 1 else []
+    assert ((distances > 0).all(1) | np.isin(KINDS, exempt)).all()
+
+
+def test_copies_are_made_by_the_seed_alone_and_numpys_generator_is_given_back():
+    np.random.seed(5)  # noqa: NPY002
+    wanted = np.random.normal(size=3)  # noqa: NPY002
+    np.random.seed(5)  # noqa: NPY002
+    _, first = all_copies((3, 32, 32))
+    np.testing.assert_array_equal(np.random.normal(size=3), wanted)  # noqa: NPY002
+    np.random.seed(6)  # noqa: NPY002
+    assert all_copies((3, 32, 32))[1] == first
+
+
+RANDOM = [
+    "gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "glass_blur", "motion_blur",
+    "snow", "frost", "fog", "elastic_transform", "spatter",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_images_and_seeds_differ_in_what_is_random(kind):
+    same = photographs(3, 32, 32, count=1).repeat(2, axis=0)
+    first, second = corrupt(same, kind, 3)
+    assert (first != second).any()
+    assert (corrupt(same, kind, 3, seed=1)[0] != first).any()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in RANDOM])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8)])
+def test_copies_without_chance_are_the_packages_of_the_enlarged_images(kind, shape):
+    images = photographs(*shape, count=2)
+    factor = 32 // shape[1]
+    for image, copy in zip(images, corrupt(images, kind, 2), strict=True):
+        large = np.kron(image, np.ones((1, factor, factor), np.uint8)).transpose(1, 2, 0)
+        made = Image.fromarray(imagecorruptions.corrupt(large, 2, kind))
+        channels = np.asarray(made).astype(float).transpose(2, 0, 1)
+        if shape[0] == 1:
+            channels = channels.mean(0, keepdims=True)
+        wanted = [
+            np.asarray(Image.fromarray(channel).resize(shape[:0:-1], Image.Resampling.BOX))
+            for channel in channels
+        ]
+        np.testing.assert_allclose(copy, np.stack(wanted), atol=0.501)
+
+
+def test_spatter_without_a_drop_is_drawn_anew():
+    """The package divides by the largest drop, and makes a black image of none: 1 in 100."""
+    images = np.full((400, 3, 32, 32), 255, np.uint8)
+    copies = corrupt(images, "spatter", 1)
+    assert copies.mean((1, 2, 3)).min() > 200
+
+
+# --- shifted.h5 ------------------------------------------------------------------------------
+
+
+def test_shifted_images_have_their_layout_and_attributes(tmp_path):
+    make(tmp_path / "images.h5", source="digits", validation=200, test=100)
+    path = write(tmp_path, tmp_path / "images.h5")
+    clean, labels = read_images(path, "corrupted/clean/0")
+    with h5py.File(path) as file:
+        assert set(file) == {"corrupted", "out_of_distribution"}
+        assert set(file["corrupted"]) == {"clean", *KINDS}
+        for kind in KINDS:
+            assert list(file["corrupted"][kind]) == list("12345")
+        assert json.loads(file.attrs["kinds"]) == KINDS
+        assert file.attrs["study"] == "x"
+        assert file.attrs["imagecorruptions"] == version("imagecorruptions-imaug")
+        checksums = json.loads(file.attrs["sha256"])
+    with h5py.File(tmp_path / "images.h5") as file:
+        assert checksums["images"] == file.attrs["sha256"]
+    assert clean.shape == (4, 1, 8, 8)
+    for kind, severity in [("fog", 1), ("glass_blur", 4), ("impulse_noise", 5)]:
+        copies, same = read_images(path, f"corrupted/{kind}/{severity}")
+        np.testing.assert_array_equal(copies, corrupt(clean, kind, severity))
+        np.testing.assert_array_equal(same, labels)
+    first = path.read_bytes()
+    assert write(tmp_path, tmp_path / "images.h5").read_bytes() == first
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["images.h5", "shifted.h5"]
+
+
+@pytest.mark.parametrize("count", [1, 7, 10, 33, 99, 100, 101, None])
+def test_corrupted_are_a_stratified_choice_of_the_test_images(tmp_path, uncorrupted, count):
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [50, 30, 15, 5]))
+    images = photographs(1, 8, 8, count=1).repeat(100, axis=0)
+    images[:, 0, 0, 0] = np.arange(100)  # what tells them apart
+    source = images_file(tmp_path / "images.h5", images, labels)
+
+    def chosen(seed):
+        path = write(tmp_path, source, corruptions={**COPIES, "images": count}, seed=seed)
+        found, same = read_images(path, "corrupted/clean/0")
+        indices = found[:, 0, 0, 0].astype(int)
+        np.testing.assert_array_equal(same, labels[indices])
+        assert (np.diff(indices) > 0).all()
+        return indices
+
+    indices, wanted = chosen(0), min(count or 100, 100)
+    assert len(indices) == wanted
+    assert (
+        np.abs(
+            np.bincount(labels[indices], minlength=4) - [50, 30, 15, 5] @ np.eye(4) * wanted / 100
+        ).max()
+        < 1
+    )
+    np.testing.assert_array_equal(chosen(0), indices)
+    assert wanted > 50 or set(chosen(1)) != set(indices)
+
+
+def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
+    source = images_file(tmp_path / "images.h5", photographs(1, 8, 8), [0, 1, 0, 1])
+
+    def fail_late(images, kind, severity, seed):
+        if kind == "fog":
+            raise InputError("late")
+        return images
+
+    monkeypatch.setattr(shift, "corrupt", fail_late)
+    with pytest.raises(InputError, match="late"):
+        write(tmp_path, source)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+# --- official corruptions --------------------------------------------------------------------
+
+
+def cifar_c(tmp_path, monkeypatch, labels):
+    """An archive like CIFAR-10-C's, and what it has by kind (5N, 32, 32, 3)."""
+    arrays = {kind: noise(5 * len(labels), 32, 32, 3, seed=i) for i, kind in enumerate(KINDS)}
+    files = {}
+    for name, array in {**arrays, "labels": np.tile(np.array(labels, np.uint8), 5)}.items():
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        files[f"CIFAR-10-C/{name}.npy"] = buffer.getvalue()
+    path = tmp_path / "CIFAR-10-C.tar"
+    write_tar(path, dict(reversed(files.items())))
+    return publish(monkeypatch, path, path.read_bytes()), arrays
+
+
+@pytest.mark.parametrize("count", [2, None])
+def test_official_corruptions_are_the_archives_by_severity(tmp_path, monkeypatch, count):
+    labels = np.array([3, 1, 1, 3, 2])
+    clean = noise(5, 3, 32, 32)
+    source = images_file(tmp_path / "images.h5", clean, labels)
+    archive, arrays = cifar_c(tmp_path, monkeypatch, labels)
+    section = {"source": "official", "images": count}
+    path = write(tmp_path, source, corruptions=section, official=[archive])
+    found, _ = read_images(path, "corrupted/clean/0")
+    chosen = [i for i, image in enumerate(clean) if image.tolist() in found.tolist()]
+    assert len(chosen) == len(found) == (count or 5)
+    for kind in KINDS:
+        for severity in SEVERITIES:
+            images, same = read_images(path, f"corrupted/{kind}/{severity}")
+            rows = arrays[kind][5 * (severity - 1) : 5 * severity]
+            np.testing.assert_array_equal(images, rows[chosen].transpose(0, 3, 1, 2))
+            np.testing.assert_array_equal(same, labels[chosen])
+    with h5py.File(path) as file:
+        checksum = hashlib.sha256((tmp_path / "CIFAR-10-C.tar").read_bytes()).hexdigest()
+        assert json.loads(file.attrs["sha256"])["corruptions"] == checksum
+        assert "imagecorruptions" not in file.attrs
+
+
+@pytest.mark.parametrize("labels", [[3, 1, 1, 3], [3, 1, 1, 2, 3]])
+def test_official_corruptions_of_other_images_are_refused(tmp_path, monkeypatch, labels):
+    source = images_file(tmp_path / "images.h5", noise(len(labels), 3, 32, 32), labels)
+    archive, _ = cifar_c(tmp_path, monkeypatch, [3, 1, 1, 3, 2])
+    with pytest.raises(InputError) as caught:
+        write(tmp_path, source, corruptions={**COPIES, "source": "official"}, official=[archive])
+    assert str(caught.value) == f"{archive}: its labels are not those of the study's test images"
+    assert not (tmp_path / "shifted.h5").exists()
+
+
+def test_a_damaged_archive_of_corruptions_is_refused(tmp_path, monkeypatch):
+    source = images_file(tmp_path / "images.h5", noise(2, 3, 32, 32), [0, 1])
+    archive, _ = cifar_c(tmp_path, monkeypatch, [0, 1])
+    with open(archive, "ab") as file:
+        file.write(b"x")
+    with pytest.raises(InputError, match="not the official CIFAR-10-C"):
+        write(tmp_path, source, corruptions={**COPIES, "source": "official"}, official=[archive])
+
+
+# --- out of distribution ---------------------------------------------------------------------
+
+
+def others(tmp_path, shape, **section):
+    """Images out of distribution for a study of images of a shape."""
+    source = images_file(tmp_path / "images.h5", photographs(*shape), [0, 1, 0, 1])
+    images, labels = read_images(
+        write(tmp_path, source, others={**PHOTOGRAPHS, **section}), "out_of_distribution"
+    )
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [-1] * len(images)
+    assert images.dtype == np.uint8
+    assert images.shape[1:] == shape
+    return images
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 16, 300)])
+def test_photographs_are_pieces_of_four_times_the_size(tmp_path, uncorrupted, shape):
+    images = others(tmp_path, shape, images=3)
+    _, height, width = shape
+    mode = "L" if shape[0] == 1 else "RGB"
+    scale = min(4, 640 / width)
+    kernel = (int(scale * height), int(scale * width))
+    for image in images:
+        # Found at some place of some photograph: its mean there is the mean of the image.
+        sums = []
+        for photograph in load_sample_images().images:
+            whole = np.asarray(Image.fromarray(photograph).convert(mode), float)
+            whole = whole.reshape(*whole.shape[:2], -1).mean(2)
+            table = np.pad(whole.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+            down, across = kernel
+            areas = table[down:, across:] - table[down:, :-across]
+            areas = areas - (table[:-down, across:] - table[:-down, :-across])
+            sums.append(np.abs(areas / down / across - image.mean()).min())
+        assert min(sums) < 0.1
+
+
+@pytest.mark.parametrize(("wanted", "count"), [(7, 7), (None, 2000), (5000, 2000)])
+def test_as_many_photographs_as_wanted(tmp_path, uncorrupted, wanted, count):
+    images = others(tmp_path, (1, 8, 8), images=wanted)
+    assert len(images) == count
+    distances = pairwise_distances(images.reshape(count, -1).astype(float))
+    assert np.median(distances[np.triu_indices(count, 1)]) > 100
+    np.testing.assert_array_equal(images[:7], others(tmp_path, (1, 8, 8), images=7))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 8, 8), (3, 20, 12)])
+def test_another_source_is_brought_to_size_and_channels(tmp_path, uncorrupted, shape):
+    images = others(tmp_path, shape, source="digits", images=20)
+    assert len(images) == 20
+    assert (images == images[:, :1]).all()  # grey in every channel
+    if shape[1:] == (8, 8):
+        digits = np.round(load_digits().images * 255 / 16).astype(np.uint8)
+        known = {digit.tobytes() for digit in digits}
+        assert len({image[0].tobytes() for image in images} & known) == 20
+    assert len(others(tmp_path, shape, source="digits", images=None)) == 1797 // 3
+
+
+def test_a_folder_of_colour_images_of_all_sizes_becomes_grey_ones_of_one_size(
+    tmp_path, uncorrupted
+):
+    colour = np.full((40, 50, 3), [200, 100, 50], np.uint8)
+    files = {f"train/{label}/0.png": encode(noise(9, 9, 3)) for label in "ab"}
+    files |= {"test/a/0.png": encode(colour), "test/b/0.png": encode(colour[:30, :20])}
+    path = write_tree(tmp_path / "tree", files)
+    images = others(tmp_path, (1, 6, 8), source="folder", path=path, images=None)
+    luma = 0.299 * 200 + 0.587 * 100 + 0.114 * 50  # ITU-R 601-2
+    np.testing.assert_allclose(images, np.full((2, 1, 6, 8), luma), atol=1)

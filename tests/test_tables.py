@@ -1,0 +1,221 @@
+"""The results table and the page of claims, as people read them."""
+
+import html
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ensdistill import tables
+from ensdistill.evaluation import METRICS
+
+PUBLISHED = {
+    "source": "Table 1_a & <b> of\n50% more",
+    "scores": {
+        "A": {"acc": 80.0, "nll": 0.789, "bs": 0.28},
+        "DE-2": {"nll": 0.7},
+        "DE-9": {"ece": 1.0},
+    },
+}
+
+
+@pytest.fixture
+def scores():
+    """Two replicates of DE-1 and A, one of DE-2, B and C; C is best and B worst."""
+    rng = np.random.default_rng(0)
+    systems, steps = ["DE-1", "DE-1", "DE-2", "A", "A", "B", "C"], [2, 2, 1, 1, 1, 2, 0]
+    frame = pd.DataFrame(rng.uniform(0.4, 0.6, (7, len(METRICS))), columns=METRICS)
+    frame = frame.add(steps, axis=0).assign(system=systems, parameters=1234567)
+    for metric in ("acc", "dee", "dee_ts"):
+        frame[metric] = 4 - frame[metric]
+    frame["dee_outside"] = [0, 0, 0, 0, 1, -1, 1]
+    frame["dee_ts_outside"] = [0, -1, 0, 0, 0, 0, 0]
+    return frame
+
+
+@pytest.fixture
+def summary(scores):
+    return tables.summarize(scores)
+
+
+@pytest.fixture
+def beside(scores):
+    return tables.summarize(scores, PUBLISHED)
+
+
+def markdown_rows(text):
+    """Cells of every line of a Markdown table, its head first."""
+    lines = text.replace("\N{NO-BREAK SPACE}", " ").splitlines()
+    rows = [re.split(r" (?<!\\)\| ", line[2:-2]) for line in lines if line.startswith("|")]
+    return [rows[0], *rows[2:]]
+
+
+def latex_rows(text):
+    lines = [line[:-3] for line in text.splitlines() if line.endswith(r" \\")]
+    return [re.split(r" (?<!\\)& ", line) for line in lines if "multicolumn" not in line]
+
+
+def html_rows(text):
+    """Cells of every row of a page, without their marks."""
+    rows = re.findall(r"<tr.*?>(.*?)</tr>", text)
+    cells = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row) for row in rows]
+    return [[html.unescape(re.sub("</?[bu]>", "", cell)) for cell in row] for row in cells]
+
+
+FORMATS = [
+    (tables.to_markdown, markdown_rows),
+    (tables.to_latex, latex_rows),
+    (tables.to_html, html_rows),
+]
+
+
+def test_summary_is_mean_and_sample_deviation(scores, summary):
+    summary = summary.set_index("system")
+    assert summary.index.tolist() == ["DE-1", "DE-2", "A", "B", "C"]
+    assert summary["n"].tolist() == [2, 1, 2, 1, 1]
+    for metric in METRICS:
+        first, second = scores[scores.system == "A"][metric]
+        assert summary.loc["A", metric] == pytest.approx((first + second) / 2)
+        expected = abs(first - second) / np.sqrt(2)
+        assert summary.loc["A", f"{metric}_std"] == pytest.approx(expected)
+        assert summary.loc["B", f"{metric}_std"] == 0
+
+
+def test_published_results_and_differences_stand_after_the_others(summary, beside):
+    assert beside.columns[: summary.shape[1]].tolist() == summary.columns.tolist()
+    assert beside.columns[summary.shape[1] :].tolist() == [
+        *("acc_published", "acc_difference", "nll_published", "nll_difference"),
+        *("bs_published", "bs_difference", "published_source"),
+    ]
+    rows = beside.set_index("system")
+    assert rows.loc["A", "nll_difference"] == pytest.approx(rows.loc["A", "nll"] - 0.789)
+    assert rows.loc["DE-2", "nll_published"] == 0.7
+    assert rows["bs_published"].count() == 1
+    assert rows["published_source"].dropna().index.tolist() == ["DE-2", "A"]
+
+
+def test_only_published_results_of_the_tables_systems_count(scores, summary):
+    nothing = {"source": "elsewhere", "scores": {"DE-9": {"ece": 1.0}}}
+    for published in (None, nothing):
+        pd.testing.assert_frame_equal(tables.summarize(scores, published), summary)
+    for show in (tables.to_markdown, tables.to_latex, tables.to_html):
+        shown = show(summary).replace("tr.published", "")
+        assert "published" not in shown.lower()
+
+
+@pytest.mark.parametrize(("show", "read"), FORMATS)
+def test_every_format_has_published_results_under_their_system(beside, show, read):
+    rows = [
+        [re.sub(r"\\textit{(.*)}|↳ |\\quad ", r"\1", cell).replace("$-$", "−") for cell in row]
+        for row in read(show(beside))
+    ]
+    assert {len(row) for row in rows} == {len(tables.COLUMNS) + 3}
+    below = ["published", "ours − published"]
+    assert [row[0] for row in rows[1:]] == ["DE-1", "DE-2", *below, "A", *below, "B", "C"]
+    ours = beside.set_index("system").loc["A"]
+    signed = [f"{ours.acc - 80:+.0f}", f"{ours.nll - 0.789:+.3f}", f"{ours.bs - 0.28:+.2f}"]
+    assert rows[6][1:] == ["", "80", "0.789", "0.28", *[""] * 9]
+    assert rows[7][1:] == ["", *(text.replace("-", "−") for text in signed), *[""] * 9]
+
+
+def test_sources_are_named_and_escaped(beside):
+    assert r"Published: Table 1\_a \& \<b> of 50% more." in tables.to_markdown(beside)
+    latex = tables.to_latex(beside).splitlines()
+    assert latex[-2].endswith(r"{Published: Table 1\_a \& $<$b$>$ of 50\% more.} \\")
+    assert "Published: Table 1_a &amp; &lt;b&gt; of 50% more.</p>" in tables.to_html(beside)
+
+
+def test_markdown_marks_best_and_second_best_student(beside):
+    head, *rows = markdown_rows(tables.to_markdown(beside))
+    rows = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    for column in ("ACC % ↑", "NLL ↓", "ECE, TS ↓", "DEE ↑"):
+        assert re.fullmatch(r"\*\*[^*]+\*\*", rows["C"][column])
+        assert re.fullmatch(r"\*[^*]+\*", rows["A"][column])
+        assert "*" not in rows["B"][column] + rows["DE-2"][column]
+    value = beside.set_index("system").loc["A"]
+    assert rows["A"]["NLL ↓"] == f"*{value.nll:.4f} ± {value.nll_std:.4f}*"
+    assert rows["A"]["Parameters"] == "1,234,567"
+
+
+def test_deep_ensemble_equivalents_outside_the_curve_are_bounds(summary):
+    head, *rows = markdown_rows(tables.to_markdown(summary))
+    found = {row[0]: row[head.index("DEE ↑")].strip("*")[0] for row in rows}
+    assert (found["A"], found["B"], found["C"]) == ("≥", "<", ">")
+    assert rows[0][head.index("DEE, TS ↑")][0] == "≤"
+
+
+@pytest.mark.parametrize(
+    ("show", "read", "expected"),
+    [
+        (*FORMATS[0], r"\*a\|\_100% \& \<i>\\ \$1"),
+        (*FORMATS[1], r"{*}a|\_100\% \& $<$i$>$\textbackslash{} \$1"),
+        (*FORMATS[2], r"*a|_100% & <i>\ $1"),
+    ],
+)
+def test_labels_are_escaped(summary, show, read, expected):
+    summary["system"] = summary["system"].replace("A", r"*a|_100% & <i>\ $1")
+    text = show(summary)
+    rows = read(text)
+    assert rows[3][0] == expected
+    assert {len(row) for row in rows} == {len(tables.COLUMNS) + 3}
+    assert not re.search(r"(?<!\\)<i>", text)
+
+
+def claims_of(*rows):
+    columns = ["claim", "quantity", "estimate", "low", "high", "verdict", "n", "seeds", "claimed"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+CLAIMS = claims_of(
+    ("A is <i>better</i>", "NLL, B − A_1", 0.0087, -0.0261, 0.0494, "undecided", 597, 3, "> 0"),
+    ("A is <i>better</i>", "accuracy | %", 1.5, 0.5, 2.5, "supported", 597, 3, "> 0"),
+    ("Noise is nothing", "ratio", 19.63, 12.69, 31.24, "not supported", 1000, 0, "0.8 to 1.25"),
+    ("Noise is nothing", "other", np.nan, np.nan, np.nan, "undecided", 1, 1, "< 0.5"),
+)
+
+
+@pytest.mark.parametrize(
+    ("show", "read"),
+    [(tables.claims_to_markdown, markdown_rows), (tables.claims_to_html, html_rows)],
+)
+def test_every_claim_is_a_heading_with_its_quantities_under_it(show, read):
+    text = show(CLAIMS, "digits_x")
+    assert not re.search(r"(?<!\\)<i>", text)
+    text = re.sub(r"\\(?!\|)", "", text)
+    rows = [[cell.strip("*").replace("\\", "") for cell in row] for row in read(text)]
+    assert rows[0][:3] == ["Quantity", "Claimed", "Estimate (95 % interval)"]
+    assert rows[0][3:] == ["Verdict", "Images", "Seeds"]
+    assert [row[0] for row in rows if not any(row[1:])] == [
+        "A is <i>better</i>",
+        "Noise is nothing",
+    ]
+    assert [row for row in rows[1:] if any(row[1:])] == [
+        ["NLL, B − A_1", "> 0", "0.0087 (−0.0261 to 0.0494)", "? undecided", "597", "3"],
+        ["accuracy | %", "> 0", "1.50 (0.50 to 2.50)", "✓ supported", "597", "3"],
+        ["ratio", "0.8 to 1.25", "19.6 (12.7 to 31.2)", "✗ not supported", "1,000", ""],
+        ["other", "< 0.5", "undefined", "? undecided", "1", "1"],
+    ]
+    for part in (
+        "Claims of Nam et al. (2021) in the study digits_x",
+        "2 claims on 4 quantities: 1 supported, 1 not supported, 2 undecided.",
+        "2,000 resamples",
+        "is called supported in 2.5 % of runs",
+        "about one in 40 errs by chance",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ((0.0, -0.4083, 0.4233), "0.000 (−0.408 to 0.423)"),
+        ((100.123, 100.101, 100.149), "100.123 (100.101 to 100.149)"),
+        ((-0.0001, -1.26, 2.56), "0.00 (−1.26 to 2.56)"),
+        ((1e-17, -1e-15, 1e-15), "0 (0 to 0)"),
+        ((1234.5, -800.0, 98765.0), "1,234 (−800 to 98,765)"),
+    ],
+)
+def test_estimate_and_interval_have_as_many_decimals_as_they_need(values, expected):
+    claims = claims_of(("claim", "quantity", *values, "undecided", 1, 1, "> 0"))
+    assert html_rows(tables.claims_to_html(claims, "digits"))[2][2] == expected

@@ -1,0 +1,26 @@
+import numpy as np
+import torch
+
+from ensdistill.analysis import jacobian_distances
+from ensdistill.devices import prepare
+from ensdistill.images import read_images
+from ensdistill.jobs import job
+from ensdistill.networks import load_network
+from ensdistill.provenance import attributes, write_hdf5
+
+with job(snakemake):
+    device = prepare(snakemake.threads)
+    teachers = [load_network(path, device) for path in snakemake.input.teachers]
+    # results/<study>/students/<method>/<seed>/weights.safetensors
+    students = {
+        "/".join(path.split("/")[-4:-1]): load_network(path, device)
+        for path in snakemake.input.students
+    }
+    images, labels = read_images(snakemake.input.images, "test")
+    chosen = np.random.default_rng(0).permutation(len(labels))[: snakemake.params.images]
+    arrays = jacobian_distances(teachers, students, torch.from_numpy(images[chosen]).to(device))
+    write_hdf5(
+        snakemake.output[0],
+        {**arrays, "test_index": chosen},
+        attributes(study=snakemake.wildcards.study, device=device.type),
+    )
