@@ -267,6 +267,7 @@ def _per_image(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[s
         "bs": np.square(error).sum(1),
         "acc": 100.0 * (probs.argmax(1) == labels),
         "diversity": pairwise_kl(logits, "none"),
+        "disagreement": 100 * metrics.disagreement(logits),
     }
 
 
@@ -301,15 +302,16 @@ def _equivalents(nll: Estimate, curve: Estimate) -> Estimate:
 
 
 def _more_diverse(page: _Page, systems: _Systems, label: str, other: str) -> None:
-    sides = [systems.metrics[name]["diversity"] for name in (label, other)]
-    page.add(
-        f"{label} students are more diverse on test images than {other} students",
-        f"diversity on test, {label} ÷ {other}",
-        interval(*sides, log=True),
-        above(1),
-        systems.images,
-        _seeds(sides),
-    )
+    """By the divergence, and by a measure that does not fall where students grow less confident."""
+    claim = f"{label} students are more diverse on test images than {other} students"
+    for key, title, sign, bound in (
+        ("diversity", "diversity (KL) on test", "÷", 1),
+        ("disagreement", "pairs of members that disagree on test (%)", "−", 0),
+    ):
+        sides = [systems.metrics[name][key] for name in (label, other)]
+        found = interval(*sides, log=sign == "÷")
+        quantity = f"{title}, {label} {sign} {other}"
+        page.add(claim, quantity, found, above(bound), systems.images, _seeds(sides))
 
 
 def _better(page: _Page, systems: _Systems, claim: str, label: str, other: str) -> None:

@@ -148,6 +148,22 @@ def pairwise_kl(logits: ArrayLike, reduction: Literal["mean", "none"] = "mean") 
     return _reduce((members * own - crossed) / (members * (members - 1)), reduction)
 
 
+def disagreement(logits: ArrayLike) -> Array:
+    """Share of the pairs of members that predict different classes, (N, M, K) → (N,).
+
+    Unlike the divergence it does not fall when members only become less confident. A single
+    member disagrees with none.
+
+    >>> disagreement([[[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]]).round(4).tolist()
+    [0.6667]
+    """
+    logits = np.asarray(logits)
+    members, classes = logits.shape[1:]
+    votes = (logits.argmax(2)[:, :, None] == np.arange(classes)).sum(1)
+    agreeing = (votes * (votes - 1)).sum(1)
+    return 1 - agreeing / (members * (members - 1)) if members > 1 else np.zeros(len(logits))
+
+
 def mutual_information(logits: ArrayLike) -> Array:
     """Of prediction and member: H(p̄) − mean_j H(p_j), in nats: 0 … log M [Houlsby et al. 2011].
 

@@ -138,6 +138,13 @@ def divergence(logits):
     return np.mean([kl(p[:, i], p[:, j], axis=1) for i, j in permutations(range(p.shape[1]), 2)])
 
 
+def differing(logits):
+    """Share of images and pairs of members with different predictions."""
+    pairs = permutations(range(logits.shape[1]), 2)
+    predicted = logits.argmax(2)
+    return np.mean([predicted[:, i] != predicted[:, j] for i, j in pairs])
+
+
 def curve(pool, labels):
     """NLL of deep ensembles of 1, 2 and 3 networks."""
     p = [softmax(logits, axis=1) for logits in pool]
@@ -186,7 +193,10 @@ def test_estimates_are_those_computed_by_hand(world):
         expected[claim] = share
     for name in ("kd_ods", "kd_conf_ods"):
         label = LABELS[name]
-        expected[f"diversity on test, {label} ÷ Plain"] = spread[name] / spread["kd"]
+        expected[f"diversity (KL) on test, {label} ÷ Plain"] = spread[name] / spread["kd"]
+        apart = {x: np.mean([differing(seed) for seed in world.students[x]]) for x in (name, "kd")}
+        disagreement = f"pairs of members that disagree on test (%), {label} − Plain"
+        expected[disagreement] = 100 * (apart[name] - apart["kd"])
         for measure, title in (("error", "relative error"), ("cosine", "cosine")):
             own, plain = (
                 np.mean([world.distances[f"students/{x}/{s}/{measure}"] for s in range(SEEDS[x])])
@@ -240,7 +250,8 @@ CLAIMED = {
     "raises": (1, np.inf, "> 1"),
     "transfer": (2, np.inf, "> 2"),
     "alike": (0, np.inf, "> 0"),
-    "more diverse": (1, np.inf, "> 1"),
+    "more diverse, KL": (1, np.inf, "> 1"),
+    "more diverse, disagree": (0, np.inf, "> 0"),
     "better": (0, np.inf, "> 0"),
     "as good": (0, np.inf, "> 0"),
     "falls short": (0, np.inf, "> 0"),
@@ -252,7 +263,11 @@ CLAIMED = {
 
 def test_verdicts_are_about_the_claimed_values(world):
     for row in world.claims.itertuples():
-        ((low, high, text),) = [bounds for part, bounds in CLAIMED.items() if part in row.claim]
+        ((low, high, text),) = [
+            bounds
+            for parts, bounds in CLAIMED.items()
+            if all(part in f"{row.claim} {row.quantity}" for part in parts.split(", "))
+        ]
         inside = low < row.low and row.high < high
         beyond = row.high < low or row.low > high
         word = "supported" if inside else "not supported" if beyond else "undecided"
@@ -309,7 +324,7 @@ def test_permuted_labels_change_the_verdicts_of_that_method_alone(world, tmp_pat
     assert other.quantity.tolist() == world.claims.quantity.tolist()
     changed = 0
     for before, after in zip(world.claims.itertuples(), other.itertuples(), strict=True):
-        without_labels = "diversity" in before.quantity or "Jacobians" in before.quantity
+        without_labels = "diverse" in before.claim or "Jacobians" in before.claim
         if without_labels or not involves(before, "kd_ods"):
             assert before == after
         else:
@@ -329,7 +344,7 @@ def test_without_a_method_just_its_rows_are_missing(world, tmp_path, methods):
     missing = LABELS.keys() - set(methods)
     kept = [not any(involves(row, name) for name in missing) for row in world.claims.itertuples()]
     assert found.to_dict("list") == world.claims[kept].to_dict("list")
-    assert len(found) == {"kd": 16, "be": 14, "kd_single": 7}[methods[0]]
+    assert len(found) == {"kd": 17, "be": 14, "kd_single": 7}[methods[0]]
 
 
 def test_without_external_teachers_transfer_is_claimed_within_the_ensemble_only(tmp_path):

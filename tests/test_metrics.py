@@ -1,6 +1,7 @@
 """Metrics against scikit-learn, SciPy, torchmetrics and explicit loops."""
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -107,6 +108,12 @@ def test_pairwise_kl_of_equal_or_single_members_is_zero(logits):
 
 def test_pairwise_kl_survives_underflowing_probabilities():
     assert metrics.pairwise_kl([[[0.0, -2000.0], [-2000.0, 0.0]]]) == pytest.approx(2000)
+
+
+def test_disagreement_counts_pairs_that_predict_different_classes(logits):
+    for image, value in zip(logits, metrics.disagreement(logits), strict=True):
+        pairs = list(combinations(image.argmax(1), 2))
+        assert value == pytest.approx(np.mean([a != b for a, b in pairs]))
 
 
 def test_mutual_information_equals_the_loop(logits):
