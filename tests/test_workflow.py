@@ -267,7 +267,7 @@ def test_a_deleted_figure_is_redrawn_alone(changed):
     [
         ("perturbations.py", "# Scaled first", "# First scaled", None, None),
         ("metrics.py", '"""Index of the', '"""The index of the', None, None),
-        ("metrics.py", 'side="left"', 'side="right"', {"scores", "reliability"}, "student"),
+        ("metrics.py", '"left") - 1', '"right") - 1', {"scores", "reliability"}, "student"),
         ("perturbations.py", "** 0.5 /", "** 0.25 /", {"student kd 0", "perturbed"}, "teacher"),
         ("training.py", "peaks = [", "peaks = [1.0 * ", {"teacher 0", "student be 0"}, "images"),
         ("figures.py", "WIDTH = 6.8", "WIDTH = 6.7", {"figure_examples"}, "scores"),
