@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ensdistill.networks import member_logits
-from ensdistill.perturbations import PERTURBATIONS, draw_direction, ods_direction
+from ensdistill.perturbations import PERTURBATIONS, draw_direction, ods_direction, perturb
 
 SETS = ("clean", *PERTURBATIONS)
 
@@ -56,8 +56,9 @@ def perturbed_logits(
         for batch in images.split(batch_size):
             x = batch.float() / 255
             if name != "clean":
-                epsilon = draw_direction(name, teachers, x, temperature, generator)
-                x = (x + eta * epsilon).clamp(0, 1)
+                x = perturb(
+                    name, teachers, x, eta=eta, temperature=temperature, generator=generator
+                )
             logits.append(_answers(teachers, x))
             examples.append(x[: EXAMPLES - sum(map(len, examples))].cpu())
         arrays[f"{name}/logits"] = torch.cat(logits).numpy()
