@@ -12,7 +12,7 @@ from ensdistill.networks import build_network, count_parameters
 from ensdistill.objectives import cross_entropy, student_objective
 from ensdistill.studies import read_configuration
 from ensdistill.training import fit
-from tests.test_workflow import FIGURES, REPOSITORY, Project
+from tests.project import FIGURES, REPOSITORY, Project
 
 STUDIES = read_configuration(yaml.safe_load(Path(REPOSITORY, "config.yaml").read_text())).studies
 SHAPES = {  # channels, side, classes, parameters of a teacher

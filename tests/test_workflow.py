@@ -2,137 +2,21 @@
 
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 from itertools import permutations
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 from PIL import Image
 from scipy.special import softmax
 from scipy.stats import entropy
 from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-REPOSITORY = Path(__file__).parents[1]
-PARTS = ["Snakefile", "rules", "workflow_scripts", "ensdistill", "report", "envs", "profiles"]
-
-METHODS = {
-    "be": {"label": "BE", "objective": "cross_entropy"},
-    "kd_single": {"label": "KD-single", "objective": "ensemble_mean", "network": "single"},
-    "kd": {"label": "KD"},
-    "kd_conf_ods": {"label": "KD+ConfODS", "perturbation": "conf_ods"},
-}
-RECIPE = {"epochs": 3, "batch_size": 64, "learning_rate": 0.1, "warmup_epochs": 1}
-TINY = {
-    "images": {"source": "digits", "train": 200, "validation": 100, "test": 100},
-    "corruptions": {"images": 20},
-    "out_of_distribution": {"images": 50},
-    "analyses": {"train_images": 100, "jacobian_images": 20},
-    "network": {"name": "resnet8", "width": 4},
-    "members": 2,
-    "pool": 3,
-    "student_seeds": 1,
-    "augmentation": {"crop_padding": 1, "flip": False},
-    "teacher": RECIPE,
-    "student": RECIPE,
-    "distillation": {"temperature": 2.0, "eta": "13/255"},
-    "methods": METHODS,
-}
-
-
-class Project:
-    """A copy of the workflow in a folder of its own, with its own library and results."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    @classmethod
-    def new(cls, folder: Path) -> "Project":
-        for part in PARTS:
-            source = REPOSITORY / part
-            copy = shutil.copytree if source.is_dir() else shutil.copy2
-            (folder / part).parent.mkdir(parents=True, exist_ok=True)
-            copy(source, folder / part)
-        project = cls(folder)
-        project.configure({"run": ["tiny"], "studies": {"tiny": TINY}})
-        return project
-
-    def copy(self, folder: Path) -> "Project":
-        shutil.copytree(self.folder, folder)
-        return Project(folder)
-
-    def configure(self, config) -> None:
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-
-    def change(self, *path, value) -> None:
-        """Set one key of the configuration, by its path."""
-        config = yaml.safe_load((self.folder / "config.yaml").read_text())
-        place = config
-        for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = value
-        self.configure(config)
-
-    def edit(self, file, old, new) -> None:
-        text = (self.folder / file).read_text()
-        assert text.count(old) == 1, f"{old!r} is in {file} {text.count(old)} times"
-        (self.folder / file).write_text(text.replace(old, new))
-
-    def snakemake(self, *arguments):
-        environment = {**os.environ, "PYTHONPATH": str(self.folder)}
-        return subprocess.run(
-            [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
-            cwd=self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-
-    def run(self, *arguments):
-        done = self.snakemake(*arguments)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return done
-
-    def planned(self, *arguments) -> set[str]:
-        """What a dry run would make: rules with the network they would make it for."""
-        jobs = []
-        for line in self.run("--dry-run", *arguments).stdout.splitlines():
-            if rule := re.match(r"(?:local)?rule (\w+):", line):
-                jobs.append(rule[1])
-            elif line.startswith("    wildcards: "):
-                values = re.findall(r"(?:network|method|seed|archive)=([^,\s]+)", line)
-                jobs[-1] = " ".join([jobs[-1], *values])
-        return set(jobs) - {"all", "tables"}
-
-    def file(self, name) -> Path:
-        return self.folder / "results" / "tiny" / name
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    project = Project.new(tmp_path_factory.mktemp("finished"))
-    project.run()
-    return project
-
-
-@pytest.fixture
-def changed(finished, tmp_path):
-    """A finished project to be changed at will."""
-    return finished.copy(tmp_path / "changed")
-
-
-ON_STUDENTS = {"reliability", "diversity_students", "learning_curves", "jacobians"}
-ON_STUDENTS |= {"corruptions", "out_of_distribution"}
-ON_TEACHERS = {"diversity_teachers", "saturation", "sweep", "transfer"}
-FIGURES = {"de_curve", "examples", *ON_STUDENTS, *ON_TEACHERS}
+from tests.project import FIGURES, METHODS, ON_STUDENTS, Project
 
 
 def test_everything_is_made_and_a_second_run_has_nothing_to_do(finished):
