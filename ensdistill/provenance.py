@@ -120,24 +120,25 @@ def open_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
 def _check_stored(path: str | os.PathLike[str], *_: int) -> None:
     """Refuse links, the data of other files, and values that would be made up on reading."""
 
-    def check(name: str, link: object) -> None:
+    def fault(name: str, link: object) -> str | None:
         if not isinstance(link, h5py.HardLink):
-            raise ValueError(f"{name!r} is a link")
+            return f"the link {name!r} leads elsewhere"
         dataset = file[name]
         if not isinstance(dataset, h5py.Dataset):
-            return
+            return None
         if dataset.external or dataset.is_virtual:
-            raise ValueError(f"the data of {name!r} are in another file")
+            return f"the data of {name!r} are in another file"
         if dataset.chunks:
             pairs = zip(dataset.shape, dataset.chunks, strict=True)
             whole = dataset.id.get_num_chunks() == prod(-(-side // part) for side, part in pairs)
         else:
             whole = dataset.id.get_storage_size() == dataset.nbytes
-        if not whole or dataset.dtype.hasobject:
-            raise ValueError(f"{name!r} {dataset.shape} is not stored whole")
+        sound = whole and not dataset.dtype.hasobject
+        return None if sound else f"of {name!r} {dataset.shape} not all is stored"
 
     with h5py.File(path) as file:
-        file.visititems_links(check)
+        if found := file.visititems_links(fault):
+            raise ValueError(found)
 
 
 def code_digest(script: str | os.PathLike[str], function: str | None = None) -> str:

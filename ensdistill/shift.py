@@ -191,8 +191,11 @@ def _official(
     with open(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
 
         def load(name: str) -> NDArray[Any]:
-            file.seek(tar.getmember(f"{Path(archive).stem}/{name}.npy").offset_data)
-            return np.load(file, allow_pickle=False)
+            try:
+                file.seek(tar.getmember(f"{Path(archive).stem}/{name}.npy").offset_data)
+                return np.load(file, allow_pickle=False)
+            except (KeyError, OSError, ValueError) as error:
+                raise InputError(f"{archive}: {name}.npy is no array ({error})") from error
 
         if not np.array_equal(load("labels"), np.tile(labels, len(SEVERITIES))):
             raise InputError(f"{archive}: its labels are not those of the study's test images")

@@ -14,7 +14,6 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,6 +30,8 @@ Split = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 PACKED = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 """Endings of archives that a folder of your own images may hold."""
+UNPACKED_BY_THE_PIECE = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+"""Compressions of which zipfile unpacks no more than the size that a member states."""
 GREY_MODES = {"1", "L", "LA", "La"}
 Image.init()
 FORMATS = [name for name in Image.ID if name != "EPS"]
@@ -250,9 +251,13 @@ def _files(roots: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
                         if wanted(entry.filename) and not link:
                             name = f"{root}/{entry.filename}"
                             _check_size(name, entry.file_size)
+                            if (method := entry.compress_type) not in UNPACKED_BY_THE_PIECE:
+                                method = zipfile.compressor_names.get(method, "otherwise")
+                                raise zipfile.BadZipFile(
+                                    f"{entry.filename} is not deflated, but {method}"
+                                )
                             with archive.open(entry) as file:
-                                # In steps: zipfile unpacks the whole of what it reads at a time.
-                                yield name, b"".join(iter(partial(file.read, 4096), b""))
+                                yield name, file.read(entry.file_size)
             else:
                 with tarfile.open(root, tarinfo=_Member) as archive:
                     while member := archive.next():
