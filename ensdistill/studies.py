@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from itertools import islice
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -384,7 +385,9 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
     else:
-        given = json.dumps(first["input"], default=str, ensure_ascii=False)
+        # By the piece: a few aliases in YAML can stand for more than the memory holds.
+        pieces = json.JSONEncoder(default=str, ensure_ascii=False).iterencode(first["input"])
+        given = "".join(islice(pieces, 51))
         given = given if len(given) <= 50 else f"{given[:50]}…"
         message = re.split(" or instance of | after validation", first["msg"])[0]
         message = f"{message[0].lower()}{message[1:]}, not {given}"

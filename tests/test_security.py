@@ -23,6 +23,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from ensdistill import InputError, sources
@@ -32,6 +33,7 @@ from ensdistill.networks import build_network, load_network, read_header, save_n
 from ensdistill.provenance import write_hdf5
 from ensdistill.shift import KINDS, write_shifted
 from ensdistill.sources import SOURCES, folder
+from ensdistill.studies import read_configuration
 from tests.builders import (
     encode,
     fails,
@@ -816,3 +818,25 @@ def test_a_name_that_becomes_a_path_is_a_plain_word(project, name, kind):
     output = planned(project, text)
     sentences = [line for line in output.splitlines() if "config.yaml" in line]
     assert len([line for line in sentences if "should match pattern" in line]) == 1
+
+
+def laughs():
+    """YAML of lists of nine, ten deep: 3.5 billion words in 600 bytes."""
+    lists = ["&a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
+    lists += [f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    return f"[{', '.join(lists)}]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "run: [tiny]\nstudies: {{tiny: {{images: {{source: folder, path: {}}}}}}}",
+        "run: [tiny]\nstudies: {{tiny: {{members: {}}}}}",
+        "run: {}\nstudies: {{tiny: {{}}}}",
+        "run: [tiny]\nstudies: {{tiny: {{}}}}\nmore: {}",
+    ],
+)
+def test_yaml_that_swells_is_refused(project, text):
+    config = yaml.safe_load(text.format(laughs()))
+    assert len(refusal(read_configuration, config)) < 300
+    assert "config.yaml" in planned(project, text.format(laughs()))
