@@ -98,7 +98,7 @@ class Cluster:
     def __exit__(self, *_) -> None:
         if len(self.daemons) == 3:
             self.run("scancel", "--user=root", check=False)
-            self._wait_until(lambda: not self.run("squeue", "-h"), "the last jobs' ends")
+            self.wait_until(lambda: not self.run("squeue", "-h"), "the last jobs' ends")
         for daemon in reversed(self.daemons):
             daemon.terminate()
             daemon.wait(30)
@@ -119,10 +119,10 @@ class Cluster:
         files = [f"--{name}={folder}/munge.{name}" for name in ("socket", "pid", "log", "seed")]
         files = [file.replace("pid=", "pid-file=").replace("log=", "log-file=") for file in files]
         self._daemon("munged", "-F", "-f", f"--key-file={folder}/munge.key", *files)
-        self._wait_until((folder / "munge.socket").exists, "munged")
+        self.wait_until((folder / "munge.socket").exists, "munged")
         self._daemon("slurmctld", "-D", "-i")
         self._daemon("slurmd", "-D", "-N", "node")
-        self._wait_until(lambda: self.run("sinfo", "-h", "-o", "%T", check=False) == "idle", "node")
+        self.wait_until(lambda: self.run("sinfo", "-h", "-o", "%T", check=False) == "idle", "node")
 
     def _daemon(self, *command) -> None:
         with open(self.folder / f"{command[0]}.log", "w") as log:
@@ -137,7 +137,7 @@ class Cluster:
                 )
             )
 
-    def _wait_until(self, true, what) -> None:
+    def wait_until(self, true, what) -> None:
         deadline = time.monotonic() + 30
         while not true():
             if time.monotonic() > deadline or any(d.poll() is not None for d in self.daemons):
