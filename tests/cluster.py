@@ -9,6 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = ("slurmctld", "slurmd", "munged", "mungekey", "sbatch", "srun")
 SBIN = "/usr/sbin:/sbin"
 
@@ -58,7 +60,9 @@ def why_not() -> str | None:
     path = f"{os.environ['PATH']}:{SBIN}"
     if missing := [name for name in PROGRAMS if not shutil.which(name, path=path)]:
         return f"not installed: {', '.join(missing)} (Debian: slurmctld slurmd slurm-client munge)"
-    if Path("/etc/slurm/slurm.conf").exists() or "SLURM_CONF" in os.environ:
+    running = {process.info["name"] for process in psutil.process_iter(["name"])}
+    configured = Path("/etc/slurm/slurm.conf").exists() or "SLURM_CONF" in os.environ
+    if configured or running & {"slurmctld", "slurmd"}:
         return "this machine belongs to a SLURM cluster, which tests leave alone"
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -116,9 +120,9 @@ class Cluster:
             CONFIGURATION.format(host=host, ports=_free_ports(2), folder=folder)
         )
         self.run("mungekey", "--create", f"--keyfile={folder}/munge.key")
-        files = [f"--{name}={folder}/munge.{name}" for name in ("socket", "pid", "log", "seed")]
-        files = [file.replace("pid=", "pid-file=").replace("log=", "log-file=") for file in files]
-        self._daemon("munged", "-F", "-f", f"--key-file={folder}/munge.key", *files)
+        options = ("key-file", "log-file", "pid-file", "seed-file", "socket")
+        files = [f"--{option}={folder}/munge.{option.split('-')[0]}" for option in options]
+        self._daemon("munged", "--foreground", "--force", *files)
         self.wait_until((folder / "munge.socket").exists, "munged")
         self._daemon("slurmctld", "-D", "-i")
         self._daemon("slurmd", "-D", "-N", "node")

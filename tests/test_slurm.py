@@ -13,10 +13,7 @@ import pytest
 from tests.cluster import Cluster, why_not
 from tests.project import METHODS, RECIPE, Project
 
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
-]
+pytestmark = pytest.mark.slurm
 
 PROFILE = ["--workflow-profile", "profiles/slurm"]
 GRES = ["--profile", "profiles/slurm", "--workflow-profile", "profiles/slurm-gres"]
@@ -32,21 +29,42 @@ STUDENT = "results/tiny/students/be/0/weights.safetensors"
 @pytest.fixture(scope="module")
 def cluster():
     pytest.importorskip("snakemake_executor_plugin_slurm")
+    if reason := why_not():
+        pytest.skip(reason)
     with Cluster() as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory):
+def local(cluster, tmp_path_factory):
     """A project whose tables this machine made itself."""
     project = Project.new(tmp_path_factory.mktemp("local"))
     project.run(*TABLES)
     return project
 
 
+def new_project(folder, images_of):
+    """A project that has its images and nothing else."""
+    project = Project.new(folder)
+    project.file("").mkdir(parents=True)
+    project.file("images.h5").write_bytes(images_of.file("images.h5").read_bytes())
+    return project
+
+
 @pytest.fixture(scope="module")
-def submitted(cluster, tmp_path_factory):
-    """A project whose tables the cluster made from nothing."""
+def run_out(cluster, local, tmp_path_factory):
+    """A run that will need second attempts: one minute for two of training, and little memory."""
+    project = new_project(tmp_path_factory.mktemp("run_out"), local)
+    slow(project, epochs=2000)
+    little = ["teacher:runtime=attempt**5", "student:mem_mb=500*attempt**2"]
+    run = start(cluster, project, "--set-resources", *little, "--", TEACHER, STUDENT)
+    yield project, run
+    run.kill()
+
+
+@pytest.fixture(scope="module")
+def submitted(cluster, run_out, tmp_path_factory):
+    """A project whose tables the cluster made from nothing, while the other run goes on."""
     project = Project.new(tmp_path_factory.mktemp("submitted"))
     show_cards(project)
     finish(start(cluster, project, *TABLES))
@@ -55,11 +73,12 @@ def submitted(cluster, tmp_path_factory):
 
 @pytest.fixture
 def untrained(local, tmp_path):
-    """A project that has its images and nothing else."""
-    project = Project.new(tmp_path / "untrained")
-    project.file("").mkdir(parents=True)
-    project.file("images.h5").write_bytes(local.file("images.h5").read_bytes())
-    return project
+    return new_project(tmp_path / "untrained", local)
+
+
+def slow(project, epochs):
+    recipe = {**RECIPE, "epochs": epochs, "batch_size": 8, "learning_rate": 0.01}
+    project.change("studies", "tiny", "teacher", value={**recipe, "validate_every": epochs})
 
 
 def show_cards(project):
@@ -153,28 +172,23 @@ def test_jobs_at_the_same_time_have_different_cards(cluster, submitted):
     assert all(one != other for one, other in together)
 
 
-def test_too_little_time_or_memory_is_enough_at_a_later_attempt(cluster, untrained):
-    # About two minutes of training, and no memory for PyTorch.
-    slow = {**RECIPE, "epochs": 1200, "batch_size": 8, "learning_rate": 0.01}
-    untrained.change("studies", "tiny", "teacher", value={**slow, "validate_every": 1200})
-    little = ["teacher:runtime=attempt**5", "student:mem_mb=500*attempt**2"]
-    finish(start(cluster, untrained, "--set-resources", *little, "--", TEACHER, STUDENT))
-    first, second = jobs_of(cluster, untrained, "teacher")
+def test_too_little_time_or_memory_is_enough_at_a_later_attempt(cluster, run_out):
+    project, run = run_out
+    finish(run)
+    first, second = jobs_of(cluster, project, "teacher")
     assert [asked(job)[2] for job in (first, second)] == ["00:01:00", "00:32:00"]
-    assert first["JobState"] == "TIMEOUT"
-    assert "interrupted by SIGTERM in epoch" in first["log"]
-    epoch = re.search(r"SIGTERM in epoch (\d+)", first["log"])[1]
-    assert f"going on from epoch {epoch}" in untrained.file("logs/teachers/0.log").read_text()
-    assert second["JobState"] == "COMPLETED"
-    first, second = jobs_of(cluster, untrained, "student")
+    assert [job["JobState"] for job in (first, second)] == ["TIMEOUT", "COMPLETED"]
+    assert "error: interrupted by SIGTERM" in first["log"]
+    log = project.file("logs/teachers/0.log").read_text()
+    assert int(re.search(r"going on from epoch (\d+)", log)[1]) > 1
+    first, second = jobs_of(cluster, project, "student")
     assert [asked(job)[1] for job in (first, second)] == [500, 2000]
     assert "exceeded memory limit" in first["log"]
     assert second["JobState"] == "COMPLETED"
 
 
 def test_an_interrupted_run_cancels_its_jobs_and_the_next_goes_on(cluster, untrained):
-    slow = {**RECIPE, "epochs": 600, "batch_size": 8, "learning_rate": 0.01}
-    untrained.change("studies", "tiny", "teacher", value={**slow, "validate_every": 600})
+    slow(untrained, epochs=300)
     run = start(cluster, untrained, TEACHER, SECOND)
     states = [untrained.file(f"teachers/{seed}/state.pt") for seed in (0, 1)]
     deadline = time.monotonic() + 60
@@ -186,8 +200,7 @@ def test_an_interrupted_run_cancels_its_jobs_and_the_next_goes_on(cluster, untra
     run.communicate(timeout=60)
     assert run.returncode != 0
     cluster.wait_until(lambda: not cluster.run("squeue", "-h"), "end of the jobs")
-    jobs = jobs_of(cluster, untrained)
-    assert [job["JobState"] for job in jobs] == ["CANCELLED", "CANCELLED"]
+    assert [job["JobState"] for job in jobs_of(cluster, untrained)] == ["CANCELLED", "CANCELLED"]
     finish(start(cluster, untrained, TEACHER, SECOND))
     for seed in (0, 1):
         log = untrained.file(f"logs/teachers/{seed}.log").read_text()
