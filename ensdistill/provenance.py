@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,7 +176,7 @@ class _Module:
     """The parsed top level of a file: its definitions and its imports from this package."""
 
     def __init__(self, path: Path):
-        self.tree = _without_docstrings(ast.parse(path.read_text(encoding="utf-8")))
+        self.tree = _parse(path.read_text(encoding="utf-8"))
         self.definitions: dict[str, list[ast.AST]] = {}
         self.imports: dict[str, tuple[str, str | None]] = {}
         for node in self.tree.body:
@@ -218,8 +219,10 @@ def _defined_names(node: ast.stmt) -> list[str]:
     return [part.id for t in targets for part in ast.walk(t) if isinstance(part, ast.Name)]
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    """The tree without strings that stand alone: docstrings of modules, functions, constants."""
+@cache  # once, not for each script anew
+def _parse(text: str) -> ast.Module:
+    """Code without strings that stand alone: docstrings of modules, functions, constants."""
+    tree = ast.parse(text)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
