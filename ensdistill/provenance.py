@@ -113,7 +113,7 @@ def open_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
 
 
 def code_digest(script: str | os.PathLike[str], function: str | None = None) -> str:
-    """A digest of the library code that a script can reach, blind to comments and docstrings.
+    """A digest of a script and the library code it can reach, blind to comments and docstrings.
 
     Followed are the names that a definition mentions, from the script's imports through this
     package, so that a changed formula reruns just the stages that use it.
@@ -122,7 +122,8 @@ def code_digest(script: str | os.PathLike[str], function: str | None = None) -> 
         script: a Python file that imports from `ensdistill`.
         function: the one that the script takes by name from a module.
     """
-    reached: dict[tuple[str, str], str] = {}
+    root = _Module(Path(script))
+    reached: dict[tuple[str, str], str] = {("", ""): ast.dump(root.tree)}
     modules: dict[str, _Module] = {}
 
     def module(name: str) -> _Module:
@@ -166,7 +167,6 @@ def code_digest(script: str | os.PathLike[str], function: str | None = None) -> 
         for used in _names(nodes) & owner.definitions.keys():
             reach(name, used)
 
-    root = _Module(Path(script))
     follow(root, root.tree.body)
     text = "\n".join(f"{key}{reached[key]}" for key in sorted(reached))
     return hashlib.sha256(text.encode()).hexdigest()
