@@ -18,21 +18,25 @@ from typing import TYPE_CHECKING, Any
 import h5py
 from numpy.typing import ArrayLike
 
-from ensdistill import InputError, __version__
+from ensdistill import DamagedFile, InputError, __version__
 
 if TYPE_CHECKING:
     import pandas
 
 PACKAGE = Path(__file__).parent
-UNCOUNTED = {"ensdistill", "ensdistill.provenance", "ensdistill.jobs"}
-"""Modules that say what ran and how it failed, but do not change what is computed."""
+UNCOUNTED = {"ensdistill", "ensdistill.provenance", "ensdistill.jobs", "ensdistill.state"}
+"""Modules that say what ran, how it failed and goes on, but do not change what is computed."""
 
 
 @contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; renamed to it on success, removed on failure.
 
-    The temporary name keeps the ending, by which many writers choose their format.
+    The temporary name keeps the ending, by which many writers choose their format. What is renamed
+    is on the disk: a power failure leaves the old file or the new one.
+
+    Raises:
+        OSError: the disk is full, whatever the writer made of that.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,9 +46,25 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except InputError:
+        raise
+    except Exception as error:
+        _check_space(path, error)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _check_space(path: Path, error: Exception) -> None:
+    """Libraries report a full disk or quota in many ways: ask the disk itself."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(bytes(1 << 20))
+    except OSError as full:
+        raise OSError(full.errno, full.strerror, str(path)) from error
 
 
 def _umask() -> int:
@@ -63,6 +83,21 @@ def write_csv(path: str | os.PathLike[str], frame: "pandas.DataFrame") -> None:
     """Write a whole table at full precision, or nothing."""
     with atomic(path) as temporary:
         frame.to_csv(temporary, index=False)
+
+
+def read_csv(path: str | os.PathLike[str], **options: Any) -> "pandas.DataFrame":
+    """Read a table; `options` are those of pandas.
+
+    Raises:
+        DamagedFile: it is none.
+    """
+    import pandas
+
+    try:
+        return pandas.read_csv(path, **options)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise DamagedFile(path, f"damaged, or no table ({reason})") from error
 
 
 def attributes(**known: Any) -> dict[str, Any]:
@@ -100,16 +135,19 @@ def open_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     """Open an HDF5 file for reading.
 
     Raises:
-        InputError: the file is missing, damaged, or lacks what is read inside the block.
+        InputError: the file is missing.
+        DamagedFile: it is damaged, or lacks what is read inside the block.
     """
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file")
     try:
         with h5py.File(path) as file:
             yield file
+    except PermissionError:
+        raise
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).strip("'\"").split())
-        raise InputError(f"{path}: damaged or not what it should be ({reason})") from error
+        raise DamagedFile(path, f"damaged or not what it should be ({reason})") from error
 
 
 def code_digest(script: str | os.PathLike[str], function: str | None = None) -> str:
