@@ -50,7 +50,7 @@ for table, (inputs, settings) in EVALUATIONS.items():
         conda:
             "../envs/ensdistill.yaml"
         params:
-            systems=student_labels,
+            systems=student_labels if "students" in inputs else None,
             settings=settings_of(settings),
             code=code("evaluate", table),
         script:

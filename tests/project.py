@@ -96,13 +96,13 @@ class Project:
         return done
 
     def planned(self, *arguments) -> set[str]:
-        """What a dry run would make: rules with the network they would make it for."""
+        """What a dry run would make: rules, with the study unless tiny, and the network."""
         jobs = []
         for line in self.run("--dry-run", *arguments).stdout.splitlines():
             if rule := re.match(r"(?:local)?rule (\w+):", line):
                 jobs.append(rule[1])
             elif line.startswith("    wildcards: "):
-                values = re.findall(r"(?:network|method|seed|archive)=([^,\s]+)", line)
+                values = re.findall(r"\w+=(?!tiny\b)([^,\s]+)", line)
                 jobs[-1] = " ".join([jobs[-1], *values])
         return set(jobs) - {"all", "tables"}
 
