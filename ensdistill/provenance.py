@@ -5,11 +5,13 @@ Nothing here changes a number, so this module is no part of any stage's code dig
 
 import ast
 import hashlib
+import io
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,14 +121,36 @@ def write_hdf5(
 
     Nested attributes are stored as JSON. Pairs are taken one by one: not all need be in memory.
     """
-    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
-        for key, value in attributes.items():
-            plain = isinstance(value, str | int | float)
-            file.attrs[key] = value if plain else json.dumps(value, default=str)
-        for name, array in arrays.items() if isinstance(arrays, Mapping) else arrays:
-            file.create_dataset(
-                name, data=array, chunks=True, compression="gzip", shuffle=True, fletcher32=True
-            )
+    with atomic(path) as temporary, _PatientFile(temporary, "w+") as disk:
+        with h5py.File(disk, "w") as file:
+            for key, value in attributes.items():
+                plain = isinstance(value, str | int | float)
+                file.attrs[key] = value if plain else json.dumps(value, default=str)
+            for name, array in arrays.items() if isinstance(arrays, Mapping) else arrays:
+                file.create_dataset(
+                    name, data=array, chunks=True, compression="gzip", shuffle=True, fletcher32=True
+                )
+                disk.check(path)
+        disk.check(path)
+
+
+class _PatientFile(io.FileIO):
+    """A file that tells of a failed write when asked: HDF5 crashes if a write fails."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        while rest and not self.failure:
+            try:
+                rest = rest[super().write(rest) :]
+            except OSError as error:
+                self.failure = error
+        return len(data)
+
+    def check(self, path: str | os.PathLike[str]) -> None:
+        if self.failure:
+            raise OSError(self.failure.errno, self.failure.strerror, str(path))
 
 
 @contextmanager
@@ -150,7 +174,7 @@ def open_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
 
 
 def code_digest(script: str | os.PathLike[str], function: str | None = None) -> str:
-    """A digest of the library code that a script can reach, blind to comments and docstrings.
+    """A digest of a script and the library code it can reach, blind to comments and docstrings.
 
     Followed are the names that a definition mentions, from the script's imports through this
     package, so that a changed formula reruns just the stages that use it.
@@ -159,7 +183,8 @@ def code_digest(script: str | os.PathLike[str], function: str | None = None) -> 
         script: a Python file that imports from `ensdistill`.
         function: the one that the script takes by name from a module.
     """
-    reached: dict[tuple[str, str], str] = {}
+    root = _Module(Path(script))
+    reached: dict[tuple[str, str], str] = {("", ""): ast.dump(root.tree)}
     modules: dict[str, _Module] = {}
 
     def module(name: str) -> _Module:
@@ -203,7 +228,6 @@ def code_digest(script: str | os.PathLike[str], function: str | None = None) -> 
         for used in _names(nodes) & owner.definitions.keys():
             reach(name, used)
 
-    root = _Module(Path(script))
     follow(root, root.tree.body)
     text = "\n".join(f"{key}{reached[key]}" for key in sorted(reached))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -213,7 +237,7 @@ class _Module:
     """The parsed top level of a file: its definitions and its imports from this package."""
 
     def __init__(self, path: Path):
-        self.tree = _without_docstrings(ast.parse(path.read_text(encoding="utf-8")))
+        self.tree = _parse(path.read_text(encoding="utf-8"))
         self.definitions: dict[str, list[ast.AST]] = {}
         self.imports: dict[str, tuple[str, str | None]] = {}
         for node in self.tree.body:
@@ -256,8 +280,10 @@ def _defined_names(node: ast.stmt) -> list[str]:
     return [part.id for t in targets for part in ast.walk(t) if isinstance(part, ast.Name)]
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    """The tree without strings that stand alone: docstrings of modules, functions, constants."""
+@cache  # once, not for each script anew
+def _parse(text: str) -> ast.Module:
+    """Code without strings that stand alone: docstrings of modules, functions, constants."""
+    tree = ast.parse(text)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):

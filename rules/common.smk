@@ -50,7 +50,7 @@ def student_labels(wildcards):
 
 @cache
 def code(script, function=None):
-    """A parameter that changes when the library code that a rule's script uses changes.
+    """A parameter that changes when a rule's script or the library code that it uses changes.
 
     `function` is the one that the script takes by name.
     """

@@ -182,7 +182,7 @@ def test_too_little_time_or_memory_is_enough_at_a_later_attempt(cluster, run_out
     log = project.file("logs/teachers/0.log").read_text()
     assert int(re.search(r"going on from epoch (\d+)", log)[1]) > 1
     first, second = jobs_of(cluster, project, "student")
-    assert [asked(job)[1] for job in (first, second)] == [500, 2000]
+    assert [asked(job)[1:3] for job in (first, second)] == [(500, "00:21:00"), (2000, "00:41:00")]
     assert "exceeded memory limit" in first["log"]
     assert second["JobState"] == "COMPLETED"
 
@@ -215,3 +215,12 @@ def test_sites_that_accept_only_gres_are_asked_by_gres(cluster, untrained):
     assert job["TresPerNode"] == "gres:gpu:1"
     assert "TresPerJob" not in job, "--gpus"
     assert re.search(r"^card: \d$", job["log"], re.MULTILINE)
+
+
+def test_downloads_run_where_snakemake_runs(cluster, untrained):
+    script = untrained.folder / "workflow_scripts" / "download.py"
+    script.write_text("open(snakemake.output[0], 'w').write('pretended')\n")
+    archive = "results/downloads/cifar-10-python.tar.gz"
+    finish(start(cluster, untrained, archive))
+    assert (untrained.folder / archive).read_text() == "pretended"
+    assert jobs_of(cluster, untrained) == []

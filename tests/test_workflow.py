@@ -16,7 +16,7 @@ from scipy.stats import entropy
 from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from tests.project import FIGURES, METHODS, ON_STUDENTS, Project
+from tests.project import FIGURES, METHODS, Project
 
 
 def test_everything_is_made_and_a_second_run_has_nothing_to_do(finished):
@@ -103,70 +103,6 @@ def test_the_same_configuration_gives_the_same_bytes(finished, tmp_path):
         finished.file(f"teachers/{seed}/weights.safetensors").read_bytes() for seed in range(3)
     }
     assert len(weights) == 3, "another seed gives other weights"
-
-
-def test_another_eta_for_one_method_reruns_its_students_and_what_follows(changed):
-    changed.change("studies", "tiny", "methods", "kd_conf_ods", "eta", value="20/255")
-    assert changed.planned() == {
-        "student kd_conf_ods 0",
-        "logits students/kd_conf_ods/0",
-        "shifted_logits students/kd_conf_ods/0",
-        "distances",
-        "scores",
-        "claims",
-        "table",
-        "figure_de_curve",
-        *ON_STUDENTS,
-        *(f"figure_{name}" for name in ON_STUDENTS),
-    }
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "expected"),
-    [
-        (["student_seeds"], 2, {f"student {m} 1" for m in METHODS}),
-        (["pool"], 4, {"teacher 3"}),
-        (["methods", "kd", "label"], "KD one-to-one", set()),
-        (["confidence_bins"], 10, set()),
-    ],
-)
-def test_growing_or_relabelling_a_study_retrains_nothing_that_exists(
-    changed, path, value, expected
-):
-    changed.change("studies", "tiny", *path, value=value)
-    jobs = changed.planned()
-    assert {job for job in jobs if job.startswith(("student", "teacher", "images"))} == expected
-    assert "table" in jobs
-
-
-def test_a_deleted_figure_is_redrawn_alone(changed):
-    changed.file("figures/reliability.png").unlink()
-    assert changed.planned() == {"figure_reliability"}
-    changed.run()
-    assert changed.file("figures/reliability.png").exists()
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new", "first", "untouched"),
-    [
-        ("perturbations.py", "# Scaled first", "# First scaled", None, None),
-        ("metrics.py", '"""Index of the', '"""The index of the', None, None),
-        ("metrics.py", '"left") - 1', '"right") - 1', {"scores", "reliability"}, "student"),
-        ("perturbations.py", "** 0.5 /", "** 0.25 /", {"student kd 0", "perturbed"}, "teacher"),
-        ("training.py", "peaks = [", "peaks = [1.0 * ", {"teacher 0", "student be 0"}, "images"),
-        ("figures.py", "WIDTH = 6.8", "WIDTH = 6.7", {"figure_examples"}, "scores"),
-        ("bootstrap.py", "LEVEL = 0.95", "LEVEL = 0.9", {"claims", "sweep"}, "figure_examples"),
-        ("analysis.py", "2**22", "2**21", {"distances", "jacobians", "claims"}, "logits"),
-    ],
-)
-def test_code_changes_rerun_the_stages_that_use_them(changed, file, old, new, first, untouched):
-    changed.edit(f"ensdistill/{file}", old, new)
-    jobs = changed.planned()
-    if first is None:
-        assert jobs == set()
-    else:
-        assert first <= jobs
-        assert not any(job.startswith(untouched) for job in jobs)
 
 
 @pytest.mark.parametrize(
