@@ -68,8 +68,8 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_of_the_same_file_alone
     write_text(tmp_path / "x.txt", "whole")
     names = sorted(path.name for path in tmp_path.iterdir())
     assert len(names) == 3
-    assert names[0].startswith(".x.csv.")
-    assert names[1].startswith(".xy.txt.")
+    assert names[0].startswith(".x.csv-")
+    assert names[1].startswith(".xy.txt-")
     assert names[2] == "x.txt"
 
 
