@@ -4,9 +4,11 @@
 #
 # `snakemake --cores all` makes the studies named under `run` in config.yaml;
 # `snakemake --cores all results/<study>/figures/de_curve.png` makes just what that file needs.
+import os
 from glob import glob
 from pathlib import Path
 
+from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 from snakemake.utils import min_version
 
@@ -59,6 +61,9 @@ rule figures:
 
 
 onstart:
+    results = Path("results")
+    if not os.access(results if results.exists() else ".", os.W_OK):
+        raise WorkflowError(f"{results.absolute()}: this folder cannot be written to")
     if workflow.local_exec and not visible_cards():
         logger.info("No GPU found: everything computes on the CPU.")
 

@@ -15,6 +15,9 @@ from typing import Any
 from ensdistill import DamagedFile, InputError
 from ensdistill.provenance import attributes
 
+MEMORY_IS_FULL = ("can't allocate memory", "could not create a primitive")
+"""What PyTorch says of it on a CPU."""
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal came: SIGTERM from a scheduler, SIGINT from Ctrl-C.
@@ -44,6 +47,9 @@ def job(snakemake: Any) -> Iterator[None]:
     )
     logging.getLogger("ensdistill").setLevel(logging.INFO)
     logging.captureWarnings(True)
+    # What libraries print of their own while they give up.
+    sys.unraisablehook = lambda it: logging.debug("%s", it.err_msg, exc_info=it.exc_value)
+    sys.excepthook = lambda *error: logging.debug("", exc_info=error)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     label = " ".join([snakemake.rule, *snakemake.wildcards])
@@ -59,6 +65,7 @@ def job(snakemake: Any) -> Iterator[None]:
         sentence = _sentence(error)
         if sentence is None:
             logging.exception("unforeseen")
+            sys.excepthook = sys.__excepthook__
             raise
     logging.error(sentence)
     print(f"{label}: error: {sentence}", file=sys.stderr)
@@ -123,7 +130,7 @@ def _sentence(error: Exception) -> str | None:
     # PyTorch's own: of a GPU, which not every stage can name, and of the CPU.
     if type(error).__name__ == "OutOfMemoryError":
         return "the GPU's memory is full: use a smaller batch_size, or a larger GPU"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if isinstance(error, MemoryError) or any(text in str(error) for text in MEMORY_IS_FULL):
         return "the memory is full: give the job more, or use fewer images or a smaller batch_size"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space is left on the disk that holds {error.filename or 'the results'}"

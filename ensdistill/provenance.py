@@ -5,6 +5,7 @@ Nothing here changes a number, so this module is no part of any stage's code dig
 
 import ast
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -120,14 +121,36 @@ def write_hdf5(
 
     Nested attributes are stored as JSON. Pairs are taken one by one: not all need be in memory.
     """
-    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
-        for key, value in attributes.items():
-            plain = isinstance(value, str | int | float)
-            file.attrs[key] = value if plain else json.dumps(value, default=str)
-        for name, array in arrays.items() if isinstance(arrays, Mapping) else arrays:
-            file.create_dataset(
-                name, data=array, chunks=True, compression="gzip", shuffle=True, fletcher32=True
-            )
+    with atomic(path) as temporary, _PatientFile(temporary, "w+") as disk:
+        with h5py.File(disk, "w") as file:
+            for key, value in attributes.items():
+                plain = isinstance(value, str | int | float)
+                file.attrs[key] = value if plain else json.dumps(value, default=str)
+            for name, array in arrays.items() if isinstance(arrays, Mapping) else arrays:
+                file.create_dataset(
+                    name, data=array, chunks=True, compression="gzip", shuffle=True, fletcher32=True
+                )
+                disk.check(path)
+        disk.check(path)
+
+
+class _PatientFile(io.FileIO):
+    """A file that tells of a failed write when asked: HDF5 crashes if a write fails."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        while rest and not self.failure:
+            try:
+                rest = rest[super().write(rest) :]
+            except OSError as error:
+                self.failure = error
+        return len(data)
+
+    def check(self, path: str | os.PathLike[str]) -> None:
+        if self.failure:
+            raise OSError(self.failure.errno, self.failure.strerror, str(path))
 
 
 @contextmanager

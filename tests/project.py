@@ -79,7 +79,7 @@ class Project:
         assert text.count(old) == 1, f"{old!r} is in {file} {text.count(old)} times"
         (self.folder / file).write_text(text.replace(old, new))
 
-    def snakemake(self, *arguments):
+    def snakemake(self, *arguments, **options):
         environment = {**os.environ, "PYTHONPATH": str(self.folder)}
         return subprocess.run(
             [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
@@ -87,6 +87,7 @@ class Project:
             env=environment,
             capture_output=True,
             text=True,
+            **options,
         )
 
     def run(self, *arguments):
@@ -107,3 +108,6 @@ class Project:
 
     def file(self, name) -> Path:
         return self.folder / "results" / "tiny" / name
+
+    def log(self, name) -> str:
+        return self.file(f"logs/{name}.log").read_text()
