@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test lint format
+.PHONY: run test test-slurm lint format
 
 run: .venv/installed ## the studies named under `run` in config.yaml, and a report
 	$(BIN)/snakemake --cores all
@@ -12,6 +12,9 @@ run: .venv/installed ## the studies named under `run` in config.yaml, and a repo
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
+
+test-slurm: .venv/installed-test ## as root, with Debian's slurmctld slurmd slurm-client munge
+	$(BIN)/python -m pytest -m slurm
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
