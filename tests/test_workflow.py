@@ -15,6 +15,7 @@ from scipy.stats import entropy
 from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from ensdistill.devices import visible_cards
 from tests.project import FIGURES, METHODS, Project
 
 
@@ -26,6 +27,7 @@ def test_everything_is_made_and_a_second_run_has_nothing_to_do(finished):
         assert finished.file(f"figures/{figure}.pdf").read_bytes().startswith(b"%PDF")
     assert finished.planned() == set()
     assert not list(finished.folder.rglob("results/**/.*")), "temporary files are left"
+    assert not list(finished.folder.rglob("state.pt")), "states of training are left"
 
 
 def member_logits(project, name, split):
@@ -88,7 +90,8 @@ def test_files_say_what_made_them(finished):
 
 def test_the_same_configuration_gives_the_same_bytes(finished, tmp_path):
     again = Project.new(tmp_path / "again")
-    again.run("tables", "results/tiny/claims.csv", "results/tiny/metrics/corruptions.csv")
+    done = again.run("tables", "results/tiny/claims.csv", "results/tiny/metrics/corruptions.csv")
+    assert done.stderr.count("No GPU found") == (0 if visible_cards() else 1)
     names = [
         str(path.relative_to(again.file("")))
         for pattern in ("*.safetensors", "*.h5", "*.csv", "*.md", "*.tex", "*.html")
