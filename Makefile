@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test test-slurm lint format
+.PHONY: run test test-slurm test-kills lint format
 
 run: .venv/installed ## the studies named under `run` in config.yaml, and a report
 	$(BIN)/snakemake --cores all
@@ -15,6 +15,9 @@ test: .venv/installed-test
 
 test-slurm: .venv/installed-test ## as root, with Debian's slurmctld slurmd slurm-client munge
 	$(BIN)/python -m pytest -m slurm
+
+test-kills: .venv/installed-test ## kill -9 at 30 random moments: some ten minutes
+	$(BIN)/python -m pytest -m kills -s
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

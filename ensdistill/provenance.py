@@ -4,6 +4,7 @@ Nothing here changes a number, so this module is no part of any stage's code dig
 """
 
 import ast
+import glob
 import hashlib
 import io
 import json
@@ -41,7 +42,10 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    prefix = f".{path.name}-"
+    for left in path.parent.glob(f"{glob.escape(prefix)}????????{glob.escape(path.suffix)}"):
+        left.unlink(missing_ok=True)  # by a process that was killed
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:

@@ -146,7 +146,8 @@ def fit(
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["generator"])
-        torch.set_rng_state(saved["rng"])
+        torch.set_rng_state(saved["rng"][0])
+        torch.cuda.set_rng_state_all(saved["rng"][1:])
         history, best, first, begun = (saved[key] for key in ("history", "best", "epoch", "begun"))
         done = len(begun["columns"]["loss"]) if begun else 0
         logger.info("going on from epoch %d, after %d of its steps", first, done)
@@ -159,7 +160,7 @@ def fit(
                     "network": network.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "generator": generator.get_state(),
-                    "rng": torch.get_rng_state(),
+                    "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
                     "history": history,
                     "best": best,
                     "epoch": epoch,
@@ -194,11 +195,8 @@ def fit(
                 optimizer.zero_grad()
                 parts["loss"].backward()
                 optimizer.step()
-                logits = parts.pop("logits")
-                correct = logits.softmax(-1).mean(0).argmax(-1) == y
-                parts["accuracy"] = 100 * correct.float().mean()
-                for name, value in parts.items():
-                    columns[name].append(value.detach())
+                for name, value in _measured(parts, y).items():
+                    columns[name].append(value)
                 signal = interrupted()
                 if signal or time.perf_counter() - saved_at > SAVE_EVERY:
                     save(
@@ -209,7 +207,8 @@ def fit(
                     )
                     saved_at = time.perf_counter()
                 if signal:
-                    raise Interrupted(signal, f"in epoch {epoch}; a rerun goes on from there")
+                    goes_on = "; a rerun goes on from there" if state else ""
+                    raise Interrupted(signal, f"in epoch {epoch}{goes_on}")
             # Looked at once per epoch, so that a GPU is never made to wait.
             stacked = {name: torch.stack(values).cpu() for name, values in columns.items()}
             finite = stacked["loss"].isfinite()
@@ -234,6 +233,14 @@ def fit(
             logger.info(" ".join(f"{name} {value:.5g}" for name, value in row.items()))
     network.load_state_dict(best["network"])
     return history
+
+
+def _measured(parts: dict[str, Tensor], y: Tensor) -> dict[str, Tensor]:
+    """What the history keeps of a step: the loss and its parts, and the accuracy [%]."""
+    logits = parts.pop("logits")
+    correct = logits.softmax(-1).mean(0).argmax(-1) == y
+    parts["accuracy"] = 100 * correct.float().mean()
+    return {name: value.detach() for name, value in parts.items()}
 
 
 def train_network(

@@ -254,3 +254,19 @@ def test_the_table_has_these_rows_and_says_where_nothing_runs():
     reruns = {cells[0]: cells[1] for cells in table[2:]}
     assert list(reruns) == list(ROWS)
     assert [row for row, what in reruns.items() if what.startswith("nothing")] == WITHOUT
+
+
+def test_a_change_can_be_ignored_or_taken_as_made(changed):
+    setting("student", "epochs", value=4)(changed)
+    assert changed.planned("--rerun-triggers", "mtime") == NOTHING
+    changed.run("--touch")
+    assert changed.planned() == NOTHING
+
+
+def test_every_profile_that_takes_the_defaults_place_reruns_alike():
+    files = (REPOSITORY / "profiles").glob("*/profile.yaml")
+    profiles = {file.parent.name: yaml.safe_load(file.read_text()) for file in files}
+    for name, profile in profiles.items():
+        if "rerun-incomplete" in profile:
+            for key in ("rerun-incomplete", "rerun-triggers", "max-checksum-file-size"):
+                assert profile[key] == profiles["default"][key], name
