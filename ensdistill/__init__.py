@@ -9,7 +9,14 @@ __version__ = "0.1.0"
 
 
 class InputError(Exception):
-    """Something given from outside is unusable; one sentence names what and where."""
+    """Something given from outside is unusable; one sentence names what and where.
+
+    What cannot be printed, as in names of files from outside, is written out, line ends too.
+    """
+
+    def __init__(self, sentence: str):
+        signs = (sign if sign.isprintable() else repr(sign)[1:-1] for sign in sentence)
+        super().__init__("".join(signs))
 
 
 class DamagedFile(InputError):

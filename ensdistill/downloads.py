@@ -20,6 +20,8 @@ ATTEMPTS = 3
 """How often a download is tried before it is given up until the next run."""
 TIMEOUT = (10, 60)
 """Seconds to wait for a connection, and for the next bytes."""
+LARGEST = 1 << 32
+"""Bytes that an archive may have; the official ones have at most 2.9e9."""
 BLOCK = 1 << 20
 """Bytes read at a time."""
 
@@ -148,6 +150,9 @@ def _fetch(url: str, part: Path) -> None:
             # The bytes as they are sent: a server may call the file's own compression an encoding.
             for block in response.raw.stream(BLOCK, decode_content=False):
                 bar.update(file.write(block))
+                if file.tell() > LARGEST:
+                    part.unlink()
+                    raise InputError(f"{url}: sends more than {LARGEST:,} bytes")
 
 
 def _reason(error: BaseException) -> str:

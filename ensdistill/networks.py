@@ -234,12 +234,34 @@ def load_network(path: str | os.PathLike[str], device: torch.device | str = "cpu
     """
     header, tensors = _read(path, device)
     try:
-        network = build_network(**header["architecture"])
+        architecture = header["architecture"]
+        _check_shapes(tensors, **architecture)
+        network = build_network(**architecture)
         network.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = _first_line(error)
         raise DamagedFile(path, f"its weights fit no network ({reason})") from error
     return network.to(device).eval().requires_grad_(False)
+
+
+def _check_shapes(
+    tensors: Mapping[str, Tensor], name: str, in_channels: int = 3, **architecture: Any
+) -> None:
+    """Refuse a network that is not the one stored, before it takes memory.
+
+    Raises:
+        ValueError: a tensor has another shape.
+    """
+    stored = {key: tensor.shape for key, tensor in tensors.items()}
+    _, depth, _ = parse_network_name(name)
+    # Even a module without numbers takes memory, and so do the default mean and std.
+    if depth > len(stored) or in_channels not in stored["stem.weight"]:
+        raise ValueError(f"a {name!r} with {in_channels} channels is not what is stored")
+    with torch.device("meta"):
+        network = build_network(name, in_channels=in_channels, **architecture)
+    for key, tensor in network.state_dict().items():
+        if stored[key] != tensor.shape:
+            raise ValueError(f"{key}: {tuple(stored[key])}, not {tuple(tensor.shape)}")
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -260,7 +282,7 @@ def _read(
         raise InputError(f"{path}: no such file") from None
     except PermissionError:
         raise
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, OSError, RecursionError) as error:
         reason = _first_line(error)
         raise DamagedFile(path, f"damaged, or not weights of this package ({reason})") from error
 

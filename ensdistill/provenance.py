@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,18 +164,45 @@ def open_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
 
     Raises:
         InputError: the file is missing.
-        DamagedFile: it is damaged, or lacks what is read inside the block.
+        DamagedFile: it is damaged, shows what is not stored in it, or lacks what is read inside
+            the block.
     """
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file")
     try:
+        known = os.stat(path)
         with h5py.File(path) as file:
+            _check_stored(path, known.st_ino, known.st_size, known.st_mtime_ns)
             yield file
     except PermissionError:
         raise
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).strip("'\"").split())
         raise DamagedFile(path, f"damaged or not what it should be ({reason})") from error
+
+
+@cache  # of many splits each is read by itself
+def _check_stored(path: str | os.PathLike[str], *_: int) -> None:
+    """Refuse links, the data of other files, and values that would be made up on reading."""
+
+    def check(name: str, link: object) -> None:
+        if not isinstance(link, h5py.HardLink):
+            raise ValueError(f"{name!r} is a link")
+        dataset = file[name]
+        if not isinstance(dataset, h5py.Dataset):
+            return
+        if dataset.external or dataset.is_virtual:
+            raise ValueError(f"the data of {name!r} are in another file")
+        if dataset.chunks:
+            pairs = zip(dataset.shape, dataset.chunks, strict=True)
+            whole = dataset.id.get_num_chunks() == prod(-(-side // part) for side, part in pairs)
+        else:
+            whole = dataset.id.get_storage_size() == dataset.nbytes
+        if not whole or dataset.dtype.hasobject:
+            raise ValueError(f"{name!r} {dataset.shape} is not stored whole")
+
+    with h5py.File(path) as file:
+        file.visititems_links(check)
 
 
 def code_digest(script: str | os.PathLike[str], function: str | None = None) -> str:

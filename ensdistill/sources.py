@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,6 +32,16 @@ Split = tuple[NDArray[np.uint8], NDArray[np.int64]]
 PACKED = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 """Endings of archives that a folder of your own images may hold."""
 GREY_MODES = {"1", "L", "LA", "La"}
+Image.init()
+FORMATS = [name for name in Image.ID if name != "EPS"]
+"""What Pillow reads by itself; to read PostScript it would run Ghostscript, that is, a program."""
+LARGEST = 2**28
+"""Bytes of a file that is read as an image; as many has the largest that Pillow takes for one."""
+LONGEST = 2**20
+"""Bytes of a header of a tar archive."""
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+PER_PIXEL = 10
+"""Bytes that a pixel of a folder takes at most: in Pillow's pictures, and in two arrays."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +154,8 @@ def _tiny_images(archive: zipfile.ZipFile, listing: list[tuple[int, int, str]]) 
 def folder(*, path: str | Sequence[str], size: int | None, **_: Any) -> Dataset:
     """Your own images: train/<class>/<name> and test/<class>/<name>, in folders or archives.
 
-    Any format that Pillow reads. If every image is grey there is one channel, else there are
-    three. Archives are read, never unpacked. Images are ordered by class and file name.
+    Any format that Pillow reads by itself. If every image is grey there is one channel, else there
+    are three. Archives are read, never unpacked. Images are ordered by class and file name.
 
     Args:
         path: a directory that holds train/ and test/, or tar/zip archives of them, or a
@@ -154,12 +165,18 @@ def folder(*, path: str | Sequence[str], size: int | None, **_: Any) -> Dataset:
     roots = [Path(root) for root in ([path] if isinstance(path, str) else path)]
     # Each image with what orders it: its class, its file's name and checksum.
     pictures: dict[str, list[tuple[tuple[str, str, str], Image.Image]]] = {"train": [], "test": []}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for name, data in _files(roots):
-            split, label, file = _parts(name)[-3:]
-            key = (label, file, hashlib.sha256(data).hexdigest())
-            pictures[split].append((key, _decode(name, data, size)))
+    pixels, most = 0, MEMORY // PER_PIXEL
+    for name, data in _files(roots):
+        split, label, file = _parts(name)[-3:]
+        key = (label, file, hashlib.sha256(data).hexdigest())
+        picture = _decode(name, data, size)
+        pixels += picture.width * picture.height
+        if pixels > most:
+            raise InputError(
+                f"{name}: with this image there are more than {most:,} pixels, too many for the "
+                "memory of this machine: set a smaller images.size"
+            )
+        pictures[split].append((key, picture))
     for found in pictures.values():
         found.sort(key=itemgetter(0))
     listing = {split: [key for key, _ in found] for split, found in pictures.items()}
@@ -220,6 +237,7 @@ def _files(roots: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
                 # Unlike `**`, `*` also enters linked folders: train/ and its classes may be links.
                 for file in sorted({*root.rglob("*/*"), *root.rglob("*/*/*")}):
                     if wanted(str(file)) and file.is_file():
+                        _check_size(str(file), file.stat().st_size)
                         yield str(file), file.read_bytes()
             else:
                 yield from _files(archives)
@@ -230,12 +248,21 @@ def _files(roots: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
                     for entry in archive.infolist():
                         link = stat.S_ISLNK(entry.external_attr >> 16)
                         if wanted(entry.filename) and not link:
-                            yield f"{root}/{entry.filename}", archive.read(entry)
+                            name = f"{root}/{entry.filename}"
+                            _check_size(name, entry.file_size)
+                            with archive.open(entry) as file:
+                                # In steps: zipfile unpacks the whole of what it reads at a time.
+                                yield name, b"".join(iter(partial(file.read, 4096), b""))
             else:
-                with tarfile.open(root) as archive:
-                    for member in archive:
+                with tarfile.open(root, tarinfo=_Member) as archive:
+                    while member := archive.next():
+                        archive.members, archive.pax_headers = [], {}  # tarfile keeps them all
+                        if archive.offset <= member.offset:
+                            raise tarfile.ReadError("a member ends before it begins")
                         if member.isfile() and wanted(member.name):
-                            yield f"{root}/{member.name}", archive.extractfile(member).read()
+                            name = f"{root}/{member.name}"
+                            _check_size(name, member.size)
+                            yield name, archive.extractfile(member).read()
                     _check_end(archive)
         except (
             tarfile.TarError,
@@ -245,9 +272,32 @@ def _files(roots: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
             EOFError,
             OSError,
             RuntimeError,  # a zip archive with a password
+            ValueError,  # of a tar header that is no number
+            OverflowError,
         ) as error:
             reason = str(error).partition(":\n")[0]
             raise InputError(f"{root}: not a whole tar or zip archive ({reason})") from error
+
+
+class _Member(tarfile.TarInfo):
+    """A tar header, refused where tarfile would read all that it announces, however much."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.size < 0 or (self.size > LONGEST and not self.isfile()):
+            raise tarfile.ReadError(
+                f"a header of {self.size:,} bytes; at most {LONGEST:,} are read"
+            )
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            self._proc_gnusparse_10()
+        return super()._proc_member(archive)
+
+    def _proc_gnusparse_10(self, *_: Any) -> None:
+        raise tarfile.ReadError("it holds a sparse file")
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > LARGEST:
+        raise InputError(f"{name}: has {size:,} bytes; images have at most {LARGEST:,}")
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
@@ -267,9 +317,11 @@ def _parts(name: str) -> tuple[str, ...]:
 def _decode(name: str, data: bytes, size: int | None) -> Image.Image:
     """One image as L, LA or RGB, upright, of the size wanted."""
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            picture.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+                picture = ImageOps.exif_transpose(opened)
+                picture.load()
     except UnidentifiedImageError as error:
         raise InputError(f"{name}: not an image of a known format") from error
     except MemoryError:

@@ -156,6 +156,12 @@ def test_a_wrong_checksum_deletes_the_part_and_keeps_an_older_file(target, serve
     assert target.read_bytes() == CONTENT
 
 
+def test_a_server_that_sends_without_end_is_cut_off(target, server, pauses, monkeypatch):
+    monkeypatch.setattr(downloads, "LARGEST", 2_000_000)
+    assert refused(target).endswith(": sends more than 2,000,000 bytes")
+    assert left(target) == []
+
+
 def test_what_a_server_calls_an_encoding_stays_packed(target, server, pauses):
     server.headers = {"Content-Encoding": "x-gzip"}
     download(NAME, target)
