@@ -99,9 +99,10 @@ class Project:
         """What a dry run would make: rules, with the study unless tiny, and the network."""
         jobs = []
         for line in self.run("--dry-run", *arguments).stdout.splitlines():
+            line = line.strip()  # those of a group are indented
             if rule := re.match(r"(?:local)?rule (\w+):", line):
                 jobs.append(rule[1])
-            elif line.startswith("    wildcards: "):
+            elif line.startswith("wildcards: "):
                 values = re.findall(r"\w+=(?!tiny\b)([^,\s]+)", line)
                 jobs[-1] = " ".join([jobs[-1], *values])
         return set(jobs) - {"all", "tables"}
