@@ -11,7 +11,7 @@ run: .venv/installed ## the studies named under `run` in config.yaml, and a repo
 	@echo "Tables and figures: results/<study>/   Everything on one page: results/report.html"
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test-slurm: .venv/installed-test ## as root, with Debian's slurmctld slurmd slurm-client munge
 	$(BIN)/python -m pytest -m slurm

@@ -15,6 +15,9 @@ from typing import Any
 from ensdistill import DamagedFile, InputError
 from ensdistill.provenance import attributes
 
+ENDINGS = (signal.SIGTERM, signal.SIGINT)
+"""Signals that ask a process to end."""
+
 MEMORY_IS_FULL = ("can't allocate memory", "could not create a primitive")
 """What PyTorch says of it on a CPU."""
 
@@ -50,7 +53,7 @@ def job(snakemake: Any) -> Iterator[None]:
     # What libraries print of their own while they give up.
     sys.unraisablehook = lambda it: logging.debug("%s", it.err_msg, exc_info=it.exc_value)
     sys.excepthook = lambda *error: logging.debug("", exc_info=error)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDINGS:
         signal.signal(number, _interrupt)
     label = " ".join([snakemake.rule, *snakemake.wildcards])
     status = 1
@@ -58,6 +61,8 @@ def job(snakemake: Any) -> Iterator[None]:
         yield
         return
     except Interrupted as interruption:
+        for number in ENDINGS:
+            signal.signal(number, signal.SIG_IGN)
         sentence, status = str(interruption), 128 + interruption.number
     except DamagedFile as error:
         sentence = f"{error}; {_set_aside(error.path)}"
@@ -86,8 +91,8 @@ def deferred_interrupts() -> Iterator[Callable[[], int]]:
     """Let SIGTERM and SIGINT wait until the work inside is at a point where it can be stopped.
 
     Yields:
-        a function that returns the number of the first signal that came, 0 if none has. A second
-        signal acts at once.
+        a function that returns the number of the first signal that came, 0 if none has. A SIGINT
+        after another signal acts at once; a scheduler repeats SIGTERM without meaning more by it.
     """
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # where signals never come
@@ -95,19 +100,16 @@ def deferred_interrupts() -> Iterator[Callable[[], int]]:
         return
 
     def note(number: int, frame: Any) -> None:
+        if came and number == signal.SIGINT:
+            raise Interrupted(number)
         came.append(number)
-        restore()
 
-    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
+    before = {number: signal.signal(number, note) for number in ENDINGS}
     try:
         yield lambda: came[0] if came else 0
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(number: int, frame: Any) -> None:

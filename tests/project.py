@@ -103,7 +103,7 @@ class Project:
             if rule := re.match(r"(?:local)?rule (\w+):", line):
                 jobs.append(rule[1])
             elif line.startswith("wildcards: "):
-                values = re.findall(r"\w+=(?!tiny\b)([^,\s]+)", line)
+                values = re.findall(r"\w+=(?!tiny(?:,|$))([^,\s]+)", line)
                 jobs[-1] = " ".join([jobs[-1], *values])
         return set(jobs) - {"all", "tables"}
 

@@ -330,7 +330,8 @@ def test_training_is_interrupted_and_goes_on(untrained, number, whom):
         untrained.run("--unlock")
     with training(untrained):
         first = epochs_logged(untrained)[0]
-    assert first == done + 1, "no epoch that was finished is trained again"
+    # An epoch is logged once it is saved, so a kill may come in between.
+    assert first in ([done + 1, done + 2] if number == signal.SIGKILL else [done + 1])
 
 
 def test_two_runs_at_once(untrained):
