@@ -145,10 +145,10 @@ def test_only_a_second_ctrl_c_stops_at_once(tmp_path):
         os.kill(os.getpid(), number)
 
     state = TrainingState(tmp_path / "state.pt", "same")
-    with pytest.raises(Interrupted, match="^interrupted by SIGINT$"):
+    with pytest.raises(Interrupted, match=r"^interrupted by SIGINT$"):
         train(state, lambda step: tell_twice(signal.SIGINT))
     assert state.load() is None
-    with pytest.raises(Interrupted, match="^interrupted by SIGTERM in epoch 1; a rerun goes on"):
+    with pytest.raises(Interrupted, match=r"^interrupted by SIGTERM in epoch 1; a rerun goes on"):
         train(state, lambda step: tell_twice(signal.SIGTERM))
     assert state.load()["epoch"] == 1
 
