@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test lint format
+.PHONY: run test test-slurm test-kills lint format
 
 run: .venv/installed ## the studies named under `run` in config.yaml, and a report
 	$(BIN)/snakemake --cores all
@@ -11,7 +11,13 @@ run: .venv/installed ## the studies named under `run` in config.yaml, and a repo
 	@echo "Tables and figures: results/<study>/   Everything on one page: results/report.html"
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+test-slurm: .venv/installed-test ## as root, with Debian's slurmctld slurmd slurm-client munge
+	$(BIN)/python -m pytest -m slurm
+
+test-kills: .venv/installed-test ## kill -9 at 30 random moments: some ten minutes
+	$(BIN)/python -m pytest -m kills -s
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

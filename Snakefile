@@ -4,7 +4,15 @@
 #
 # `snakemake --cores all` makes the studies named under `run` in config.yaml;
 # `snakemake --cores all results/<study>/figures/de_curve.png` makes just what that file needs.
+import os
+from glob import glob
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 from snakemake.utils import min_version
+
+from ensdistill.devices import visible_cards
 
 min_version("9.0")
 
@@ -50,3 +58,18 @@ rule tables:
 rule figures:
     input:
         expand("results/{study}/figures/{figure}.png", study=RUN, figure=FIGURES),
+
+
+onstart:
+    results = Path("results")
+    if not os.access(results if results.exists() else ".", os.W_OK):
+        raise WorkflowError(f"{results.absolute()}: this folder cannot be written to")
+    if workflow.local_exec and not visible_cards():
+        logger.info("No GPU found: everything computes on the CPU.")
+
+
+# What unfinished training would have gone on from; see ensdistill.state.
+onsuccess:
+    for state in glob("results/**/state.pt", recursive=True):
+        if Path(state).with_name("weights.safetensors").exists():
+            Path(state).unlink()

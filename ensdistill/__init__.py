@@ -3,6 +3,8 @@
 Reproduces "Diversity Matters When Learning From Ensembles" (Nam et al., NeurIPS 2021).
 """
 
+import os
+
 __version__ = "0.1.0"
 
 
@@ -15,3 +17,16 @@ class InputError(Exception):
     def __init__(self, sentence: str):
         signs = (sign if sign.isprintable() else repr(sign)[1:-1] for sign in sentence)
         super().__init__("".join(signs))
+
+
+class DamagedFile(InputError):
+    """A file that this workflow made is not what it was; made again it will be.
+
+    Args:
+        path: the file.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path = path

@@ -45,6 +45,10 @@ class TrainingBatches:
         return len(self.labels) // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.epoch()
+
+    def epoch(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """A new epoch without its first batches. All that is random about it is drawn at once."""
         count, on = len(self.labels), {"device": self.labels.device, "generator": self.generator}
         order = torch.randperm(count, **on)
         top, left = torch.randint(self.shifts, (2, count, 1), **on)
@@ -52,10 +56,14 @@ class TrainingBatches:
         across = torch.arange(self.width, device=self.labels.device)
         rows = top + torch.arange(self.height, device=self.labels.device)
         columns = left + (torch.where(mirrored, across.flip(0), across) if self.flip else across)
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            index = order[batch]
+
+        def batch(start: int) -> tuple[Tensor, Tensor]:
+            chosen = slice(start, start + self.batch_size)
+            index = order[chosen]
             pixels = self.padded[
-                index[:, None, None], rows[batch][:, :, None], columns[batch][:, None, :]
+                index[:, None, None], rows[chosen][:, :, None], columns[chosen][:, None, :]
             ]
-            yield pixels.permute(0, 3, 1, 2).float().div_(255), self.labels[index]
+            return pixels.permute(0, 3, 1, 2).float().div_(255), self.labels[index]
+
+        size = self.batch_size
+        return map(batch, range(first * size, len(self) * size, size))

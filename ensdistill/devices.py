@@ -1,77 +1,113 @@
 """The processor a job computes on."""
 
+import atexit
 import logging
 import os
 import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
 from filelock import FileLock, Timeout
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
 _held: list[FileLock] = []
 
 
-def prepare(threads: int) -> torch.device:
-    """A free GPU if there are any, else the CPU with as many threads as Snakemake granted."""
+def prepare(threads: int, resources: Mapping[str, Any]) -> "torch.device":
+    """A free GPU if there are any, else the CPU with as many threads as Snakemake granted.
+
+    Args:
+        threads: for PyTorch on the CPU.
+        resources: of the job; `jobs_per_gpu` (1 unless given) says how many jobs share a card.
+    """
+    card = lease_card(resources.get("jobs_per_gpu", 1))  # before CUDA starts
+    import torch
+
     torch.set_num_threads(threads)
-    card = lease_card()
-    if torch.cuda.is_available():
-        device = torch.device("cuda")
-        logger.info("computing on %s, card %s", torch.cuda.get_device_name(device), card or "0")
-    else:
-        device = torch.device("cpu")
+    if not torch.cuda.is_available():
         logger.info("computing on the CPU, threads: %d", threads)
+        return torch.device("cpu")
+    device = torch.device("cuda")
+    logger.info("computing on %s, card %s", torch.cuda.get_device_name(device), card)
+    atexit.register(_log_peak_memory, device)
     return device
 
 
-def lease_card() -> str | None:
+def lease_card(jobs_per_gpu: int = 1) -> str | None:
     """Make one card this process's only one, and keep others from it until the process ends.
 
     Snakemake counts GPUs but does not assign them. The lease is a file lock, which the kernel
     releases however the process dies. Must run before CUDA starts. Inside a SLURM job the
     scheduler has chosen already.
 
+    Args:
+        jobs_per_gpu: processes that may hold one card at a time.
+
     Returns:
         The card's index or UUID; None where there is nothing to choose.
     """
+    if "SLURM_JOB_ID" in os.environ:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
     cards = visible_cards()
-    if len(cards) < 2 or "SLURM_JOB_ID" in os.environ:
+    if not cards:
         return None
     folder = Path(tempfile.gettempdir(), f"ensdistill-gpus-{os.getuid()}")
     folder.mkdir(exist_ok=True)
     waiting = False
     while True:
-        for card in cards:
-            lock = FileLock(folder / f"{card}.lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            os.environ["CUDA_VISIBLE_DEVICES"] = card
-            _held.append(lock)
-            return card
+        # Every card's first place before any card's second.
+        for place in range(jobs_per_gpu):
+            for card, name in cards.items():
+                lock = FileLock(folder / f"{name}.{place}.lock")
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    continue
+                os.environ["CUDA_VISIBLE_DEVICES"] = card
+                _held.append(lock)
+                return card
         if not waiting:
-            logger.info("waiting for one of the cards %s to be free", ", ".join(cards))
+            sentence = f"waiting for a GPU: other jobs hold {', '.join(cards)}"
+            logger.info(sentence)
+            print(sentence, file=sys.stderr)
             waiting = True
         time.sleep(1)
 
 
-def visible_cards() -> list[str]:
-    """Indices or UUIDs of the GPUs that this process may use."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [card.strip() for card in chosen.split(",") if card.strip()]
+def visible_cards() -> dict[str, str]:
+    """The GPUs that this process may use: index or UUID, and a name that is the same for both."""
     try:
         listing = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+            ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"],
             capture_output=True,
             text=True,
             check=True,
         ).stdout
     except (OSError, subprocess.CalledProcessError):
-        return []
-    return listing.split()
+        listing = ""
+    known = dict(line.split(", ") for line in listing.splitlines())
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return {uuid: uuid for uuid in known.values()}
+    cards: dict[str, str] = {}
+    for card in filter(None, map(str.strip, chosen.split(","))):
+        if card == "-1":  # CUDA ignores what follows
+            break
+        whole = [uuid for uuid in known.values() if uuid.startswith(card)]
+        cards[card] = known.get(card, whole[0] if len(whole) == 1 else card)
+    return cards
+
+
+def _log_peak_memory(device: "torch.device") -> None:
+    import torch
+
+    peak = torch.cuda.max_memory_reserved(device)
+    logger.info("peak GPU memory: %d MiB", peak >> 20)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
-from ensdistill import InputError
+from ensdistill import DamagedFile, InputError
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +73,11 @@ def verify(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of an official archive, known by its file's name and its MD5.
 
     Raises:
-        InputError: the file is missing or not the official one.
+        DamagedFile: the file is missing or not the official one.
     """
     path = Path(path)
     if not path.is_file() or (digests := _digests(path))[0] != ARCHIVES[path.name].md5:
-        raise InputError(f"{path}: not the official {path.name}; delete it to fetch it anew")
+        raise DamagedFile(path, f"not the official {path.name}")
     return digests[1]
 
 

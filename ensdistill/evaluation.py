@@ -20,7 +20,7 @@ from ensdistill import metrics
 from ensdistill.bootstrap import image_weights, interval, mean_of
 from ensdistill.logits import Split, read_attributes, read_logits, splits_of
 from ensdistill.metrics import ensemble_probs, pairwise_kl
-from ensdistill.provenance import open_hdf5
+from ensdistill.provenance import open_hdf5, read_csv
 
 MOST_SUBSETS = 64
 """Of the teacher pool, per ensemble size."""
@@ -456,7 +456,7 @@ def learning_curves(teachers: Sequence[str], students: Students) -> pd.DataFrame
     tables = []
     for label, group in {"teacher": teachers, **students}.items():
         for replicate, path in enumerate(group):
-            tables.append(pd.read_csv(path).assign(system=label, replicate=replicate))
+            tables.append(read_csv(path).assign(system=label, replicate=replicate))
     joined = pd.concat(tables, ignore_index=True)
     who = ["system", "replicate"]
     return joined[who + [column for column in joined if column not in who]]

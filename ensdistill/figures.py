@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ensdistill.metrics import pairwise_kl
-from ensdistill.provenance import atomic, open_hdf5
+from ensdistill.provenance import atomic, open_hdf5, read_csv
 
 WIDTH = 6.8
 """Two columns of a paper, in inches; at this size no text is smaller than 7 points."""
@@ -582,7 +582,7 @@ def out_of_distribution(files: list[str]) -> Figure:
 def _read(path: str) -> pd.DataFrame:
     """A table; what a system is called is text, even if it is 1 or NA."""
     text = {"name": str, "system": str}
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+    return read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
 
 
 def _looks(systems: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -1,20 +1,47 @@
-"""What every workflow script does around its one call: logging, and errors in one sentence."""
+"""What every workflow script does around its one call: logging, signals, errors in one sentence."""
 
 import errno
+import hashlib
 import logging
+import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from ensdistill import InputError
+from ensdistill import DamagedFile, InputError
+from ensdistill.provenance import attributes
+
+ENDINGS = (signal.SIGTERM, signal.SIGINT)
+"""Signals that ask a process to end."""
+
+MEMORY_IS_FULL = ("can't allocate memory", "could not create a primitive")
+"""What PyTorch says of it on a CPU."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came: SIGTERM from a scheduler, SIGINT from Ctrl-C.
+
+    Args:
+        number: of the signal.
+        where: what was interrupted.
+    """
+
+    def __init__(self, number: int, where: str = ""):
+        super().__init__(f"interrupted by {signal.Signals(number).name} {where}".rstrip())
+        self.number = number
 
 
 @contextmanager
 def job(snakemake: Any) -> Iterator[None]:
     """Log to the rule's log file; end with one sentence and exit status 1 on a known failure.
 
-    Anything unforeseen is raised on, its traceback in the log too.
+    On SIGTERM and SIGINT half-written files are removed, and the exit status is 128 more than the
+    signal's number. An input that is found damaged is set aside. Anything unforeseen is raised on,
+    its traceback in the log too.
     """
     logging.basicConfig(
         filename=snakemake.log[0],
@@ -23,27 +50,90 @@ def job(snakemake: Any) -> Iterator[None]:
     )
     logging.getLogger("ensdistill").setLevel(logging.INFO)
     logging.captureWarnings(True)
+    # What libraries print of their own while they give up.
+    sys.unraisablehook = lambda it: logging.debug("%s", it.err_msg, exc_info=it.exc_value)
+    sys.excepthook = lambda *error: logging.debug("", exc_info=error)
+    for number in ENDINGS:
+        signal.signal(number, _interrupt)
     label = " ".join([snakemake.rule, *snakemake.wildcards])
+    status = 1
     try:
         yield
+        return
+    except Interrupted as interruption:
+        for number in ENDINGS:
+            signal.signal(number, signal.SIG_IGN)
+        sentence, status = str(interruption), 128 + interruption.number
+    except DamagedFile as error:
+        sentence = f"{error}; {_set_aside(error.path)}"
     except Exception as error:
         sentence = _sentence(error)
         if sentence is None:
             logging.exception("unforeseen")
+            sys.excepthook = sys.__excepthook__
             raise
-        logging.error(sentence)
-        print(f"{label}: error: {sentence}", file=sys.stderr)
-        sys.exit(1)
+    logging.error(sentence)
+    print(f"{label}: error: {sentence}", file=sys.stderr)
+    sys.exit(status)
+
+
+def fingerprint(snakemake: Any) -> str:
+    """A digest of all that decides what a job makes: its parameters and its inputs' contents."""
+    contents = []
+    for path in snakemake.input:
+        with Path(path).open("rb") as file:
+            contents.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return attributes(inputs=contents, params=dict(snakemake.params.items()))["digest"]
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Callable[[], int]]:
+    """Let SIGTERM and SIGINT wait until the work inside is at a point where it can be stopped.
+
+    Yields:
+        a function that returns the number of the first signal that came, 0 if none has. A SIGINT
+        after another signal acts at once; a scheduler repeats SIGTERM without meaning more by it.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # where signals never come
+        yield lambda: 0
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if came and number == signal.SIGINT:
+            raise Interrupted(number)
+        came.append(number)
+
+    before = {number: signal.signal(number, note) for number in ENDINGS}
+    try:
+        yield lambda: came[0] if came else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise Interrupted(number)
+
+
+def _set_aside(path: str | os.PathLike[str]) -> str:
+    """Move a damaged file away, so that the next run makes it anew; what to tell the user."""
+    try:
+        os.replace(path, f"{path}.damaged")
+    except OSError as error:
+        return f"delete it ({error.strerror}) and make it again: snakemake --cores all {path}"
+    return f"set aside as {path}.damaged, `snakemake --cores all {path}` makes it again"
 
 
 def _sentence(error: Exception) -> str | None:
     """What to tell the user; None if the error was not foreseen."""
     if isinstance(error, InputError):
         return str(error)
-    if isinstance(error, MemoryError):
-        return "the memory is full: give the job more, or use fewer images or a smaller batch_size"
-    if type(error).__name__ == "OutOfMemoryError":  # torch's; not every stage imports torch
+    # PyTorch's own: of a GPU, which not every stage can name, and of the CPU.
+    if type(error).__name__ == "OutOfMemoryError":
         return "the GPU's memory is full: use a smaller batch_size, or a larger GPU"
+    if isinstance(error, MemoryError) or any(text in str(error) for text in MEMORY_IS_FULL):
+        return "the memory is full: give the job more, or use fewer images or a smaller batch_size"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space is left on the disk that holds {error.filename or 'the results'}"
     if isinstance(error, OSError) and error.filename:

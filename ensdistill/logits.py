@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ensdistill import InputError
+from ensdistill import DamagedFile, InputError
 from ensdistill.provenance import open_hdf5
 
 Split = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -20,12 +20,13 @@ def read_logits(path: str | os.PathLike[str], split: str) -> Split:
     """Logits (N, M, K) and labels (N,) of one split.
 
     Raises:
-        InputError: the file is damaged, lacks the split, or holds values that are not finite.
+        DamagedFile: the file is damaged or lacks the split.
+        InputError: some logits are not finite.
     """
     with open_hdf5(path) as file:
         logits, labels = file[f"{split}/logits"][:], file[f"{split}/labels"][:]
     if logits.ndim != 3 or labels.shape != logits.shape[:1]:
-        raise InputError(f"{path}: logits {logits.shape} and labels {labels.shape} do not pair up")
+        raise DamagedFile(path, f"logits {logits.shape} and labels {labels.shape} do not pair up")
     if not np.isfinite(logits).all():
         raise InputError(f"{path}: some {split} logits are not finite")
     return logits, labels

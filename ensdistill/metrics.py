@@ -179,10 +179,10 @@ def mutual_information(logits: ArrayLike) -> Array:
 
 def _roc(inside: ArrayLike, outside: ArrayLike) -> tuple[Array, Array]:
     """Images of each kind that lie at or above every threshold, from the highest down."""
-    scores = [np.asarray(values, dtype=np.float64) for values in (inside, outside)]
-    thresholds = np.unique(np.concatenate(scores))[::-1]
+    both = [np.asarray(values, dtype=np.float64) for values in (inside, outside)]
+    thresholds = np.unique(np.concatenate(both))[::-1]
     below, found = (
-        len(values) - np.searchsorted(np.sort(values), thresholds, side="left") for values in scores
+        len(values) - np.searchsorted(np.sort(values), thresholds, side="left") for values in both
     )
     return below.astype(np.float64), found.astype(np.float64)
 

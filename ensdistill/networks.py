@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ensdistill import InputError
+from ensdistill import DamagedFile, InputError
 from ensdistill.batch_ensemble import BatchEnsembleConv2d, BatchEnsembleLinear
 from ensdistill.provenance import atomic
 from ensdistill.studies import parse_network_name
@@ -239,7 +239,8 @@ def load_network(path: str | os.PathLike[str], device: torch.device | str = "cpu
         network = build_network(**architecture)
         network.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: its weights fit no network ({_first_line(error)})") from error
+        reason = _first_line(error)
+        raise DamagedFile(path, f"its weights fit no network ({reason})") from error
     return network.to(device).eval().requires_grad_(False)
 
 
@@ -279,9 +280,11 @@ def _read(
             return header, {name: file.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except PermissionError:
+        raise
     except (SafetensorError, KeyError, ValueError, OSError, RecursionError) as error:
         reason = _first_line(error)
-        raise InputError(f"{path}: damaged, or not weights of this package ({reason})") from error
+        raise DamagedFile(path, f"damaged, or not weights of this package ({reason})") from error
 
 
 def _first_line(error: Exception) -> str:

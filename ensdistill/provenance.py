@@ -4,7 +4,9 @@ Nothing here changes a number, so this module is no part of any stage's code dig
 """
 
 import ast
+import glob
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -19,33 +21,56 @@ from typing import TYPE_CHECKING, Any
 import h5py
 from numpy.typing import ArrayLike
 
-from ensdistill import InputError, __version__
+from ensdistill import DamagedFile, InputError, __version__
 
 if TYPE_CHECKING:
     import pandas
 
 PACKAGE = Path(__file__).parent
-UNCOUNTED = {"ensdistill", "ensdistill.provenance", "ensdistill.jobs"}
-"""Modules that say what ran and how it failed, but do not change what is computed."""
+UNCOUNTED = {"ensdistill", "ensdistill.provenance", "ensdistill.jobs", "ensdistill.state"}
+"""Modules that say what ran, how it failed and goes on, but do not change what is computed."""
 
 
 @contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; renamed to it on success, removed on failure.
 
-    The temporary name keeps the ending, by which many writers choose their format.
+    The temporary name keeps the ending, by which many writers choose their format. What is renamed
+    is on the disk: a power failure leaves the old file or the new one.
+
+    Raises:
+        OSError: the disk is full, whatever the writer made of that.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    prefix = f".{path.name}-"
+    for left in path.parent.glob(f"{glob.escape(prefix)}????????{glob.escape(path.suffix)}"):
+        left.unlink(missing_ok=True)  # by a process that was killed
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except InputError:
+        raise
+    except Exception as error:
+        _check_space(path, error)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _check_space(path: Path, error: Exception) -> None:
+    """Libraries report a full disk or quota in many ways: ask the disk itself."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(bytes(1 << 20))
+    except OSError as full:
+        raise OSError(full.errno, full.strerror, str(path)) from error
 
 
 def _umask() -> int:
@@ -64,6 +89,21 @@ def write_csv(path: str | os.PathLike[str], frame: "pandas.DataFrame") -> None:
     """Write a whole table at full precision, or nothing."""
     with atomic(path) as temporary:
         frame.to_csv(temporary, index=False)
+
+
+def read_csv(path: str | os.PathLike[str], **options: Any) -> "pandas.DataFrame":
+    """Read a table; `options` are those of pandas.
+
+    Raises:
+        DamagedFile: it is none.
+    """
+    import pandas
+
+    try:
+        return pandas.read_csv(path, **options)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise DamagedFile(path, f"damaged, or no table ({reason})") from error
 
 
 def attributes(**known: Any) -> dict[str, Any]:
@@ -86,14 +126,36 @@ def write_hdf5(
 
     Nested attributes are stored as JSON. Pairs are taken one by one: not all need be in memory.
     """
-    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
-        for key, value in attributes.items():
-            plain = isinstance(value, str | int | float)
-            file.attrs[key] = value if plain else json.dumps(value, default=str)
-        for name, array in arrays.items() if isinstance(arrays, Mapping) else arrays:
-            file.create_dataset(
-                name, data=array, chunks=True, compression="gzip", shuffle=True, fletcher32=True
-            )
+    with atomic(path) as temporary, _PatientFile(temporary, "w+") as disk:
+        with h5py.File(disk, "w") as file:
+            for key, value in attributes.items():
+                plain = isinstance(value, str | int | float)
+                file.attrs[key] = value if plain else json.dumps(value, default=str)
+            for name, array in arrays.items() if isinstance(arrays, Mapping) else arrays:
+                file.create_dataset(
+                    name, data=array, chunks=True, compression="gzip", shuffle=True, fletcher32=True
+                )
+                disk.check(path)
+        disk.check(path)
+
+
+class _PatientFile(io.FileIO):
+    """A file that tells of a failed write when asked: HDF5 crashes if a write fails."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        while rest and not self.failure:
+            try:
+                rest = rest[super().write(rest) :]
+            except OSError as error:
+                self.failure = error
+        return len(data)
+
+    def check(self, path: str | os.PathLike[str]) -> None:
+        if self.failure:
+            raise OSError(self.failure.errno, self.failure.strerror, str(path))
 
 
 @contextmanager
@@ -101,8 +163,9 @@ def open_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     """Open an HDF5 file for reading.
 
     Raises:
-        InputError: the file is missing, damaged, shows what is not stored in it, or lacks what is
-            read inside the block.
+        InputError: the file is missing.
+        DamagedFile: it is damaged, shows what is not stored in it, or lacks what is read inside
+            the block.
     """
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file")
@@ -111,9 +174,11 @@ def open_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
         with h5py.File(path) as file:
             _check_stored(path, known.st_ino, known.st_size, known.st_mtime_ns)
             yield file
+    except PermissionError:
+        raise
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).strip("'\"").split())
-        raise InputError(f"{path}: damaged or not what it should be ({reason})") from error
+        raise DamagedFile(path, f"damaged or not what it should be ({reason})") from error
 
 
 @cache  # of many splits each is read by itself
@@ -142,7 +207,7 @@ def _check_stored(path: str | os.PathLike[str], *_: int) -> None:
 
 
 def code_digest(script: str | os.PathLike[str], function: str | None = None) -> str:
-    """A digest of the library code that a script can reach, blind to comments and docstrings.
+    """A digest of a script and the library code it can reach, blind to comments and docstrings.
 
     Followed are the names that a definition mentions, from the script's imports through this
     package, so that a changed formula reruns just the stages that use it.
@@ -151,7 +216,8 @@ def code_digest(script: str | os.PathLike[str], function: str | None = None) -> 
         script: a Python file that imports from `ensdistill`.
         function: the one that the script takes by name from a module.
     """
-    reached: dict[tuple[str, str], str] = {}
+    root = _Module(Path(script))
+    reached: dict[tuple[str, str], str] = {("", ""): ast.dump(root.tree)}
     modules: dict[str, _Module] = {}
 
     def module(name: str) -> _Module:
@@ -195,7 +261,6 @@ def code_digest(script: str | os.PathLike[str], function: str | None = None) -> 
         for used in _names(nodes) & owner.definitions.keys():
             reach(name, used)
 
-    root = _Module(Path(script))
     follow(root, root.tree.body)
     text = "\n".join(f"{key}{reached[key]}" for key in sorted(reached))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -205,7 +270,7 @@ class _Module:
     """The parsed top level of a file: its definitions and its imports from this package."""
 
     def __init__(self, path: Path):
-        self.tree = _without_docstrings(ast.parse(path.read_text(encoding="utf-8")))
+        self.tree = _parse(path.read_text(encoding="utf-8"))
         self.definitions: dict[str, list[ast.AST]] = {}
         self.imports: dict[str, tuple[str, str | None]] = {}
         for node in self.tree.body:
@@ -248,8 +313,10 @@ def _defined_names(node: ast.stmt) -> list[str]:
     return [part.id for t in targets for part in ast.walk(t) if isinstance(part, ast.Name)]
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    """The tree without strings that stand alone: docstrings of modules, functions, constants."""
+@cache  # once, not for each script anew
+def _parse(text: str) -> ast.Module:
+    """Code without strings that stand alone: docstrings of modules, functions, constants."""
+    tree = ast.parse(text)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):

@@ -5,7 +5,9 @@ import logging
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -16,15 +18,20 @@ from tqdm import tqdm
 from ensdistill import InputError
 from ensdistill.batches import TrainingBatches
 from ensdistill.images import read_description, read_images
+from ensdistill.jobs import Interrupted, deferred_interrupts
 from ensdistill.metrics import accuracy, ensemble_probs, nll
 from ensdistill.networks import build_network, count_parameters, predict, save_network
 from ensdistill.objectives import Objective
 from ensdistill.provenance import attributes, write_csv
+from ensdistill.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
 SMALLEST_FACTOR = 0.01
 """Of the learning rate: at the first epoch, and at the end of `warmup_linear`."""
+
+SAVE_EVERY = 120
+"""Seconds after which the state is saved within an epoch: the most that a kill can cost."""
 
 Schedule = Literal["warmup_linear", "cosine"]
 
@@ -87,10 +94,15 @@ def fit(
     crop_padding: int,
     flip: bool,
     precision: Literal["fp32", "bf16"],
+    state: TrainingState | None = None,
 ) -> list[dict[str, float]]:
     """Train a network in place with SGD; it ends with the weights of its best validation.
 
     Of epochs with equal validation accuracy the latest is kept: it has trained longest.
+
+    With a state, training goes on from where that was saved, and ends, on a CPU, with the same
+    bits as if it had never stopped. It is saved after every epoch, every `SAVE_EVERY` seconds, and
+    after the step during which SIGTERM or SIGINT came.
 
     Args:
         network: to be trained, on the device of the images.
@@ -101,6 +113,7 @@ def fit(
         precision: float32, or bfloat16 autocast of both passes.
         epochs, batch_size, learning_rate, momentum, weight_decay, schedule, warmup_epochs,
             validate_every: see `studies.Recipe`.
+        state: what to go on from, and where to save; None to begin anew and save nothing.
 
     Returns:
         One row per epoch: learning rate, mean loss and its parts, accuracy on the training
@@ -108,6 +121,7 @@ def fit(
 
     Raises:
         InputError: the loss is not finite; the message names step and learning rate.
+        Interrupted: SIGTERM or SIGINT came.
     """
     images, labels = train
     device = images.device
@@ -126,48 +140,107 @@ def fit(
     optimizer = torch.optim.SGD(groups, momentum=momentum)
     peaks = [group["lr"] for group in optimizer.param_groups]
     history: list[dict[str, float]] = []
-    best_accuracy, best_state = -1.0, {}
-    # disable=None: a bar on a terminal, plain lines in a log.
-    for epoch in tqdm(range(1, epochs + 1), unit="epoch", leave=False, disable=None):
-        started = time.perf_counter()
-        factor = learning_rate_factor(epoch, epochs, schedule, warmup_epochs)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = factor * peak
-        network.train()
-        steps = []
-        for x, y in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                parts = objective(network, x, y, generator)
-            optimizer.zero_grad()
-            parts["loss"].backward()
-            optimizer.step()
-            logits = parts.pop("logits")
-            correct = logits.softmax(-1).mean(0).argmax(-1) == y
-            parts["accuracy"] = 100 * correct.float().mean()
-            steps.append({name: value.detach() for name, value in parts.items()})
-        # Looked at once per epoch, so that a GPU is never made to wait.
-        columns = {name: torch.stack([step[name] for step in steps]).cpu() for name in steps[0]}
-        finite = columns["loss"].isfinite()
-        if not finite.all():
-            step = (epoch - 1) * len(batches) + int((~finite).nonzero()[0]) + 1
-            raise InputError(
-                f"the loss is not finite at step {step} (epoch {epoch}) with learning rate "
-                f"{factor * peaks[0]:g}: try a smaller one"
+    best: dict[str, Any] = {"accuracy": -1.0, "network": {}}
+    first, begun = 1, {}
+    if state and (saved := state.load()):
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        generator.set_state(saved["generator"])
+        torch.set_rng_state(saved["rng"][0])
+        torch.cuda.set_rng_state_all(saved["rng"][1:])
+        history, best, first, begun = (saved[key] for key in ("history", "best", "epoch", "begun"))
+        done = len(begun["columns"]["loss"]) if begun else 0
+        logger.info("going on from epoch %d, after %d of its steps", first, done)
+
+    def save(epoch: int, **begun: Any) -> None:
+        """Keep all that the rest of the training depends on."""
+        if state:
+            state.save(
+                {
+                    "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "generator": generator.get_state(),
+                    "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+                    "history": history,
+                    "best": best,
+                    "epoch": epoch,
+                    "begun": begun,
+                }
             )
-        row = {"epoch": epoch, "learning_rate": factor * peaks[0]}
-        row |= {name: column.double().mean().item() for name, column in columns.items()}
-        if is_validated(epoch, epochs, validate_every):
-            probs = ensemble_probs(predict(network, validation[0]))
-            row["val_accuracy"] = accuracy(probs, validation[1].cpu())
-            row["val_nll"] = nll(probs, validation[1].cpu())
-            if row["val_accuracy"] >= best_accuracy:
-                best_accuracy = row["val_accuracy"]
-                best_state = copy.deepcopy(network.state_dict())
-        row["seconds"] = time.perf_counter() - started
-        history.append(row)
-        logger.info(" ".join(f"{name} {value:.5g}" for name, value in row.items()))
-    network.load_state_dict(best_state)
+
+    with deferred_interrupts() as interrupted:
+        # disable=None: a bar on a terminal, plain lines in a log.
+        for epoch in tqdm(range(first, epochs + 1), unit="epoch", leave=False, disable=None):
+            started = saved_at = time.perf_counter()
+            factor = learning_rate_factor(epoch, epochs, schedule, warmup_epochs)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = factor * peak
+            network.train()
+            columns = defaultdict(list)
+            if begun:  # Left in its middle: draw its batches again, and go on after the last.
+                for name, values in begun["columns"].items():
+                    columns[name] = list(values.to(device))
+                now, drawn_from = generator.get_state(), begun["drawn_from"]
+                generator.set_state(drawn_from)
+                remaining = batches.epoch(len(columns["loss"]))
+                generator.set_state(now)
+                started -= begun["seconds"]
+                begun = {}
+            else:
+                drawn_from = generator.get_state()
+                remaining = batches.epoch()
+            for x, y in remaining:
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    parts = objective(network, x, y, generator)
+                optimizer.zero_grad()
+                parts["loss"].backward()
+                optimizer.step()
+                for name, value in _measured(parts, y).items():
+                    columns[name].append(value)
+                signal = interrupted()
+                if signal or time.perf_counter() - saved_at > SAVE_EVERY:
+                    save(
+                        epoch,
+                        drawn_from=drawn_from,
+                        columns={name: torch.stack(values) for name, values in columns.items()},
+                        seconds=time.perf_counter() - started,
+                    )
+                    saved_at = time.perf_counter()
+                if signal:
+                    goes_on = "; a rerun goes on from there" if state else ""
+                    raise Interrupted(signal, f"in epoch {epoch}{goes_on}")
+            # Looked at once per epoch, so that a GPU is never made to wait.
+            stacked = {name: torch.stack(values).cpu() for name, values in columns.items()}
+            finite = stacked["loss"].isfinite()
+            if not finite.all():
+                step = (epoch - 1) * len(batches) + int((~finite).nonzero()[0]) + 1
+                raise InputError(
+                    f"the loss is not finite at step {step} (epoch {epoch}) with learning rate "
+                    f"{factor * peaks[0]:g}: try a smaller one"
+                )
+            row = {"epoch": epoch, "learning_rate": factor * peaks[0]}
+            row |= {name: column.double().mean().item() for name, column in stacked.items()}
+            if is_validated(epoch, epochs, validate_every):
+                probs = ensemble_probs(predict(network, validation[0]))
+                row["val_accuracy"] = accuracy(probs, validation[1].cpu())
+                row["val_nll"] = nll(probs, validation[1].cpu())
+                if row["val_accuracy"] >= best["accuracy"]:
+                    best["accuracy"] = row["val_accuracy"]
+                    best["network"] = copy.deepcopy(network.state_dict())
+            row["seconds"] = time.perf_counter() - started
+            history.append(row)
+            save(epoch + 1)
+            logger.info(" ".join(f"{name} {value:.5g}" for name, value in row.items()))
+    network.load_state_dict(best["network"])
     return history
+
+
+def _measured(parts: dict[str, Tensor], y: Tensor) -> dict[str, Tensor]:
+    """What the history keeps of a step: the loss and its parts, and the accuracy [%]."""
+    logits = parts.pop("logits")
+    correct = logits.softmax(-1).mean(0).argmax(-1) == y
+    parts["accuracy"] = 100 * correct.float().mean()
+    return {name: value.detach() for name, value in parts.items()}
 
 
 def train_network(
@@ -181,9 +254,14 @@ def train_network(
     network: Mapping[str, Any],
     ensemble_size: int,
     origin: Mapping[str, Any],
+    fingerprint: str,
     **recipe: Any,
 ) -> None:
     """Train a network from images.h5, and write its weights and its history.
+
+    What was trained before an interruption is kept in state.pt beside the weights, and goes on
+    if everything that decides the outcome is still the same. The caller removes that file once
+    the weights are safe.
 
     Args:
         images: path of images.h5.
@@ -194,7 +272,11 @@ def train_network(
         network: name and options for `build_network`.
         ensemble_size: 1 for a plain network, else the members of a BatchEnsemble.
         origin: who is trained (study, method, …); written into the weights' header.
+        fingerprint: of all that decides the outcome.
         **recipe: see `fit`.
+
+    Raises:
+        InputError: another process trains the same network; or as `fit`.
     """
     description = read_description(images)
     architecture = {
@@ -212,7 +294,6 @@ def train_network(
         tuple(torch.from_numpy(array).to(device) for array in read_images(images, split))
         for split in ("train", "val")
     )
-    rows = fit(model, objective, train, validation, seed=seed, **recipe)
     made = attributes(
         **origin,
         seed=seed,
@@ -221,5 +302,10 @@ def train_network(
         device=device.type,
         precision=recipe["precision"],
     )
-    write_csv(history, pd.DataFrame(rows))
-    save_network(weights, model, architecture, made)
+    # Random numbers differ by device, rounding by version too.
+    same = attributes(fingerprint=fingerprint, device=device.type, torch=torch.__version__)
+    state = TrainingState(Path(weights).parent / "state.pt", same["digest"])
+    with state.exclusive():
+        rows = fit(model, objective, train, validation, seed=seed, state=state, **recipe)
+        write_csv(history, pd.DataFrame(rows))
+        save_network(weights, model, architecture, made)

@@ -1,3 +1,4 @@
+import math
 import re
 from functools import cache
 
@@ -6,7 +7,7 @@ from snakemake.exceptions import WorkflowError
 from ensdistill import InputError
 from ensdistill.downloads import ARCHIVES, ARCHIVES_OF
 from ensdistill.provenance import code_digest
-from ensdistill.studies import read_configuration
+from ensdistill.studies import parse_network_name, read_configuration
 
 try:
     CONFIGURATION = read_configuration(config)
@@ -49,7 +50,7 @@ def student_labels(wildcards):
 
 @cache
 def code(script, function=None):
-    """A parameter that changes when the library code that a rule's script uses changes.
+    """A parameter that changes when a rule's script or the library code that it uses changes.
 
     `function` is the one that the script takes by name.
     """
@@ -156,3 +157,58 @@ def eta_sweep(wildcards):
         "etas": [eta * factor for factor in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)],
         "temperature": distillation.temperature,
     }
+
+
+# What a job asks a cluster's scheduler for; local runs pay no heed. Everything is asked for
+# anew at each attempt, times its number: what was too little is more the next time.
+
+FLOPS = 4e12
+"""Additions and multiplications per second that networks are assumed to reach: a quarter of what
+a V100, a card of 2017, can do in float32. A CPU core reaches a thirtieth of it."""
+
+
+def growing(base, per_mb=0):
+    """A resource function: `base`, and `per_mb` for each MB of input, times the attempt."""
+
+    def amount(wildcards, input, attempt):
+        return math.ceil(attempt * (base + (per_mb * input.size_mb if per_mb else 0)))
+
+    return amount
+
+
+def computing(passes):
+    """A resource function: the minutes of a network's passes over the images of the first input.
+
+    `passes(wildcards)` counts forward passes; a backward pass is as long as two. A 3×3 convolution
+    has 9·width² multiplications a pixel; a later stage has half the sides and twice the width.
+    """
+
+    def minutes(wildcards, input, attempt):
+        network = STUDIES[wildcards.study].network
+        _, depth, widen = parse_network_name(network.name)
+        pixels = input.size_files_mb[0] * 2**20 / 3  # a byte per channel, hardly compressible
+        flops = 2 * depth * 9 * (network.width * widen) ** 2 * pixels * passes(wildcards)
+        return math.ceil(attempt * (20 + flops / FLOPS / 60))
+
+    return minutes
+
+
+def teacher_passes(wildcards):
+    """Forward and backward, every epoch."""
+    return 3 * STUDIES[wildcards.study].teacher.epochs
+
+
+def student_passes(wildcards):
+    """Forward and backward of every member, at clean and at perturbed images, and the teachers'."""
+    study = STUDIES[wildcards.study]
+    method = study.methods[wildcards.method]
+    rows = study.members if method.network == "batch_ensemble" else 1
+    teachers = 0 if method.objective == "cross_entropy" else study.members
+    if method.perturbation == "none":
+        return study.student.epochs * (3 * rows + teachers)
+    return study.student.epochs * (6 * rows + teachers + 3)
+
+
+def ensemble_passes(count):
+    """So many passes of every member."""
+    return lambda wildcards: count * STUDIES[wildcards.study].members

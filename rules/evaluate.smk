@@ -47,10 +47,15 @@ for table, (inputs, settings) in EVALUATIONS.items():
             f"results/{{study}}/metrics/{table}.csv",
         log:
             f"results/{{study}}/logs/metrics/{table}.log",
+        group:
+            "tables"
         conda:
             "../envs/ensdistill.yaml"
+        resources:
+            mem_mb=growing(2000, 8),
+            runtime=growing(20, 0.1),
         params:
-            systems=student_labels,
+            systems=student_labels if "students" in inputs else None,
             settings=settings_of(settings),
             code=code("evaluate", table),
         script:
@@ -75,8 +80,13 @@ rule claims:
         ),
     log:
         "results/{study}/logs/claims.log",
+    group:
+        "tables"
     conda:
         "../envs/ensdistill.yaml"
+    resources:
+        mem_mb=growing(2000, 8),
+        runtime=growing(20, 0.1),
     params:
         systems=student_labels,
         settings=settings_of(["n_bins", "members", "methods"]),

@@ -5,6 +5,7 @@ rule download:
         "results/downloads/{archive}.log",
     wildcard_constraints:
         archive="|".join(map(re.escape, ARCHIVES)),
+    localrule: True  # nodes of a cluster often cannot reach the internet
     conda:
         "../envs/ensdistill.yaml"
     params:
@@ -23,6 +24,9 @@ rule images:
         "results/{study}/logs/images.log",
     conda:
         "../envs/ensdistill.yaml"
+    resources:
+        mem_mb=growing(4000, 6),
+        runtime=growing(60, 0.1),
     params:
         images=lambda wildcards: STUDIES[wildcards.study].images.model_dump(),
         code=code("images"),
@@ -41,6 +45,9 @@ rule shifted:
         "results/{study}/logs/shifted.log",
     conda:
         "../envs/ensdistill.yaml"
+    resources:
+        mem_mb=growing(4000, 6),
+        runtime=growing(60, 0.1),
     params:
         settings=shift,
         code=code("shifted"),

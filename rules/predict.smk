@@ -12,6 +12,8 @@ rule logits:
         "../envs/ensdistill.yaml"
     resources:
         gpu=1,
+        mem_mb=growing(4000, 4),
+        runtime=computing(ensemble_passes(1)),
     params:
         code=code("logits"),
     script:
@@ -41,6 +43,8 @@ rule perturbed:
         "../envs/ensdistill.yaml"
     resources:
         gpu=1,
+        mem_mb=growing(4000, 4),
+        runtime=computing(ensemble_passes(25)),
     params:
         function="perturbed_logits",
         images=None,
@@ -94,6 +98,8 @@ rule distances:
         "../envs/ensdistill.yaml"
     resources:
         gpu=1,
+        mem_mb=growing(4000, 4),
+        runtime=computing(ensemble_passes(25)),
     params:
         images=lambda wildcards: STUDIES[wildcards.study].analyses.jacobian_images,
         code=code("distances"),

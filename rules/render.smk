@@ -18,8 +18,13 @@ rule table:
         ),
     log:
         "results/{study}/logs/table.log",
+    group:
+        "tables"
     conda:
         "../envs/ensdistill.yaml"
+    resources:
+        mem_mb=growing(2000),
+        runtime=growing(5),
     params:
         published=lambda wildcards: STUDIES[wildcards.study].model_dump()["published"],
         code=code("table"),
@@ -90,8 +95,13 @@ for figure, source in FIGURES.items():
             f"results/{{study}}/figures/{figure}.pdf",
         log:
             f"results/{{study}}/logs/figures/{figure}.log",
+        group:
+            "tables"
         conda:
             "../envs/ensdistill.yaml"
+        resources:
+            mem_mb=growing(2000),
+            runtime=growing(5),
         params:
             figure=figure,
             study=lambda wildcards: STUDIES[wildcards.study].model_dump(include=IN_CAPTIONS),

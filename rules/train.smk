@@ -17,6 +17,8 @@ rule teacher:
     threads: 1
     resources:
         gpu=1,
+        mem_mb=growing(4000, 4),
+        runtime=computing(teacher_passes),
     params:
         training=lambda wildcards: training(
             wildcards, "teacher", int(wildcards.seed), ensemble_size=1
@@ -42,6 +44,8 @@ rule student:
     threads: 1
     resources:
         gpu=1,
+        mem_mb=growing(4000, 4),
+        runtime=computing(student_passes),
     params:
         training=student_training,
         method=lambda wildcards: STUDIES[wildcards.study].method(wildcards.method),

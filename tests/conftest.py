@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.project import Project
 
@@ -9,11 +10,14 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """The tiny study, run to its end; not to be changed."""
-    project = Project.new(tmp_path_factory.mktemp("finished"))
-    project.run()
-    return project
+def finished(tmp_path_factory, worker_id):
+    """The tiny study, run to its end by one of the test processes; not to be changed."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "finished"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            Project.new(folder).run()
+    return Project(folder)
 
 
 @pytest.fixture

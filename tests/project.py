@@ -79,7 +79,7 @@ class Project:
         assert text.count(old) == 1, f"{old!r} is in {file} {text.count(old)} times"
         (self.folder / file).write_text(text.replace(old, new))
 
-    def snakemake(self, *arguments):
+    def snakemake(self, *arguments, **options):
         environment = {**os.environ, "PYTHONPATH": str(self.folder)}
         return subprocess.run(
             [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
@@ -87,6 +87,7 @@ class Project:
             env=environment,
             capture_output=True,
             text=True,
+            **options,
         )
 
     def run(self, *arguments):
@@ -95,15 +96,19 @@ class Project:
         return done
 
     def planned(self, *arguments) -> set[str]:
-        """What a dry run would make: rules with the network they would make it for."""
+        """What a dry run would make: rules, with the study unless tiny, and the network."""
         jobs = []
         for line in self.run("--dry-run", *arguments).stdout.splitlines():
+            line = line.strip()  # those of a group are indented
             if rule := re.match(r"(?:local)?rule (\w+):", line):
                 jobs.append(rule[1])
-            elif line.startswith("    wildcards: "):
-                values = re.findall(r"(?:network|method|seed|archive)=([^,\s]+)", line)
+            elif line.startswith("wildcards: "):
+                values = re.findall(r"\w+=(?!tiny(?:,|$))([^,\s]+)", line)
                 jobs[-1] = " ".join([jobs[-1], *values])
         return set(jobs) - {"all", "tables"}
 
     def file(self, name) -> Path:
         return self.folder / "results" / "tiny" / name
+
+    def log(self, name) -> str:
+        return self.file(f"logs/{name}.log").read_text()

@@ -1,18 +1,22 @@
 """Leases of pretend cards: the file locks are real, the GPUs are not."""
 
+import logging
 import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
+import torch
 
+from ensdistill import devices
 from ensdistill.devices import visible_cards
 
 HOLD = """
 import sys
 from ensdistill.devices import lease_card
-print(lease_card(), flush=True)
+print(lease_card(int(sys.argv[1])), flush=True)
 sys.stdin.read()
 """
 
@@ -22,13 +26,14 @@ def start(tmp_path):
     """Start a process that leases a card, prints which, and holds it until told to end."""
     started = []
 
-    def begin(cards="4,GPU-a1b2", **extra):
+    def begin(cards="4,GPU-a1b2", jobs_per_gpu=1, **extra):
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": cards, "TMPDIR": str(tmp_path)}
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLD],
+            [sys.executable, "-c", HOLD, str(jobs_per_gpu)],
             env={**environment, **extra},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
         started.append(process)
@@ -40,21 +45,137 @@ def start(tmp_path):
         process.communicate()
 
 
+def card_of(process):
+    return process.stdout.readline().strip()
+
+
+@pytest.fixture
+def two_cards(tmp_path):
+    """A PATH on which nvidia-smi tells of two cards."""
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\nprintf '0, GPU-aaaa-1\\n1, GPU-bbbb-2\\n'\n")
+    smi.chmod(0o755)
+    return f"{smi.parent}:{os.environ['PATH']}"
+
+
 def test_two_holders_get_two_cards_and_a_killed_one_frees_its_own(start):
     first, second = start(), start()
-    held = {process.stdout.readline().strip(): process for process in (first, second)}
+    held = {card_of(process): process for process in (first, second)}
     assert set(held) == {"4", "GPU-a1b2"}
     third = start()
+    assert third.stderr.readline() == "waiting for a GPU: other jobs hold 4, GPU-a1b2\n"
     held["GPU-a1b2"].send_signal(signal.SIGKILL)
-    assert third.stdout.readline().strip() == "GPU-a1b2"
+    assert card_of(third) == "GPU-a1b2"
 
 
-def test_one_card_none_or_a_scheduler_leave_nothing_to_lease(start):
-    for process in (start("0"), start(""), start("0,1", SLURM_JOB_ID="7")):
-        assert process.stdout.readline().strip() == "None"
+def test_jobs_share_a_card_only_when_every_card_has_one(start):
+    cards = [card_of(start(jobs_per_gpu=2)) for _ in range(4)]
+    assert cards == ["4", "GPU-a1b2", "4", "GPU-a1b2"]
+    assert start(jobs_per_gpu=2).stderr.readline().startswith("waiting for a GPU")
+
+
+def test_a_single_card_is_leased_too(start):
+    assert card_of(start("0")) == "0"
+    assert start("0").stderr.readline() == "waiting for a GPU: other jobs hold 0\n"
+
+
+def test_without_cards_there_is_nothing_to_lease_and_a_scheduler_has_chosen(start):
+    assert [card_of(start(cards)) for cards in ("", "-1", "-1,0")] == ["None"] * 3
+    inside = [start("0,1", SLURM_JOB_ID="7") for _ in range(2)]
+    assert [card_of(process) for process in inside] == ["0,1", "0,1"]
+
+
+def test_an_index_and_a_uuid_of_one_card_are_one_card(start, two_cards):
+    assert card_of(start("1", PATH=two_cards)) == "1"
+    for same in ("GPU-bbbb-2", "GPU-bb", "1"):
+        assert start(same, PATH=two_cards).stderr.readline().startswith("waiting for a GPU")
+    assert card_of(start("GPU-bb,0", PATH=two_cards)) == "0"
+
+
+def test_all_cards_of_the_machine_are_known_by_uuid_unless_some_were_chosen(monkeypatch, two_cards):
+    monkeypatch.setenv("PATH", two_cards)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert list(visible_cards()) == ["GPU-aaaa-1", "GPU-bbbb-2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, -1, 0")
+    assert visible_cards() == {"1": "GPU-bbbb-2"}
 
 
 def test_without_nvidia_smi_there_are_no_cards(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert visible_cards() == []
+    assert visible_cards() == {}
+
+
+EIGHT_JOBS = """
+rule all:
+    input: expand("{job}", job=range(8))
+
+rule hold:
+    output: "{job}"
+    resources: gpu=1
+    script: "hold.py"
+"""
+# Holds its card until all four jobs of its wave hold one.
+HOLD_IN_WAVES = """
+import os
+import time
+from pathlib import Path
+from ensdistill.devices import lease_card
+
+def tell(kind):
+    with open("events", "a") as file:
+        file.write(f"{kind} {card} {os.getpid()}\\n")
+
+def takers():
+    lines = Path("events").read_text().splitlines()
+    return [line.split()[2] for line in lines if line.startswith("take")]
+
+card = lease_card(snakemake.resources.get("jobs_per_gpu", 1))
+tell("take")
+last_of_wave = takers().index(str(os.getpid())) // 4 * 4 + 4
+while len(takers()) < last_of_wave:
+    time.sleep(0.05)
+tell("leave")
+Path(snakemake.output[0]).touch()
+"""
+
+
+@pytest.mark.parametrize(
+    ("cards", "options"),
+    [
+        ("0,1,2,3", []),
+        ("0,1", ["--default-resources", "jobs_per_gpu=2"]),
+    ],
+)
+def test_eight_jobs_of_a_workflow_on_four_places_run_four_at_a_time(tmp_path, cards, options):
+    (tmp_path / "Snakefile").write_text(EIGHT_JOBS)
+    (tmp_path / "hold.py").write_text(HOLD_IN_WAVES)
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--cores", "8", "--resources", "gpu=4", *options],
+        cwd=tmp_path,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": cards, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    events = [line.split() for line in (tmp_path / "events").read_text().splitlines()]
+    held, most, uses = Counter(), Counter(), Counter()
+    together = 0
+    for kind, card, _ in events:
+        held[card] += 1 if kind == "take" else -1
+        uses[card] += kind == "take"
+        most[card] = max(most[card], held[card])
+        together = max(together, held.total())
+    names = cards.split(",")
+    share = 4 // len(names)
+    assert most == dict.fromkeys(names, share), "no card has more jobs than it may, all are used"
+    assert uses == dict.fromkeys(names, 2 * share), "each place is used twice"
+    assert together == 4
+
+
+def test_the_peak_of_gpu_memory_is_logged(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 << 30)
+    with caplog.at_level(logging.INFO):
+        devices._log_peak_memory(torch.device("cuda"))
+    assert caplog.messages == ["peak GPU memory: 3072 MiB"]

@@ -59,6 +59,20 @@ def test_a_failure_inside_atomic_leaves_what_was_there(tmp_path, error, older):
     )
 
 
+def test_what_a_killed_writer_left_is_removed_by_the_next_of_the_same_file_alone(tmp_path):
+    for name in ("x.txt", "xy.txt", "x.csv"):
+        with pytest.raises(FileNotFoundError), atomic(tmp_path / name) as temporary:
+            temporary.rename(tmp_path / f"{temporary.name}.kept")  # as if it were killed here
+    for path in tmp_path.iterdir():
+        path.rename(path.with_suffix(""))
+    write_text(tmp_path / "x.txt", "whole")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 3
+    assert names[0].startswith(".x.csv-")
+    assert names[1].startswith(".xy.txt-")
+    assert names[2] == "x.txt"
+
+
 def test_atomic_replaces_an_older_file(tmp_path):
     (tmp_path / "x.txt").write_text("a longer older file")
     write_text(tmp_path / "x.txt", "τ\n")

@@ -9,7 +9,7 @@ from ensdistill.networks import load_network
 from ensdistill.provenance import attributes, write_hdf5
 
 with job(snakemake):
-    device = prepare(snakemake.threads)
+    device = prepare(snakemake.threads, snakemake.resources)
     networks = [load_network(path, device) for path in snakemake.input.weights]
     images, labels = read_images(snakemake.input.images, "train")
     # As in training, the batches that share a source of perturbation mix the classes.

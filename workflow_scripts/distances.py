@@ -9,7 +9,7 @@ from ensdistill.networks import load_network
 from ensdistill.provenance import attributes, write_hdf5
 
 with job(snakemake):
-    device = prepare(snakemake.threads)
+    device = prepare(snakemake.threads, snakemake.resources)
     teachers = [load_network(path, device) for path in snakemake.input.teachers]
     # results/<study>/students/<method>/<seed>/weights.safetensors
     students = {

@@ -8,7 +8,7 @@ from ensdistill.networks import count_parameters, load_network, predict, read_he
 from ensdistill.provenance import write_hdf5
 
 with job(snakemake):
-    device = prepare(snakemake.threads)
+    device = prepare(snakemake.threads, snakemake.resources)
     network = load_network(snakemake.input.weights, device)
     arrays = {}
     for split in splits_of(snakemake.input.images):

@@ -1,11 +1,11 @@
 from ensdistill.devices import prepare
-from ensdistill.jobs import job
+from ensdistill.jobs import fingerprint, job
 from ensdistill.networks import load_network
 from ensdistill.objectives import student_objective
 from ensdistill.training import train_network
 
 with job(snakemake):
-    device = prepare(snakemake.threads)
+    device = prepare(snakemake.threads, snakemake.resources)
     teachers = [load_network(path, device) for path in snakemake.input.teachers]
     train_network(
         snakemake.input.images,
@@ -13,5 +13,6 @@ with job(snakemake):
         snakemake.output.history,
         student_objective(teachers, **snakemake.params.method),
         device=device,
+        fingerprint=fingerprint(snakemake),
         **snakemake.params.training,
     )

@@ -1,11 +1,9 @@
-import pandas as pd
-
 from ensdistill.jobs import job
-from ensdistill.provenance import write_csv, write_text
+from ensdistill.provenance import read_csv, write_csv, write_text
 from ensdistill.tables import summarize, to_html, to_latex, to_markdown
 
 with job(snakemake):
-    summary = summarize(pd.read_csv(snakemake.input[0]), snakemake.params.published)
+    summary = summarize(read_csv(snakemake.input[0]), snakemake.params.published)
     write_csv(snakemake.output.csv, summary)
     write_text(snakemake.output.md, to_markdown(summary))
     write_text(snakemake.output.tex, to_latex(summary))

@@ -1,5 +1,5 @@
 from ensdistill.devices import prepare
-from ensdistill.jobs import job
+from ensdistill.jobs import fingerprint, job
 from ensdistill.objectives import cross_entropy
 from ensdistill.training import train_network
 
@@ -9,6 +9,7 @@ with job(snakemake):
         snakemake.output.weights,
         snakemake.output.history,
         cross_entropy,
-        device=prepare(snakemake.threads),
+        device=prepare(snakemake.threads, snakemake.resources),
+        fingerprint=fingerprint(snakemake),
         **snakemake.params.training,
     )

@@ -1,0 +1,347 @@
+"""Failures made on purpose: one clear sentence, nothing finished lost, and a rerun completes."""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import h5py
+import pytest
+import torch
+
+from ensdistill.downloads import ARCHIVES
+from tests.test_downloads import CONTENT, NAME, Server, md5
+
+TEACHER = "results/tiny/teachers/0/weights.safetensors"
+ENDLESS = 10**6
+"""Epochs of a training that does not end before the test ends it."""
+
+
+def contents(project):
+    """Every result by its path; logs and run times are none."""
+    return {
+        path.relative_to(project.folder): path.read_bytes()
+        for path in project.file("").rglob("*")
+        if path.is_file() and not {"logs", "benchmarks"} & set(path.parts)
+    }
+
+
+def told(done, sentence):
+    """Check that a run failed with this sentence, and say nothing else of an error."""
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(errors) == 1, done.stderr
+    assert re.search(sentence, errors[0]), errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def assert_as(project, finished, *names):
+    """These files are bit by bit what a run without failures made."""
+    for name in names:
+        assert project.file(name).read_bytes() == finished.file(name).read_bytes(), name
+
+
+@pytest.fixture
+def untrained(changed):
+    """The finished study without its first teacher, which is to be trained again."""
+    for path in changed.file("teachers/0").iterdir():
+        path.unlink()
+    return changed
+
+
+@contextmanager
+def small_disk(folder, size):
+    """A disk of so many bytes in place of a folder."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    (folder / "lost+found").mkdir()  # or Snakemake would remove the folder once it is empty
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "size", "unwritten", "left"),
+    [
+        (3, "56k", "state.pt", []),
+        (3, "100k", "state.pt", ["state.pt"]),
+        (1, "124k", "weights.safetensors", ["state.pt"]),
+    ],
+)
+def test_the_disk_is_full_while_training_writes(untrained, epochs, size, unwritten, left):
+    untrained.change("studies", "tiny", "teacher", "epochs", value=epochs)
+    folder = untrained.file("teachers/0")
+    with small_disk(folder, size):
+        done = untrained.snakemake(TEACHER)
+        told(done, f"no space is left on the disk that holds results/tiny/teachers/0/{unwritten}")
+        assert {path.name for path in folder.iterdir()} == {"lost+found", *left}
+        subprocess.run(["mount", "-o", "remount,size=10m", folder], check=True)
+        untrained.run(TEACHER)
+        assert ("going on from epoch 2" in untrained.log("teachers/0")) == bool(left)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("logits/shifted/teachers/0.h5", "16k"), ("tables/results.csv", "4k")]
+)
+def test_the_disk_is_full_while_results_are_written(changed, finished, name, size):
+    with small_disk(changed.file(name).parent, size):
+        before = contents(changed)
+        done = changed.snakemake(f"results/tiny/{name}")
+        told(done, f"no space is left on the disk that holds results/tiny/{name.split('.')[0]}")
+        assert contents(changed) == before
+    changed.file(name).unlink()
+    changed.run(f"results/tiny/{name}")
+    assert_as(changed, finished, name)
+
+
+def test_the_memory_is_full(untrained):
+    untrained.change("studies", "tiny", "network", "width", value=256)
+    untrained.change("studies", "tiny", "teacher", "epochs", value=1)
+    status = "import ensdistill.training; print(open('/proc/self/status').read())"
+    python = subprocess.run([sys.executable, "-c", status], capture_output=True, text=True)
+    needed = int(re.search(r"VmPeak:\s+(\d+) kB", python.stdout)[1]) << 10
+    limit = needed + (256 << 20)
+    before = contents(untrained)
+    done = untrained.snakemake(
+        TEACHER, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    )
+    told(done, "the memory is full: give the job more")
+    assert contents(untrained) == before
+    untrained.run(TEACHER)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def write_garbage(path):
+    path.write_bytes(b"\0garbage" * 100)
+
+
+def flip_a_bit_of_the_test_logits(path):
+    with h5py.File(path) as file:
+        place = file["test/logits"].id.get_chunk_info(0).byte_offset
+    data = bytearray(path.read_bytes())
+    data[place + 20] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "damage", "lost"),
+    [
+        ("images.h5", cut, "teachers/0/weights.safetensors"),
+        ("teachers/0/weights.safetensors", cut, "logits/teachers/0.h5"),
+        ("teachers/0/weights.safetensors", write_garbage, "students/kd/0/weights.safetensors"),
+        ("logits/teachers/0.h5", cut, "metrics/scores.csv"),
+        ("logits/teachers/0.h5", flip_a_bit_of_the_test_logits, "metrics/reliability.csv"),
+        ("logits/perturbed.h5", cut, "figures/examples.png"),
+        ("metrics/scores.csv", empty, "tables/results.csv"),
+    ],
+)
+def test_a_damaged_file_is_set_aside_and_made_again_alone(changed, finished, damaged, damage, lost):
+    path = changed.file(damaged)
+    stamps = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    damage(path)
+    os.utime(path, ns=stamps)
+    harmed = path.read_bytes()
+    # With what the same job makes, which Snakemake removes when it fails.
+    for sibling in changed.file(lost).parent.glob("*"):
+        if sibling.stem in ("history", "results", changed.file(lost).stem):
+            sibling.unlink()
+    target = f"results/tiny/{lost}"
+    before = contents(changed)
+    told(
+        changed.snakemake(target),
+        f"results/tiny/{damaged}: damaged.*; set aside as results/tiny/{damaged}.damaged, "
+        f"`snakemake --cores all results/tiny/{damaged}` makes it again",
+    )
+    aside = path.with_name(f"{path.name}.damaged")
+    assert aside.read_bytes() == harmed
+    aside.rename(path)
+    assert contents(changed) == before, "nothing else is lost"
+    path.unlink()
+    changed.run(f"results/tiny/{damaged}")
+    assert_as(changed, finished, damaged)
+    assert len(changed.planned(target)) == 1, "what was made of the same bytes is kept"
+    changed.run(target)
+    assert_as(changed, finished, lost)
+
+
+def test_a_damaged_state_is_set_aside_and_training_begins_anew(untrained, finished):
+    state = untrained.file("teachers/0/state.pt")
+    torch.save({"epoch": 3}, state)
+    cut(state)
+    told(
+        untrained.snakemake(TEACHER),
+        "results/tiny/teachers/0/state.pt: damaged.*; set aside as .*/state.pt.damaged",
+    )
+    untrained.run(TEACHER)
+    assert_as(untrained, finished, "teachers/0/weights.safetensors")
+
+
+@pytest.fixture
+def server(changed):
+    """A server in place of the official one of CIFAR, for the project's own workflow."""
+    listening = Server()
+    official = ARCHIVES[NAME]
+    changed.edit(
+        "ensdistill/downloads.py",
+        'CIFAR = "https://www.cs.toronto.edu/~kriz"',
+        f'CIFAR = "http://127.0.0.1:{listening.server_port}"',
+    )
+    changed.edit("ensdistill/downloads.py", official.md5, md5(CONTENT))
+    thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
+    thread.start()
+    yield listening
+    listening.shutdown()
+    thread.join()
+    listening.server_close()
+
+
+def test_a_download_breaks_off_and_the_rerun_asks_for_the_rest(changed, server):
+    server.breaks = [1_000_000, 0, 500_000]
+    archive = changed.folder / "results" / "downloads" / NAME
+    told(changed.snakemake(f"results/downloads/{NAME}"), "could not be downloaded .*run again")
+    assert not archive.exists()
+    changed.run(f"results/downloads/{NAME}")
+    assert archive.read_bytes() == CONTENT
+    assert server.requests == [None, "bytes=1000000-", "bytes=1000000-", "bytes=1500000-"]
+
+
+def test_a_download_has_a_wrong_checksum(changed, server):
+    server.content = CONTENT[:-1] + b"x"
+    archive = changed.folder / "results" / "downloads" / NAME
+    told(changed.snakemake(f"results/downloads/{NAME}"), "another checksum than the official")
+    assert not archive.exists()
+    server.content = CONTENT
+    changed.run(f"results/downloads/{NAME}")
+    assert archive.read_bytes() == CONTENT
+
+
+def test_the_loss_is_not_finite(untrained, finished):
+    untrained.change("studies", "tiny", "teacher", "learning_rate", value=1e30)
+    before = contents(untrained)
+    told(untrained.snakemake(TEACHER), r"the loss is not finite at step \d .*learning rate 1e\+30")
+    assert contents(untrained) == before
+    untrained.change("studies", "tiny", "teacher", "learning_rate", value=0.1)
+    untrained.run(TEACHER)
+    assert_as(untrained, finished, "teachers/0/weights.safetensors")
+
+
+def test_the_results_folder_is_read_only(untrained, finished):
+    folder = untrained.folder / "results"
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a folder read-only")
+    before = contents(untrained)
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+        done = untrained.snakemake(TEACHER)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+    assert done.returncode != 0
+    assert f"{folder}: this folder cannot be written to" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert contents(untrained) == before
+    untrained.run(TEACHER)
+    assert_as(untrained, finished, "teachers/0/weights.safetensors")
+
+
+@contextmanager
+def training(project):
+    """A run in a process group of its own, once it has trained an epoch; killed at the end."""
+    project.file("logs/teachers/0.log").unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "snakemake", "--cores", "2", TEACHER],
+        cwd=project.folder,
+        env={**os.environ, "PYTHONPATH": str(project.folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not epochs_logged(project):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def epochs_logged(project):
+    log = project.file("logs/teachers/0.log")
+    text = log.read_text() if log.exists() else ""
+    return [int(epoch) for epoch in re.findall(r"INFO epoch (\d+) .*\n", text)]
+
+
+def training_process(run):
+    """The process in which the one job of a run trains."""
+    children = subprocess.run(
+        ["pgrep", "-g", str(run.pid), "-f", r"\.snakemake/scripts/.*teacher"],
+        capture_output=True,
+        text=True,
+    )
+    return [int(pid) for pid in children.stdout.split()][-1]
+
+
+@pytest.mark.parametrize(
+    ("number", "whom"),
+    [
+        (signal.SIGINT, "everything"),  # Ctrl-C
+        (signal.SIGTERM, "job"),  # a scheduler's grace
+        (signal.SIGKILL, "job"),  # the end of the grace, or of the memory
+        (signal.SIGKILL, "everything"),  # a power failure
+    ],
+)
+def test_training_is_interrupted_and_goes_on(untrained, number, whom):
+    untrained.change("studies", "tiny", "teacher", "epochs", value=ENDLESS)
+    before = contents(untrained)
+    with training(untrained) as run:
+        if whom == "job":
+            os.kill(training_process(run), number)
+        else:
+            os.killpg(run.pid, number)
+        _, stderr = run.communicate(timeout=30)
+    assert run.returncode != 0
+    done = epochs_logged(untrained)[-1]
+    if number != signal.SIGKILL:
+        told(
+            subprocess.CompletedProcess([], run.returncode, "", stderr),
+            rf"interrupted by {number.name} in epoch {done + 1}; a rerun goes on from there",
+        )
+    after = contents(untrained)
+    assert after.pop(untrained.file("teachers/0/state.pt").relative_to(untrained.folder))
+    assert after == before
+    if whom == "everything" and number == signal.SIGKILL:
+        untrained.run("--unlock")
+    with training(untrained):
+        first = epochs_logged(untrained)[0]
+    # An epoch is logged once it is saved, so a kill may come in between.
+    assert first in ([done + 1, done + 2] if number == signal.SIGKILL else [done + 1])
+
+
+def test_two_runs_at_once(untrained):
+    untrained.change("studies", "tiny", "teacher", "epochs", value=ENDLESS)
+    with training(untrained) as first:
+        second = untrained.snakemake(TEACHER)
+        assert second.returncode != 0
+        assert "Directory cannot be locked" in second.stderr
+        told(
+            untrained.snakemake("--nolock", TEACHER),
+            "teachers/0: another process is training this network; wait for it or end it",
+        )
+        assert first.poll() is None

@@ -1,0 +1,272 @@
+"""The table of docs/reruns.md, row by row: what a changed mind reruns, and what not."""
+
+import os
+import re
+from itertools import product
+
+import pytest
+import yaml
+
+from tests.project import FIGURES, METHODS, ON_STUDENTS, ON_TEACHERS, RECIPE, REPOSITORY, TINY
+
+TEACHERS = {f"teacher {seed}" for seed in range(3)}
+STUDENTS = {f"student {method} 0" for method in METHODS}
+REDRAWN = {f"figure_{figure}" for figure in FIGURES}
+TABLE = {"table", "figure_de_curve"}
+DIRECTIONS = {"diversity_teachers", "saturation", "sweep", "transfer", "directions"}
+BINNED = {"reliability", "corruptions", "diversity_students", "diversity_teachers"}
+INTERVALS = {"sweep", "transfer", "jacobians"}
+
+
+def logits(*networks):
+    return {f"{rule} {n}" for rule, n in product(("logits", "shifted_logits"), networks)}
+
+
+def figures(tables):
+    return {f"figure_{table}" for table in tables}
+
+
+# What is made of students, whichever, and of what teachers say around training images.
+OF_STUDENTS = {"distances", "scores", "claims", *TABLE, *ON_STUDENTS, *figures(ON_STUDENTS)}
+OF_TEACHERS = {"perturbed", "swept", "transferred", "claims", *DIRECTIONS}
+OF_TEACHERS |= {"figure_examples", *figures(ON_TEACHERS)}
+AFTER_STUDENTS = {*logits(*(f"students/{m}/0" for m in METHODS)), *OF_STUDENTS}
+AFTER_TEACHERS = {"logits teachers/2", *logits("teachers/0", "teachers/1"), *OF_TEACHERS}
+TRAINING = {*TEACHERS, *STUDENTS, *AFTER_TEACHERS, *AFTER_STUDENTS}
+EVERYTHING = {"images", "shifted", *TRAINING}
+SHIFTED = {job for job in EVERYTHING if job.startswith("shifted")}
+SHIFTED |= {"corruptions", "out_of_distribution", *REDRAWN, "claims"}  # captions say how many
+
+
+def of_method(name, seeds=(0,)):
+    networks = [f"students/{name}/{seed}" for seed in seeds]
+    return {*(f"student {name} {seed}" for seed in seeds), *logits(*networks)}
+
+
+def setting(*path, value):
+    return lambda project: project.change("studies", "tiny", *path, value=value)
+
+
+def code(file, old, new):
+    return lambda project: project.edit(file, old, new)
+
+
+def touched(*files):
+    return lambda project: [os.utime(project.file(file)) for file in files]
+
+
+def deleted(*files):
+    return lambda project: [project.file(file).unlink() for file in files]
+
+
+def remade(file):
+    """Deleted, and asked for by name; its bytes must be the same."""
+
+    def change(project):
+        before = project.file(file).read_bytes()
+        deleted("images.h5", file)(project)
+        target = f"results/tiny/{file}"
+        assert project.planned(target) == {"images", "teacher 0"}
+        project.run(target)
+        assert project.file(file).read_bytes() == before
+
+    return change
+
+
+def all_but_one_method(project):
+    methods = {name: method for name, method in METHODS.items() if name != "kd_single"}
+    project.change("studies", "tiny", "methods", value=methods)
+
+
+def another_study(project):
+    project.change("studies", "other", value=TINY)
+    project.change("run", value=["tiny", "other"])
+
+
+def reordered(project):
+    config = yaml.safe_load((project.folder / "config.yaml").read_text())
+    config["studies"]["tiny"] = dict(reversed(config["studies"]["tiny"].items()))
+    project.configure({"studies": config["studies"], "run": config["run"]})
+    with (project.folder / "config.yaml").open("a") as file:
+        file.write("# A comment.\n")
+
+
+def other_environment(project):
+    """A conda that knows itself, and another environment file."""
+    code("envs/ensdistill.yaml", "python=3.12", "python=3.13")(project)
+    conda = project.folder / "conda"
+    conda.write_text(
+        "#!/bin/sh\n[ $1 = --version ] && echo conda 25.1.0 ||"
+        """ echo '{"conda_prefix": "/", "platform": "linux-64", "get": {}}'"""
+    )
+    conda.chmod(0o755)
+
+
+WEIGHTS = "teachers/0/weights.safetensors"
+NOTHING = set()
+ROWS = {
+    # config.yaml
+    "η of one method": (
+        setting("methods", "kd_conf_ods", "eta", value="20/255"),
+        of_method("kd_conf_ods") | OF_STUDENTS,
+    ),
+    "τ of one method": (
+        setting("methods", "kd", "temperature", value=3.0),
+        of_method("kd") | OF_STUDENTS,
+    ),
+    "η of the study": (
+        setting("distillation", "eta", value="20/255"),
+        of_method("kd_conf_ods") | OF_STUDENTS | OF_TEACHERS,
+    ),
+    "τ or α of the study": (
+        setting("distillation", "temperature", value=3.0),
+        (STUDENTS - {"student be 0"}) | (AFTER_STUDENTS - logits("students/be/0")) | OF_TEACHERS,
+    ),
+    "`teacher`": (
+        setting("teacher", value={**RECIPE, "epochs": 4}),
+        TRAINING - {"student be 0", *logits("students/be/0")},
+    ),
+    "`student`": (
+        setting("student", value={**RECIPE, "epochs": 4}),
+        STUDENTS | AFTER_STUDENTS | REDRAWN,
+    ),
+    "`network`, `augmentation`, `precision`": (setting("precision", value="bf16"), TRAINING),
+    "more `student_seeds`": (
+        setting("student_seeds", value=3),
+        {*OF_STUDENTS, *REDRAWN}.union(*(of_method(m, (1, 2)) for m in METHODS)),
+    ),
+    "a larger `pool`": (
+        setting("pool", value=4),
+        {"teacher 3", "logits teachers/3", "scores", "learning_curves", *TABLE, *REDRAWN}
+        | {"transferred", "transfer", "directions", "claims"},
+    ),
+    "`members`": (
+        setting("members", value=3),
+        {*STUDENTS, *AFTER_STUDENTS, *OF_TEACHERS, "shifted_logits teachers/2", *REDRAWN}
+        - {"transferred"},
+    ),
+    "a method more": (
+        setting("methods", "kd_ods", value={"label": "KD+ODS", "perturbation": "ods"}),
+        of_method("kd_ods") | OF_STUDENTS,
+    ),
+    "a method less": (all_but_one_method, OF_STUDENTS),
+    "a method's `label`": (
+        setting("methods", "kd", "label", value="KD 1:1"),
+        OF_STUDENTS - {"distances"},
+    ),
+    "`confidence_bins`": (
+        setting("confidence_bins", value=10),
+        {*BINNED, "scores", "claims", *TABLE, *REDRAWN},
+    ),
+    "`analyses`": (
+        setting("analyses", value={"train_images": 90, "jacobian_images": 10}),
+        {"swept", "transferred", "distances", "directions", "claims"}
+        | {*INTERVALS, *figures(INTERVALS)},
+    ),
+    "`images`": (setting("images", "test", value=90), EVERYTHING),
+    "`corruptions`, `out_of_distribution`": (setting("corruptions", "images", value=10), SHIFTED),
+    "`published`": (
+        setting("published", value={"source": "a paper", "scores": {"KD": {"nll": 0.5}}}),
+        TABLE,
+    ),
+    "a study more": (
+        another_study,
+        {" ".join([rule, "other", *names]) for rule, *names in map(str.split, EVERYTHING)},
+    ),
+    "comments and the order of keys": (reordered, NOTHING),
+    # The code
+    "a metric's formula": (
+        code("ensdistill/metrics.py", '"left") - 1', '"right") - 1'),
+        {*BINNED, *figures(BINNED), "scores", "claims", *TABLE},
+    ),
+    "a perturbation's formula": (
+        code("ensdistill/perturbations.py", "** 0.5 /", "** 0.25 /"),
+        {*STUDENTS, *AFTER_STUDENTS, *OF_TEACHERS},
+    ),
+    "how networks are trained": (
+        code("ensdistill/training.py", "peaks = [", "peaks = [1.0 * "),
+        TRAINING,
+    ),
+    "how intervals are computed": (
+        code("ensdistill/bootstrap.py", "LEVEL = 0.95", "LEVEL = 0.9"),
+        {"claims", *INTERVALS, *figures(INTERVALS)},
+    ),
+    "an analysis": (
+        code("ensdistill/analysis.py", "2**22", "2**21"),
+        {"distances", "jacobians", "figure_jacobians", "claims"},
+    ),
+    "the style of figures": (code("ensdistill/figures.py", "WIDTH = 6.8", "WIDTH = 6.7"), REDRAWN),
+    "a workflow script": (
+        code("workflow_scripts/table.py", "job(snakemake):", "job(snakemake):\n    pass"),
+        TABLE,
+    ),
+    "a comment, a docstring, the formatting": (
+        code("ensdistill/perturbations.py", "# Scaled first", "# First scaled"),
+        NOTHING,
+    ),
+    "a checkout of the same code": (
+        lambda project: os.utime(project.folder / "workflow_scripts/teacher.py"),
+        NOTHING,
+    ),
+    "the version of ensdistill": (
+        code("ensdistill/__init__.py", '__version__ = "', '__version__ = "9.'),
+        NOTHING,
+    ),
+    "PyTorch, Python, `envs/`, `--sdm`": (other_environment, NOTHING),
+    "threads, memory, GPUs, `--cores`": (lambda project: None, NOTHING),
+    # Files
+    "a deleted table or figure": (deleted("figures/reliability.png"), {"figure_reliability"}),
+    "deleted images, weights, logits or metrics": (
+        deleted("teachers/1/weights.safetensors", "logits/students/kd/0.h5", "metrics/scores.csv"),
+        NOTHING,
+    ),
+    "a deleted file, made again by its name": (
+        remade(WEIGHTS),
+        {"learning_curves", "figure_learning_curves"},
+    ),
+    "a deleted file, when what reads it must run": (
+        deleted("images.h5", "logits/perturbed.h5", "figures/examples.png"),
+        EVERYTHING,
+    ),
+    "touched or copied files": (touched("images.h5", WEIGHTS, "logits/teachers/0.h5"), NOTHING),
+}
+WITHOUT = [row for row, (_, reruns) in ROWS.items() if reruns == NOTHING]
+MACHINE = ["--sdm", "conda", "--set-threads", "student=2", "--set-resources", "student:gpu=2"]
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row not in WITHOUT])
+def test_what_a_change_reruns(row, changed):
+    change, reruns = ROWS[row]
+    change(changed)
+    assert changed.planned() == reruns
+
+
+def test_changes_that_rerun_nothing_do_so_together(changed, monkeypatch):
+    for row in WITHOUT:
+        ROWS[row][0](changed)
+    monkeypatch.setenv("PATH", str(changed.folder), prepend=os.pathsep)
+    assert changed.planned(*MACHINE) == NOTHING
+
+
+def test_the_table_has_these_rows_and_says_where_nothing_runs():
+    lines = (REPOSITORY / "docs/reruns.md").read_text().splitlines()
+    table = [re.split(r" *\| *", line)[1:-1] for line in lines if line.startswith("|")]
+    reruns = {cells[0]: cells[1] for cells in table[2:]}
+    assert list(reruns) == list(ROWS)
+    assert [row for row, what in reruns.items() if what.startswith("nothing")] == WITHOUT
+
+
+def test_a_change_can_be_ignored_or_taken_as_made(changed):
+    setting("student", "epochs", value=4)(changed)
+    assert changed.planned("--rerun-triggers", "mtime") == NOTHING
+    changed.run("--touch")
+    assert changed.planned() == NOTHING
+
+
+def test_every_profile_that_takes_the_defaults_place_reruns_alike():
+    files = (REPOSITORY / "profiles").glob("*/profile.yaml")
+    profiles = {file.parent.name: yaml.safe_load(file.read_text()) for file in files}
+    for name, profile in profiles.items():
+        if "rerun-incomplete" in profile:
+            for key in ("rerun-incomplete", "rerun-triggers", "max-checksum-file-size"):
+                assert profile[key] == profiles["default"][key], name

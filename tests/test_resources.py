@@ -1,0 +1,103 @@
+"""What jobs ask of a cluster's scheduler, by dry runs."""
+
+import re
+
+import pytest
+import torch
+import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ensdistill.networks import build_network
+from ensdistill.objectives import cross_entropy, student_objective
+from ensdistill.studies import read_configuration
+from tests.project import REPOSITORY, Project
+
+CONFIG = yaml.safe_load((REPOSITORY / "config.yaml").read_text())
+STUDY = read_configuration(CONFIG).studies["cifar10_resnet32"]
+IMAGES = 60_000
+TEACHERS = [f"teachers/{seed}/weights.safetensors" for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project whose images.h5 and teachers are there, in size."""
+    project = Project.new(tmp_path_factory.mktemp("resources"))
+    project.configure({**CONFIG, "run": ["cifar10_resnet32"]})
+    for study in ("cifar10_resnet32", "cifar100_wrn28x10"):
+        for name in ("images.h5", *TEACHERS):
+            path = project.folder / "results" / study / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.truncate(IMAGES * 3 * 32 * 32 if name == "images.h5" else 2**20)
+    return project
+
+
+def asked(project, study, *arguments):
+    """Memory [MB] and minutes that a dry run says for the networks of a study, by folder."""
+    plan = project.run("--dry-run", "--forceall", f"results/{study}/claims.md", *arguments).stdout
+    jobs = {}
+    for block in re.split(r"^rule ", plan, flags=re.MULTILINE):
+        if found := re.search(rf"output: results/{study}/(\S+)/weights.safetensors", block):
+            numbers = [re.search(rf"{name}=(\d+)", block)[1] for name in ("mem_mb", "runtime")]
+            jobs[found[1]] = tuple(map(int, numbers))
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def jobs(project):
+    return asked(project, "cifar10_resnet32")
+
+
+class Operations(TorchDispatchMode):
+    """Counts additions and multiplications as PyTorch does (whose own counter fails in ODS)."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if counter := flop_registry.get(function._overloadpacket):
+            self.count += counter(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def operations(objective, ensemble_size):
+    """Of a training step, per image."""
+    network = build_network("resnet32", 10, ensemble_size=ensemble_size)
+    x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
+    with Operations() as operations:
+        objective(network, x, y, torch.Generator())["loss"].backward()
+    return operations.count / len(x)
+
+
+def test_time_for_training_follows_the_operations_that_pytorch_counts(jobs):
+    teachers = [build_network("resnet32", 10).eval().requires_grad_(False) for _ in range(4)]
+    steps = {"teachers/0": (cross_entropy, 1)}
+    for method in ("be", "kd_single", "kd", "kd_conf_ods"):
+        members = 1 if method == "kd_single" else 4
+        steps[f"students/{method}/0"] = student_objective(teachers, **STUDY.method(method)), members
+    for network, step in steps.items():
+        _, minutes = jobs[network]
+        counted = operations(*step) * IMAGES * 300 / 4e12 / 60
+        assert minutes == pytest.approx(20 + counted, rel=0.15), network
+
+
+def test_memory_for_training_grows_with_its_files(jobs):
+    assert jobs["teachers/0"][0] == pytest.approx(4000 + 4 * 176, abs=1)
+    assert jobs["students/kd/0"][0] == pytest.approx(4000 + 4 * (176 + 4), abs=1)
+
+
+def test_no_job_asks_for_more_time_than_the_partition_gives(project):
+    study = "cifar100_wrn28x10"
+    assert asked(project, study)["teachers/0"][1] > 1440
+    bounded = asked(project, study, "--workflow-profile", "profiles/slurm")
+    assert len(bounded) == 5 + 6 * 3
+    assert all(minutes <= 1440 for _, minutes in bounded.values())
+
+
+def test_the_slurm_profile_says_all_that_the_default_one_says():
+    default, slurm = (
+        yaml.safe_load((REPOSITORY / "profiles" / name / "profile.yaml").read_text())
+        for name in ("default", "slurm")
+    )
+    assert default.items() <= slurm.items()
