@@ -20,6 +20,10 @@ min_version("9.0")
 configfile: "config.yaml"
 
 
+# For `--sdm apptainer`; made from envs/Dockerfile, as docs/environments.md says.
+container: "envs/ensdistill.sif"
+
+
 report: "report/workflow.rst"
 
 
