@@ -356,6 +356,15 @@ def test_a_results_file_shows_nothing_that_is_stored_elsewhere(tmp_path, show, e
     assert str(path) in refusal(splits_of, path)
 
 
+@pytest.mark.parametrize("harm", [lambda file: file.create_group("test/logits"), lambda file: 0])
+def test_what_is_no_array_in_an_arrays_place_is_refused(tmp_path, harm):
+    path = tmp_path / "logits.h5"
+    with h5py.File(path, "w") as file:
+        file["test/labels"] = np.dtype("i8")  # a named type
+        harm(file)
+    assert str(path) in refusal(read_logits, path, "test")
+
+
 @pytest.mark.parametrize("options", [{"chunks": (1, 3, 64, 64)}, {}, {"chunks": True}])
 def test_a_small_file_of_ten_million_images_is_refused(tmp_path, options):
     path = tmp_path / "images.h5"
