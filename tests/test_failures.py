@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from ensdistill.downloads import ARCHIVES
-from tests.test_downloads import CONTENT, NAME, Server, md5
+from tests.test_downloads import CONTENT, NAME, md5, serving
 
 TEACHER = "results/tiny/teachers/0/weights.safetensors"
 ENDLESS = 10**6
@@ -193,20 +192,14 @@ def test_a_damaged_state_is_set_aside_and_training_begins_anew(untrained, finish
 @pytest.fixture
 def server(changed):
     """A server in place of the official one of CIFAR, for the project's own workflow."""
-    listening = Server()
-    official = ARCHIVES[NAME]
-    changed.edit(
-        "ensdistill/downloads.py",
-        'CIFAR = "https://www.cs.toronto.edu/~kriz"',
-        f'CIFAR = "http://127.0.0.1:{listening.server_port}"',
-    )
-    changed.edit("ensdistill/downloads.py", official.md5, md5(CONTENT))
-    thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
-    thread.start()
-    yield listening
-    listening.shutdown()
-    thread.join()
-    listening.server_close()
+    with serving() as listening:
+        changed.edit(
+            "ensdistill/downloads.py",
+            'CIFAR = "https://www.cs.toronto.edu/~kriz"',
+            f'CIFAR = "http://127.0.0.1:{listening.server_port}"',
+        )
+        changed.edit("ensdistill/downloads.py", ARCHIVES[NAME].md5, md5(CONTENT))
+        yield listening
 
 
 def test_a_download_breaks_off_and_the_rerun_asks_for_the_rest(changed, server):
