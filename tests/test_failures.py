@@ -100,6 +100,28 @@ def test_the_disk_is_full_while_results_are_written(changed, finished, name, siz
     assert_as(changed, finished, name)
 
 
+@pytest.mark.parametrize(
+    ("name", "unwritten"),
+    [
+        ("teachers/0/weights.safetensors", "teachers/0/state.pt"),
+        ("logits/shifted/teachers/0.h5", "logits/shifted/teachers/0.h5"),
+    ],
+)
+def test_a_file_becomes_larger_than_the_user_may_write(changed, finished, name, unwritten):
+    for made in (name, "teachers/0/history.csv"):
+        changed.file(made).unlink()
+    before = contents(changed)
+    limit = 40_000
+    done = changed.snakemake(
+        f"results/tiny/{name}",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    told(done, f"results/tiny/{unwritten}: File too large")
+    assert contents(changed) == before
+    changed.run(f"results/tiny/{name}")
+    assert_as(changed, finished, name)
+
+
 def test_the_memory_is_full(untrained):
     untrained.change("studies", "tiny", "network", "width", value=256)
     untrained.change("studies", "tiny", "teacher", "epochs", value=1)
