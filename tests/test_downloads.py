@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from errno import ENOSPC
 from itertools import chain
 from pathlib import Path
@@ -59,17 +60,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@contextmanager
+def serving():
+    """A running server."""
+    with Server() as listening:
+        thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
+        thread.start()
+        yield listening
+        listening.shutdown()
+        thread.join()
+
+
 @pytest.fixture
 def server(monkeypatch):
-    listening = Server()
-    url = f"http://127.0.0.1:{listening.server_port}/{NAME}"
-    monkeypatch.setitem(ARCHIVES, NAME, Archive(url, md5(CONTENT)))
-    thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
-    thread.start()
-    yield listening
-    listening.shutdown()
-    thread.join()
-    listening.server_close()
+    with serving() as listening:
+        url = f"http://127.0.0.1:{listening.server_port}/{NAME}"
+        monkeypatch.setitem(ARCHIVES, NAME, Archive(url, md5(CONTENT)))
+        yield listening
 
 
 @pytest.fixture

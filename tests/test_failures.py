@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from ensdistill.downloads import ARCHIVES
-from tests.test_downloads import CONTENT, NAME, Server, md5
+from tests.test_downloads import CONTENT, NAME, md5, serving
 
 TEACHER = "results/tiny/teachers/0/weights.safetensors"
 ENDLESS = 10**6
@@ -97,6 +96,28 @@ def test_the_disk_is_full_while_results_are_written(changed, finished, name, siz
         told(done, f"no space is left on the disk that holds results/tiny/{name.split('.')[0]}")
         assert contents(changed) == before
     changed.file(name).unlink()
+    changed.run(f"results/tiny/{name}")
+    assert_as(changed, finished, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "unwritten"),
+    [
+        ("teachers/0/weights.safetensors", "teachers/0/state.pt"),
+        ("logits/shifted/teachers/0.h5", "logits/shifted/teachers/0.h5"),
+    ],
+)
+def test_a_file_becomes_larger_than_the_user_may_write(changed, finished, name, unwritten):
+    for made in (name, "teachers/0/history.csv"):
+        changed.file(made).unlink()
+    before = contents(changed)
+    limit = 40_000
+    done = changed.snakemake(
+        f"results/tiny/{name}",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    told(done, f"results/tiny/{unwritten}: File too large")
+    assert contents(changed) == before
     changed.run(f"results/tiny/{name}")
     assert_as(changed, finished, name)
 
@@ -193,20 +214,14 @@ def test_a_damaged_state_is_set_aside_and_training_begins_anew(untrained, finish
 @pytest.fixture
 def server(changed):
     """A server in place of the official one of CIFAR, for the project's own workflow."""
-    listening = Server()
-    official = ARCHIVES[NAME]
-    changed.edit(
-        "ensdistill/downloads.py",
-        'CIFAR = "https://www.cs.toronto.edu/~kriz"',
-        f'CIFAR = "http://127.0.0.1:{listening.server_port}"',
-    )
-    changed.edit("ensdistill/downloads.py", official.md5, md5(CONTENT))
-    thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
-    thread.start()
-    yield listening
-    listening.shutdown()
-    thread.join()
-    listening.server_close()
+    with serving() as listening:
+        changed.edit(
+            "ensdistill/downloads.py",
+            'CIFAR = "https://www.cs.toronto.edu/~kriz"',
+            f'CIFAR = "http://127.0.0.1:{listening.server_port}"',
+        )
+        changed.edit("ensdistill/downloads.py", ARCHIVES[NAME].md5, md5(CONTENT))
+        yield listening
 
 
 def test_a_download_breaks_off_and_the_rerun_asks_for_the_rest(changed, server):

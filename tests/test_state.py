@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ensdistill import DamagedFile, InputError, training
-from ensdistill.jobs import Interrupted
+from ensdistill.jobs import Interrupted, fingerprint
 from ensdistill.networks import build_network
 from ensdistill.objectives import student_objective
 from ensdistill.state import TrainingState
@@ -166,6 +167,22 @@ def test_a_state_of_another_configuration_is_not_picked_up_and_is_replaced(tmp_p
     assert_same(train(other), train())
     assert other.load()["epoch"] == EPOCHS + 1
     assert TrainingState(path, "one").load() is None
+
+
+def test_a_fingerprint_is_of_parameters_and_of_what_is_in_the_inputs(tmp_path):
+    def of(content, **params):
+        (tmp_path / "images.h5").write_bytes(content)
+        return fingerprint(SimpleNamespace(input=[tmp_path / "images.h5"], params=params))
+
+    known = of(b"pixels", training={"epochs": 3, "seed": 0}, code="abc")
+    assert known == of(b"pixels", code="abc", training={"seed": 0, "epochs": 3})
+    others = {
+        of(b"pixel5", training={"epochs": 3, "seed": 0}, code="abc"),
+        of(b"pixels", training={"epochs": 4, "seed": 0}, code="abc"),
+        of(b"pixels", training={"epochs": 3, "seed": 0}, code="abd"),
+        of(b"pixels", training={"epochs": 3, "seed": 0}, code="abc", method={"eta": 0.1}),
+    }
+    assert len(others | {known}) == 5
 
 
 def test_a_kill_in_the_middle_of_a_write_leaves_the_previous_state(tmp_path):
