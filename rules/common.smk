@@ -1,4 +1,5 @@
 import math
+import os
 import re
 from functools import cache
 
@@ -167,11 +168,18 @@ FLOPS = 4e12
 a V100, a card of 2017, can do in float32. A CPU core reaches a thirtieth of it."""
 
 
+def sizes_mb(input):
+    """Sizes of input files. Snakemake's own way, which knows remote files, warns in a report."""
+    if all(map(os.path.exists, input)):
+        return [os.path.getsize(path) / 2**20 for path in input]
+    return input.size_files_mb
+
+
 def growing(base, per_mb=0):
     """A resource function: `base`, and `per_mb` for each MB of input, times the attempt."""
 
     def amount(wildcards, input, attempt):
-        return math.ceil(attempt * (base + (per_mb * input.size_mb if per_mb else 0)))
+        return math.ceil(attempt * (base + (per_mb * sum(sizes_mb(input)) if per_mb else 0)))
 
     return amount
 
@@ -186,7 +194,7 @@ def computing(passes):
     def minutes(wildcards, input, attempt):
         network = STUDIES[wildcards.study].network
         _, depth, widen = parse_network_name(network.name)
-        pixels = input.size_files_mb[0] * 2**20 / 3  # a byte per channel, hardly compressible
+        pixels = sizes_mb(input)[0] * 2**20 / 3  # a byte per channel, hardly compressible
         flops = 2 * depth * 9 * (network.width * widen) ** 2 * pixels * passes(wildcards)
         return math.ceil(attempt * (20 + flops / FLOPS / 60))
 

@@ -93,7 +93,7 @@ def reordered(project):
 
 def other_environment(project):
     """A conda that knows itself, and another environment file."""
-    code("envs/ensdistill.yaml", "python=3.12", "python=3.13")(project)
+    code("envs/ensdistill.yaml", "python=3.11", "python=3.12")(project)
     conda = project.folder / "conda"
     conda.write_text(
         "#!/bin/sh\n[ $1 = --version ] && echo conda 25.1.0 ||"

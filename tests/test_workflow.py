@@ -127,7 +127,7 @@ def test_a_wrong_configuration_is_one_sentence(changed, path, value, sentence):
 
 
 def test_the_report_is_one_page_with_every_figure_and_the_table(finished):
-    finished.run("--report", "report.html")
+    assert "Warning" not in finished.run("--report", "report.html").stderr
     page = (finished.folder / "report.html").read_text()
     for figure in FIGURES:
         assert f"results/tiny/figures/{figure}.png" in page
