@@ -98,6 +98,8 @@ def show_cards(project):
 def start(cluster, project, *arguments, profile=PROFILE):
     return subprocess.Popen(
         [sys.executable, "-m", "snakemake", *profile, *QUICK, *arguments],
+        # A shell that starts tests in the background has it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         cwd=project.folder,
         env={**cluster.environment, "PYTHONPATH": str(project.folder)},
         stdout=subprocess.PIPE,
