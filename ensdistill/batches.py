@@ -32,9 +32,9 @@ class TrainingBatches:
         flip: bool,
         generator: torch.Generator,
     ):
-        self.height, self.width = images.shape[-2:]
-        # Channels last, so that one gather crops, flips and lands in the layout of convolutions.
+        # Channels last: choosing pixels crops, flips, and lands in the layout of convolutions.
         self.padded = F.pad(images, [crop_padding] * 4).permute(0, 2, 3, 1).contiguous()
+        self.height, self.width = images.shape[-2:]
         self.labels = labels
         self.batch_size = min(batch_size, len(images))
         self.shifts = 2 * crop_padding + 1
@@ -56,14 +56,17 @@ class TrainingBatches:
         across = torch.arange(self.width, device=self.labels.device)
         rows = top + torch.arange(self.height, device=self.labels.device)
         columns = left + (torch.where(mirrored, across.flip(0), across) if self.flip else across)
+        _, padded_height, padded_width, channels = self.padded.shape
 
         def batch(start: int) -> tuple[Tensor, Tensor]:
             chosen = slice(start, start + self.batch_size)
             index = order[chosen]
-            pixels = self.padded[
-                index[:, None, None], rows[chosen][:, :, None], columns[chosen][:, None, :]
-            ]
-            return pixels.permute(0, 3, 1, 2).float().div_(255), self.labels[index]
+            lines = (index[:, None] * padded_height + rows[chosen]) * padded_width
+            places = lines[:, :, None] + columns[chosen][:, None, :]
+            # One flat index: several times as fast as indexing along three axes.
+            pixels = self.padded.view(-1, channels).index_select(0, places.flatten())
+            x = pixels.view(*places.shape, channels).permute(0, 3, 1, 2)
+            return x.float().div_(255), self.labels[index]
 
         size = self.batch_size
         return map(batch, range(first * size, len(self) * size, size))
