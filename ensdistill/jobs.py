@@ -1,6 +1,7 @@
 """What every workflow script does around its one call: logging, signals, errors in one sentence."""
 
 import errno
+import gc
 import hashlib
 import logging
 import os
@@ -59,6 +60,7 @@ def job(snakemake: Any) -> Iterator[None]:
     status = 1
     try:
         yield
+        gc.freeze()  # or the interpreter would search all of PyTorch for garbage before it ends
         return
     except Interrupted as interruption:
         for number in ENDINGS:

@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
 
 Array = NDArray[np.float64]
@@ -255,6 +254,8 @@ def optimal_temperature(probs: ArrayLike, labels: ArrayLike) -> float:
     >>> round(optimal_temperature([[0.8, 0.2]] * 4, [0, 0, 0, 1]), 4)
     1.2619
     """
+    from scipy.optimize import brentq  # long to import, and training needs other metrics only
+
     probs, labels = _pair(probs, labels)
     log_probs = _log(probs, TINY)
     at_label = log_probs[np.arange(len(labels)), labels].mean()
