@@ -34,6 +34,7 @@ SAVE_EVERY = 120
 """Seconds after which the state is saved within an epoch: the most that a kill can cost."""
 
 Schedule = Literal["warmup_linear", "cosine"]
+Precision = Literal["fp32", "bf16"]
 
 
 def learning_rate_factor(
@@ -71,6 +72,44 @@ def parameter_groups(
     return groups
 
 
+def sgd(
+    network: nn.Module, learning_rate: float, momentum: float, weight_decay: float
+) -> torch.optim.SGD:
+    """Stochastic gradient descent with the groups of `parameter_groups`."""
+    groups = parameter_groups(network, learning_rate, weight_decay)
+    return torch.optim.SGD(groups, momentum=momentum, fused=True)
+
+
+def train_step(
+    network: nn.Module,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    generator: torch.Generator,
+    precision: Precision,
+) -> dict[str, Tensor]:
+    """One update of a network in training mode.
+
+    Args:
+        network, objective, generator, precision: as in `fit`.
+        optimizer: of the network's parameters.
+        x, y: images (B, C, H, W) in [0, 1] and labels (B,).
+
+    Returns:
+        What the history keeps of it, still on the device: the loss and its parts, and the
+        accuracy [%].
+    """
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        parts = objective(network, x, y, generator)
+    optimizer.zero_grad()
+    parts["loss"].backward()
+    optimizer.step()
+    correct = parts.pop("logits").softmax(-1).mean(0).argmax(-1) == y
+    parts["accuracy"] = 100 * correct.float().mean()
+    return {name: value.detach() for name, value in parts.items()}
+
+
 def is_validated(epoch: int, epochs: int, validate_every: int) -> bool:
     """Every so many epochs, and in each of the last tenth."""
     return epoch % validate_every == 0 or epoch > 0.9 * epochs
@@ -93,7 +132,7 @@ def fit(
     validate_every: int,
     crop_padding: int,
     flip: bool,
-    precision: Literal["fp32", "bf16"],
+    precision: Precision,
     state: TrainingState | None = None,
 ) -> list[dict[str, float]]:
     """Train a network in place with SGD; it ends with the weights of its best validation.
@@ -136,8 +175,7 @@ def fit(
         members,
         batches.batch_size * members,
     )
-    groups = parameter_groups(network, learning_rate, weight_decay)
-    optimizer = torch.optim.SGD(groups, momentum=momentum)
+    optimizer = sgd(network, learning_rate, momentum, weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
     history: list[dict[str, float]] = []
     best: dict[str, Any] = {"accuracy": -1.0, "network": {}}
@@ -190,12 +228,8 @@ def fit(
                 drawn_from = generator.get_state()
                 remaining = batches.epoch()
             for x, y in remaining:
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    parts = objective(network, x, y, generator)
-                optimizer.zero_grad()
-                parts["loss"].backward()
-                optimizer.step()
-                for name, value in _measured(parts, y).items():
+                measured = train_step(network, objective, optimizer, x, y, generator, precision)
+                for name, value in measured.items():
                     columns[name].append(value)
                 signal = interrupted()
                 if signal or time.perf_counter() - saved_at > SAVE_EVERY:
@@ -233,14 +267,6 @@ def fit(
             logger.info(" ".join(f"{name} {value:.5g}" for name, value in row.items()))
     network.load_state_dict(best["network"])
     return history
-
-
-def _measured(parts: dict[str, Tensor], y: Tensor) -> dict[str, Tensor]:
-    """What the history keeps of a step: the loss and its parts, and the accuracy [%]."""
-    logits = parts.pop("logits")
-    correct = logits.softmax(-1).mean(0).argmax(-1) == y
-    parts["accuracy"] = 100 * correct.float().mean()
-    return {name: value.detach() for name, value in parts.items()}
 
 
 def train_network(
