@@ -1,0 +1,175 @@
+"""What is timed: the same networks, weights and images, ours and the plain implementation's."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import plain
+from ensdistill.batches import TrainingBatches
+from ensdistill.networks import build_network, fold_batch_norms
+from ensdistill.objectives import cross_entropy, student_objective
+from ensdistill.studies import parse_network_name
+from ensdistill.training import sgd, train_step
+
+MEMBERS = 4
+RECIPE = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+DISTILLATION = {"alpha": 0.9, "temperature": 4.0, "eta": 1 / 255}
+CONF_ODS = {"objective": "one_to_one", "perturbation": "conf_ods"}
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained on what."""
+
+    network: str
+    side: int
+    channels: int = 3
+    classes: int = 10
+    images: int = 64
+    """In a student's batch."""
+    teacher_images: int = 256
+    crop_padding: int = 4
+    flip: bool = True
+    rounds: int = 10
+
+    def __str__(self) -> str:
+        return f"{self.network}, {self.images} images of {self.side}×{self.side}, M = {MEMBERS}"
+
+    def of_teacher(self) -> str:
+        return f"{self.network}, {self.teacher_images} images of {self.side}×{self.side}"
+
+
+def shapes(device: torch.device) -> dict[str, Shape]:
+    """The networks of the paper and of the default study; the largest in parts on a CPU."""
+    part = 1 if device.type == "cuda" else 16
+    return {
+        "resnet32": Shape("resnet32", 32),
+        "wrn28x10": Shape(
+            "wrn28x10", 32, classes=100, images=64 // part, teacher_images=256 // part, rounds=3
+        ),
+        "digits": Shape(
+            "resnet8", 8, channels=1, teacher_images=64, crop_padding=1, flip=False, rounds=50
+        ),
+    }
+
+
+class Workload:
+    """The same networks and images for ours and for the plain implementation."""
+
+    def __init__(self, shape: Shape, device: torch.device):
+        self.shape, self.device = shape, device
+        rng = np.random.default_rng(0)
+        size = (2000, shape.side, shape.side, shape.channels)
+        self.pixels = rng.integers(0, 256, size, dtype=np.uint8)
+        self.classes = rng.integers(0, shape.classes, len(self.pixels))
+        self.generator = torch.Generator(device).manual_seed(0)
+        torch.manual_seed(0)
+
+    def build(self, members: int = 1) -> nn.Module:
+        name, classes, channels = self.shape.network, self.shape.classes, self.shape.channels
+        return build_network(name, classes, channels, ensemble_size=members).to(self.device)
+
+    def twin(self, network: nn.Module, members: int = 1) -> nn.Module:
+        """The plain implementation, with the same weights."""
+        shape = self.shape
+        family, depth, widen = parse_network_name(shape.network)
+        widen = widen if family == "wrn" else None
+        other = plain.Network(depth, shape.classes, shape.channels, members, widen)
+        other.load_state_dict(network.state_dict())
+        return other.to(self.device)
+
+    @cached_property
+    def networks(self) -> dict[str, Any]:
+        """Networks of either implementation, teachers with batch statistics that fit."""
+        teachers = [self.build() for _ in range(MEMBERS)]
+        x, _ = next(self.batches(self.shape.teacher_images))
+        for teacher in teachers:
+            for norm in (m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)):
+                norm.momentum = 1.0
+            with torch.no_grad():
+                teacher(x)
+        student, single = self.build(MEMBERS), self.build()
+        return {
+            "student": student,
+            "single": single,
+            "plain_student": self.twin(student, MEMBERS),
+            "plain_single": self.twin(single),
+            "plain_teachers": [self.twin(teacher).eval() for teacher in teachers],
+            "teachers": [fold_batch_norms(it.eval().requires_grad_(False)) for it in teachers],
+        }
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ours, without end."""
+        images = torch.from_numpy(self.pixels).permute(0, 3, 1, 2).to(self.device)
+        labels = torch.from_numpy(self.classes).to(self.device)
+        settings = (self.shape.crop_padding, self.shape.flip, self.generator)
+        epochs = TrainingBatches(images, labels, size, *settings)
+        while True:
+            yield from epochs
+
+    def plain_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        shape = self.shape
+        for x, y in plain.batches(self.pixels, self.classes, size, shape.crop_padding, shape.flip):
+            yield x.to(self.device), y.to(self.device)
+
+    def step(self, precision: str, *, teacher: bool = False, **method: Any) -> Call:
+        """A whole training step of ours: of a teacher, or of a student by a method."""
+        network = self.networks["single" if teacher or method.pop("single", False) else "student"]
+        objective = (
+            cross_entropy
+            if teacher
+            else student_objective(self.networks["teachers"], **DISTILLATION | method)
+        )
+        optimizer = sgd(network, **RECIPE)
+        batches = self.batches(self.shape.teacher_images if teacher else self.shape.images)
+        network.train()
+
+        def step() -> None:
+            x, y = next(batches)
+            train_step(network, objective, optimizer, x, y, self.generator, precision)
+
+        return step
+
+    def plain_step(self, precision: str = "fp32", *, teacher: bool = False) -> Call:
+        """A whole training step of the plain implementation; a student's is one by ConfODS."""
+        network = self.networks["plain_single" if teacher else "plain_student"].train()
+        teachers = self.networks["plain_teachers"]
+        optimizer = torch.optim.SGD(network.parameters(), RECIPE["learning_rate"], momentum=0.9)
+        batches = self.plain_batches(self.shape.teacher_images if teacher else self.shape.images)
+
+        def step() -> None:
+            x, y = next(batches)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                if teacher:
+                    logits = network(x)
+                    loss = F.cross_entropy(logits, y)
+                else:
+                    source = int(torch.randint(len(teachers), ()))
+                    w = torch.empty(len(x), self.shape.classes, device=x.device).uniform_(-1, 1)
+                    loss, logits = plain.student_loss(
+                        network, teachers, source, w, x, y, **DISTILLATION
+                    )
+            plain.train_step(loss, logits, y, optimizer)
+
+        return step
+
+    def both_passes(self, network: str, rows: int, precision: str) -> Call:
+        """Forward and backward through one of the networks, images at hand."""
+        module = self.networks[network].train()
+        x, y = next(self.batches(rows))
+
+        def both() -> None:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                loss = cross_entropy(module, x, y)["loss"]
+            loss.backward()
+            module.zero_grad()
+
+        return both

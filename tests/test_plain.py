@@ -1,0 +1,118 @@
+"""What is fast equals what is plain: the published algorithm, written out in `benchmarks.plain`."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from benchmarks import plain
+from benchmarks.__main__ import steps
+from benchmarks.rows import Bench, table
+from benchmarks.workloads import DISTILLATION, RECIPE, Shape, Workload
+from ensdistill.networks import fold_batch_norms
+from ensdistill.objectives import cross_entropy, student_objective
+from ensdistill.training import sgd, train_step
+
+CPU = torch.device("cpu")
+SHAPES = {
+    "resnet8": Shape("resnet8", 8, images=6, teacher_images=6),
+    "wrn10x2": Shape("wrn10x2", 8, images=6, teacher_images=6),
+}
+TOLERANCES = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-11},
+    torch.float32: {"rtol": 1e-3, "atol": 1e-5},
+}
+
+
+@pytest.fixture(params=SHAPES)
+def workload(request):
+    return Workload(SHAPES[request.param], CPU)
+
+
+def close(ours, theirs, dtype):
+    torch.testing.assert_close(ours, theirs, **TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_steps_of_a_student_equal_the_plain_ones(workload, dtype):
+    networks = workload.networks
+    student, plain_student = (
+        networks[name].to(dtype).train() for name in ("student", "plain_student")
+    )
+    plain_teachers = [it.to(dtype) for it in networks["plain_teachers"]]
+    teachers = []
+    for teacher in plain_teachers:  # folded in the precision in which they are compared
+        network = workload.build().to(dtype).eval().requires_grad_(False)
+        network.load_state_dict(teacher.state_dict())
+        teachers.append(fold_batch_norms(network))
+    objective = student_objective(
+        teachers, objective="one_to_one", perturbation="conf_ods", **DISTILLATION
+    )
+    optimizer, plain_optimizer = sgd(student, **RECIPE), sgd(plain_student, **RECIPE)
+    ours, theirs = (torch.Generator().manual_seed(5) for _ in range(2))
+    batches = workload.batches(6)
+    for _ in range(3):
+        x, y = next(batches)
+        x = x.to(dtype)
+        measured = train_step(student, objective, optimizer, x, y, ours, "fp32")
+        source = torch.randint(len(teachers), (), generator=theirs).item()
+        w = torch.empty(len(x), 10, dtype=dtype).uniform_(-1, 1, generator=theirs)
+        loss, logits = plain.student_loss(
+            plain_student, plain_teachers, source, w, x, y, **DISTILLATION
+        )
+        plain_loss, _ = plain.train_step(loss, logits, y, plain_optimizer)
+        close(measured["loss"].item(), plain_loss, dtype)
+        for key, value in plain_student.state_dict().items():
+            close(student.state_dict()[key], value, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_steps_of_a_teacher_equal_the_plain_ones(workload, dtype):
+    network, other = (workload.networks[it].to(dtype).train() for it in ("single", "plain_single"))
+    optimizer, plain_optimizer = sgd(network, **RECIPE), sgd(other, **RECIPE)
+    batches = workload.batches(6)
+    for _ in range(3):
+        x, y = next(batches)
+        x = x.to(dtype)
+        measured = train_step(network, cross_entropy, optimizer, x, y, workload.generator, "fp32")
+        logits = other(x)
+        loss, accuracy = plain.train_step(F.cross_entropy(logits, y), logits, y, plain_optimizer)
+        close(measured["loss"].item(), loss, dtype)
+        assert measured["accuracy"].item() == pytest.approx(100 * accuracy)
+        for key, value in other.state_dict().items():
+            close(network.state_dict()[key], value, dtype)
+
+
+def test_folded_batch_norms_change_no_logits_and_no_input_gradients(workload):
+    network, other = (workload.networks[it].double().eval() for it in ("single", "plain_single"))
+    torch.manual_seed(1)
+    for norm in (it for it in network.modules() if isinstance(it, torch.nn.BatchNorm2d)):
+        for tensor in (norm.weight, norm.bias, norm.running_mean):
+            torch.nn.init.normal_(tensor)
+        torch.nn.init.uniform_(norm.running_var, 0.1, 2)
+    other.load_state_dict(network.state_dict())
+    count = sum(isinstance(it, torch.nn.BatchNorm2d) for it in network.modules())
+    folded = fold_batch_norms(network)
+    assert sum(isinstance(it, torch.nn.BatchNorm2d) for it in folded.modules()) < count / 1.5
+    results = []
+    for it in (folded, other):
+        x = torch.rand(5, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        logits = it(x.requires_grad_())
+        results.append((logits, *torch.autograd.grad(logits[:, 3].sum(), x)))
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs, torch.float64)
+
+
+def test_rows_of_the_benchmark_hold_what_they_say():
+    bench = Bench(["input_pipeline_small", "teacher_step_fp32"])
+    shape = Shape("resnet8", 8, channels=1, images=4, teacher_images=4, flip=False, rounds=3)
+    steps(bench, "small", Workload(shape, CPU))
+    rows = json.loads(json.dumps(bench.rows))
+    assert [row["name"] for row in rows] == ["teacher_step_fp32_small", "input_pipeline_small"]
+    for row in rows:
+        assert 0 < row["ours_s"] < 10
+        assert row["spread"][0] <= row["ratio"] <= row["spread"][1]
+        assert f"| `{row['name']}` |" in table(rows, {"convolution": 0.75, "all else": 0.25})
+    assert rows[0]["precision"] == "fp32"
+    assert rows[0]["n"] == 3
