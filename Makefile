@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test test-slurm test-kills lint format
+.PHONY: run test test-slurm test-kills bench lint format
 
 run: .venv/installed ## the studies named under `run` in config.yaml, and a report
 	$(BIN)/snakemake --cores all
@@ -18,6 +18,9 @@ test-slurm: .venv/installed-test ## as root, with Debian's slurmctld slurmd slur
 
 test-kills: .venv/installed-test ## kill -9 at 30 random moments: some ten minutes
 	$(BIN)/python -m pytest -m kills -s
+
+bench: .venv/installed ## half an hour on 2 cores; nothing else should run meanwhile
+	$(BIN)/python -m benchmarks
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

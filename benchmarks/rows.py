@@ -1,8 +1,10 @@
 """Rows of results: how they are timed, and how they are shown."""
 
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from benchmarks.workloads import Call
 from ensdistill.devices import prepare
 
 WARM_UP = 2
-CPU_THREADS = 2
+CPU_THREADS = len(os.sched_getaffinity(0))
 
 Row = dict[str, Any]
 
@@ -27,8 +29,12 @@ class Bench:
 
     def __init__(self, wanted: list[str]):
         self.wanted = wanted
-        self.device = prepare(CPU_THREADS, {})
         self.rows: list[Row] = []
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Taken when first needed: a GPU that is held here is not free for jobs of Snakemake."""
+        return prepare(CPU_THREADS, {})
 
     def wants(self, *names: str) -> bool:
         """Whether one of these rows is to be made."""
@@ -97,9 +103,9 @@ class Bench:
             "n": n,
             "precision": None,
             "shape": None,
-            "hardware": hardware(self.device),
+            **facts,
         }
-        self.rows.append(row | facts)
+        self.rows.append(row)
         print(f"{name}: {ours:.3g} s" + (f", ratio {ratio:.2f}" if ratio else ""), flush=True)
 
 

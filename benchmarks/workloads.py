@@ -38,7 +38,7 @@ class Shape:
     teacher_images: int = 256
     crop_padding: int = 4
     flip: bool = True
-    rounds: int = 10
+    rounds: int = 12
 
     def __str__(self) -> str:
         return f"{self.network}, {self.images} images of {self.side}×{self.side}, M = {MEMBERS}"
@@ -48,12 +48,12 @@ class Shape:
 
 
 def shapes(device: torch.device) -> dict[str, Shape]:
-    """The networks of the paper and of the default study; the largest in parts on a CPU."""
-    part = 1 if device.type == "cuda" else 16
+    """The networks of the paper and of the default study; a quarter of the largest on a CPU."""
+    part = 1 if device.type == "cuda" else 4
     return {
         "resnet32": Shape("resnet32", 32),
         "wrn28x10": Shape(
-            "wrn28x10", 32, classes=100, images=64 // part, teacher_images=256 // part, rounds=3
+            "wrn28x10", 32, classes=100, images=64 // part, teacher_images=256 // part, rounds=2
         ),
         "digits": Shape(
             "resnet8", 8, channels=1, teacher_images=64, crop_padding=1, flip=False, rounds=50

@@ -275,9 +275,10 @@ class _WithoutRandomNumbers(TorchFunctionMode):
     """Leaves out initialisation, which tensors without storage would answer by a long import."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (Tensor.normal_, Tensor.uniform_):
-            return args[0]
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if function.__name__.endswith(("normal_", "uniform_")):  # of tensors and of torch.nn.init
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def _unfilled(

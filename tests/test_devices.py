@@ -179,3 +179,28 @@ def test_the_peak_of_gpu_memory_is_logged(monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         devices._log_peak_memory(torch.device("cuda"))
     assert caplog.messages == ["peak GPU memory: 3072 MiB"]
+
+
+FAULTS = """
+import resource, sys, torch
+from ensdistill.devices import prepare
+if sys.argv[1] == "kept":
+    prepare(1, {})
+def allocate():
+    for _ in range(20):
+        torch.zeros(10_000_000)
+allocate()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+allocate()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_memory_that_a_step_frees_is_there_for_the_next():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    kept, given_back = (
+        int(subprocess.check_output([sys.executable, "-c", FAULTS, how], env=environment))
+        for how in ("kept", "given back")
+    )
+    pages = 20 * 40_000_000 // os.sysconf("SC_PAGESIZE")
+    assert kept < pages / 100 < pages / 2 < given_back

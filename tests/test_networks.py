@@ -1,6 +1,8 @@
 """Architectures by their published parameter counts; weights files round trip and break."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -72,6 +74,18 @@ def test_projection_shortcut_sees_the_activated_input():
     active = torch.clamp((x - mean) / torch.sqrt(var + 1e-5), min=0)[:, :, ::2, ::2]
     expected = torch.einsum("oi,nihw->nohw", block.shortcut.weight[:, :, 0, 0], active)
     torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn10x2"])
+def test_gradients_come_back_in_the_layout_of_the_activations(name):
+    network, gradients = build_network(name, 10), []
+    for block in network.blocks:
+        block.register_full_backward_hook(lambda *seen: gradients.extend([*seen[1], *seen[2]]))
+    network(torch.rand(2, 3, 8, 8)).sum().backward()
+    assert len(gradients) == 6
+    for gradient in gradients:
+        assert gradient.is_contiguous(memory_format=torch.channels_last)
+        assert not gradient.is_contiguous()
 
 
 def test_normalisation_is_inside():
@@ -170,6 +184,18 @@ def test_damaged_weights_are_named_in_one_sentence(saved, damage):
         load_network(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_nothing_that_takes_long_is_imported_for_a_network_or_its_training(saved):
+    path, _ = saved
+    code = (
+        "import sys; from ensdistill.networks import load_network; import ensdistill.training; "
+        f"load_network({str(path)!r}); "
+        "print({'torch._dynamo', 'torchvision', 'sklearn', 'matplotlib', 'scipy.optimize'}"
+        " & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_missing_weights_are_named(tmp_path):

@@ -1,0 +1,356 @@
+"""What is measured, one function for each group of rows."""
+
+import multiprocessing
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+import yaml
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.rows import CPU_THREADS, Bench, Row
+from benchmarks.workloads import CONF_ODS, MEMBERS, Workload, shapes
+from ensdistill import claims, evaluation
+from ensdistill.devices import prepare
+from ensdistill.provenance import write_hdf5
+from ensdistill.studies import read_configuration
+from tests.project import REPOSITORY, Project
+
+ON_CPU = 2
+"""Jobs at a time in the copies of the workflow, one thread each."""
+
+
+def steps(bench: Bench, key: str, workload: Workload) -> None:
+    """Whole training steps and their parts."""
+    shape, ending = workload.shape, "" if key == "resnet32" else f"_{key}"
+
+    def whole(precision: str, reference: str, variant: str) -> None:
+        facts = {"precision": precision, "rounds": shape.rounds}
+        bench.compare(
+            name := f"conf_ods_step_{variant}{ending}",
+            f"step of a student by ConfODS, with its images / plain in {reference}",
+            lambda: (workload.step(precision, **CONF_ODS), workload.plain_step(reference)),
+            shape=str(shape),
+            **facts,
+            **(memory(key, precision, reference) if bench.wants(name) else {}),
+        )
+        bench.compare(
+            f"teacher_step_{variant}{ending}",
+            f"step of a teacher, with its images / plain in {reference}",
+            lambda: (
+                workload.step(precision, teacher=True),
+                workload.plain_step(reference, teacher=True),
+            ),
+            shape=shape.of_teacher(),
+            **facts,
+        )
+
+    def over_floor(precision: str) -> None:
+        bench.compare(
+            f"batch_ensemble_over_floor_{precision}{ending}",
+            "BatchEnsemble, forward and backward / floor",
+            lambda: (
+                workload.both_passes("student", shape.images, precision),
+                workload.both_passes("single", MEMBERS * shape.images, precision),
+            ),
+            over=True,
+            shape=str(shape),
+            precision=precision,
+            rounds=2 * shape.rounds,
+        )
+
+    whole("bf16", "fp32", "bf16")  # as published
+    whole("bf16", "bf16", "bf16_both")
+    whole("fp32", "fp32", "fp32")
+    over_floor("bf16")
+    over_floor("fp32")
+    if key == "wrn28x10":  # the same images as those of resnet32
+        return
+    bench.compare(
+        f"input_pipeline{ending}",
+        "an augmented batch / PIL transforms in a DataLoader",
+        lambda: (
+            workload.batches(shape.images).__next__,
+            workload.plain_batches(shape.images).__next__,
+        ),
+        shape=str(shape),
+        rounds=100,
+    )
+
+
+def memory(key: str, precision: str, reference: str) -> dict[str, float]:
+    """MiB that two ConfODS steps take, each implementation in a process of its own."""
+    calls = {"ours_mb": ("ours", precision), "reference_mb": ("plain", reference)}
+    return {name: in_a_new_process(peak_mb, key, *call) for name, call in calls.items()}
+
+
+def in_a_new_process(function: Any, *arguments: Any) -> Any:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_mb(key: str, kind: str, precision: str) -> float:
+    """Memory of a workload and two ConfODS steps, above what the process had before."""
+    device = prepare(CPU_THREADS, {"jobs_per_gpu": 2})  # beside the process that waits for this one
+    before = most_memory()
+    workload = Workload(shapes(device)[key], device)
+    plain = kind == "plain"
+    step = workload.plain_step(precision) if plain else workload.step(precision, **CONF_ODS)
+    for _ in range(2):
+        step()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return most_memory() - before
+
+
+def most_memory() -> float:
+    """Of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def ceiling(bench: Bench, workloads: Mapping[str, Workload]) -> None:
+    """What the hardware does at best, and what share of it training reaches."""
+    if not bench.wants("ceiling"):
+        return
+    on_gpu, rates = bench.device.type == "cuda", {}
+    side = 8192 if on_gpu else 2048
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        a, b = (torch.randn(side, side, device=bench.device).to(dtype) for _ in range(2))
+        seconds = bench.clock(lambda: a @ b, rounds=10)  # noqa: B023
+        rates[precision] = 2 * side**3 / np.median(seconds) / 1e12
+        what = f"product of two {side}×{side} matrices: {rates[precision]:.3g} TFLOP/s"
+        facts = {"precision": precision, "tflops": rates[precision]}
+        bench.alone(f"ceiling_matmul_{precision}", what, seconds, **facts)
+    source = torch.randn(2**28 if on_gpu else 2**26, device=bench.device)
+    target = torch.empty_like(source)
+    seconds = bench.clock(lambda: target.copy_(source), rounds=10)
+    rate = 2 * source.nbytes / np.median(seconds) / 1e9
+    what = f"copy of {source.nbytes >> 20} MiB: {rate:.3g} GB/s"
+    bench.alone("ceiling_copy", what, seconds, gb_per_s=rate)
+    for key, workload in workloads.items():
+        for precision, rate in rates.items():
+            call = workload.both_passes("student", workload.shape.images, precision)
+            with FlopCounterMode(display=False) as counter:
+                call()
+            seconds = bench.clock(call, rounds=workload.shape.rounds)
+            reached = counter.get_total_flops() / np.median(seconds) / 1e12
+            bench.alone(
+                f"ceiling_reached_{precision}_{key}",
+                f"BatchEnsemble, forward and backward: {reached:.3g} TFLOP/s, "
+                f"{reached / rate:.0%} of the matrix product's",
+                seconds,
+                shape=str(workload.shape),
+                precision=precision,
+                tflops=reached,
+            )
+
+
+KINDS = {
+    "convolution": ("conv", "xmma", "cudnn", "gemm", "cutlass"),
+    "batch normalisation": ("batch_norm", "bn_fw", "bn_bw"),
+    "copies": ("aten::cat", "aten::copy_", "CatArray", "Memcpy"),
+    "element-wise and the rest": ("",),
+}
+
+
+def operations(bench: Bench, workload: Workload) -> dict[str, float]:
+    """Where a ConfODS step in bfloat16 spends its time: shares by kind of operation."""
+    if not bench.wants("operations"):
+        return {}
+    step = workload.step("bf16", **CONF_ODS)
+    bench.clock(step, rounds=1)
+    on_gpu = bench.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
+        for _ in range(3):
+            step()
+    spent = dict.fromkeys(KINDS, 0.0)
+    for event in seen.key_averages():
+        kind = next(kind for kind, parts in KINDS.items() if any(it in event.key for it in parts))
+        spent[kind] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    return {kind: own / sum(spent.values()) for kind, own in spent.items()}
+
+
+def hours(bench: Bench, workload: Workload) -> None:
+    """Extrapolated hours of the trainings of `cifar10_resnet32`, one after the other."""
+    configuration = yaml.safe_load((REPOSITORY / "config.yaml").read_text(encoding="utf-8"))
+    study = read_configuration(configuration).studies["cifar10_resnet32"]
+    images = 50_000 - study.images.validation
+    for precision in ("bf16", "fp32"):
+        if not bench.wants(name := f"hours_cifar10_resnet32_{precision}"):
+            continue
+        calls = {"teacher": (workload.step(precision, teacher=True), study.teacher, study.pool)}
+        for method, settings in study.methods.items():
+            single = settings.network == "single"
+            call = workload.step(precision, single=single, **study.method(method))
+            calls[method] = call, study.student, study.student_seeds
+        total, parts = 0.0, []
+        for method, (call, recipe, networks) in calls.items():
+            seconds = np.median(bench.clock(call, rounds=4))
+            total += networks * recipe.epochs * (images // recipe.batch_size) * seconds
+            parts.append(f"{method} {1000 * seconds:.3g}")
+        what = f"all {sum(it[2] for it in calls.values())} trainings: {total / 3600:.3g} hours; "
+        what += f"milliseconds a step: {', '.join(parts)}"
+        bench.alone(name, what, [total], precision=precision, shape=str(workload.shape))
+
+
+def judging(bench: Bench) -> None:
+    """From logits of 10,000 images, 4 members, 200 classes to metrics and claims."""
+    if not bench.wants("metrics_10k_s", "logits_10k_write_s"):
+        return
+    found = in_a_new_process(metrics_10k)
+    facts = {"shape": "10,000 images, 4 members, 200 classes"}
+    bench.alone("logits_10k_write_s", "a student's logits to HDF5", [found["write"]], **facts)
+    bench.alone(
+        "metrics_10k_s",
+        "all metrics and claims of a student and of its four teachers, from HDF5",
+        found["judge"],
+        ours_mb=found["mb"],
+        **facts,
+    )
+
+
+def metrics_10k() -> Row:
+    """Seconds of writing and of judging a study's logits, and the MiB that judging takes."""
+    images, classes, rng = 10_000, 200, np.random.default_rng(0)
+    labels = rng.integers(0, classes, images)
+    truth = rng.normal(0, 1.5, (images, 1, classes)).astype(np.float32)
+    logits = truth + rng.normal(0, 1, (images, MEMBERS, classes)).astype(np.float32)
+    few = logits[:500]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def write(name: str, arrays: Mapping[str, np.ndarray], **attributes: Any) -> str:
+            write_hdf5(path := str(Path(folder, f"{name}.h5")), arrays, attributes)
+            return path
+
+        def of(logits: np.ndarray) -> dict[str, np.ndarray]:
+            splits = {"test": slice(None), "val": slice(2000)}
+            return {f"{split}/logits": logits[part] for split, part in splits.items()} | {
+                f"{split}/labels": labels[part] for split, part in splits.items()
+            }
+
+        started = time.perf_counter()
+        student = write("student", of(logits), parameters=110)
+        seconds = {"write": time.perf_counter() - started, "judge": []}
+        teachers = [
+            write(f"teacher{j}", of(logits[:, [j]]), parameters=100) for j in range(MEMBERS)
+        ]
+        sets = ["clean", "gaussian", "ods", "conf_ods"]
+        perturbed = write("perturbed", {f"{name}/logits": few for name in sets}, sets=sets)
+        pairs = np.zeros((len(few), MEMBERS, MEMBERS))
+        moved = {
+            "clean/logits": few,
+            "ods/logits": np.stack([2 * few] * MEMBERS),
+            "cosines": pairs,
+            "random_cosines": pairs[:, 0],
+        }
+        transferred = write("transferred", moved)
+        kind = {"objective": "one_to_one", "perturbation": "none", "network": "batch_ensemble"}
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in range(3):
+            started = time.perf_counter()
+            evaluation.scores(teachers, {"KD": [student]}, n_bins=15)
+            claims.claims(
+                teachers=teachers,
+                students={"KD": [student]},
+                methods={"kd": {"label": "KD", **kind}},
+                members=MEMBERS,
+                n_bins=15,
+                perturbed=perturbed,
+                transferred=transferred,
+                distances="",
+            )
+            seconds["judge"].append(time.perf_counter() - started)
+        taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {**seconds, "mb": taken}
+
+
+def workflow(bench: Bench) -> None:
+    """The default study as a user runs it, and the start of a job in it."""
+    if not bench.wants("default_study_s", "first_step_s", "snakemake_to_first_step_s"):
+        return
+    with copy_of_the_workflow() as project:
+        shutil.copy2(REPOSITORY / "config.yaml", project.folder)
+        started = time.perf_counter()
+        project.run()
+        wall = time.perf_counter() - started
+        histories = (project.folder / "results" / "digits").rglob("history.csv")
+        training = [pd.read_csv(path)["seconds"].sum() for path in histories]
+        share = 1 - sum(training) / (ON_CPU * wall)
+        what = f"the default study, {len(training)} trainings and all else on {ON_CPU} cores; "
+        what += f"{share:.0%} of their time is not training steps"
+        bench.alone("default_study_s", what, [wall], not_training=share)
+        starts = zip(*(first_step(project, "digits", "kd_conf_ods") for _ in range(3)), strict=True)
+        names = {"first_step_s": "start of a job", "snakemake_to_first_step_s": "command"}
+        for (name, start), seconds in zip(names.items(), starts, strict=True):
+            what = f"from the {start} to the first step of a ConfODS student of digits"
+            bench.alone(name, what, seconds)
+
+
+def dry_run(bench: Bench) -> None:
+    if not bench.wants("dry_run_1000_jobs_s"):
+        return
+    with copy_of_the_workflow() as project:
+        study = yaml.safe_load((REPOSITORY / "config.yaml").read_text(encoding="utf-8"))
+        study = study["studies"]["digits"] | {"student_seeds": 53}
+        project.configure({"run": ["digits"], "studies": {"digits": study}})
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            planned = project.run("--dry-run").stdout
+            seconds.append(time.perf_counter() - started)
+        jobs = re.search(r"^total +(\d+)", planned, re.MULTILINE)[1]
+        bench.alone("dry_run_1000_jobs_s", f"`snakemake -n` of {jobs} jobs", seconds)
+
+
+@contextmanager
+def copy_of_the_workflow() -> Iterator[Project]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Project.new(Path(folder))
+
+
+def first_step(project: Project, study: str, method: str) -> tuple[float, float]:
+    """Seconds until a student's first step: from the start of its job, and from the command's.
+
+    The job logs the moment at which it has everything; its process tells when it began.
+    """
+    student = f"students/{method}/0"
+    log = project.folder / "results" / study / "logs" / f"{student}.log"
+    log.unlink()
+    shutil.rmtree(project.folder / "results" / study / student)
+    command = [sys.executable, "-m", "snakemake", "--cores", "1"]
+    command += [f"results/{study}/{student}/weights.safetensors"]
+    started = time.time()
+    with subprocess.Popen(command, cwd=project.folder, stderr=subprocess.DEVNULL) as snakemake:
+        while not (log.exists() and (ready := re.search(READY, log.read_text()))):
+            if snakemake.poll() is not None:
+                raise RuntimeError(f"snakemake ended before the first step of {student}")
+            time.sleep(0.05)
+        (job,) = (
+            process
+            for process in psutil.Process(snakemake.pid).children(recursive=True)
+            if "student.py" in " ".join(process.cmdline())
+        )
+        began = job.create_time()
+        snakemake.send_signal(signal.SIGINT)
+    first = datetime.strptime(ready[1], "%Y-%m-%d %H:%M:%S,%f").timestamp()
+    return first - began, first - started
+
+
+READY = r"(\S+ \S+) INFO \d+ images, \d+ steps per epoch"
