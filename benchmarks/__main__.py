@@ -17,7 +17,7 @@ import sys
 
 from benchmarks.measurements import ceiling, dry_run, hours, judging, operations, steps, workflow
 from benchmarks.rows import Bench, hardware, table
-from benchmarks.workloads import Workload, shapes
+from benchmarks.workloads import Workload, shapes, threads
 from ensdistill.provenance import write_text
 from tests.project import REPOSITORY
 
@@ -31,7 +31,8 @@ def main() -> None:
     judging(bench)
     workloads = {key: Workload(it, bench.device) for key, it in shapes(bench.device).items()}
     for key, workload in workloads.items():
-        steps(bench, key, workload)
+        with threads(workload.shape.threads):
+            steps(bench, key, workload)
     ceiling(bench, workloads)
     hours(bench, workloads["resnet32"])
     shares = operations(bench, workloads["resnet32"])

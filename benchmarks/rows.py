@@ -1,6 +1,5 @@
 """Rows of results: how they are timed, and how they are shown."""
 
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -11,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.workloads import Call
+from benchmarks.workloads import CPU_THREADS, Call
 from ensdistill.devices import prepare
 
 WARM_UP = 2
-CPU_THREADS = len(os.sched_getaffinity(0))
 
 Row = dict[str, Any]
 
@@ -123,7 +121,7 @@ def table(rows: list[Row], shares: Mapping[str, float]) -> str:
     """The rows as Markdown."""
 
     def number(value: float | None) -> str:
-        return "" if value is None else f"{value:.3g}"
+        return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
     lines = [
         "# Benchmarks",

@@ -1,6 +1,8 @@
 """What is timed: the same networks, weights and images, ours and the plain implementation's."""
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +24,8 @@ RECIPE = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 DISTILLATION = {"alpha": 0.9, "temperature": 4.0, "eta": 1 / 255}
 CONF_ODS = {"objective": "one_to_one", "perturbation": "conf_ods"}
 
+CPU_THREADS = len(os.sched_getaffinity(0))
+
 Call = Callable[[], Any]
 
 
@@ -39,26 +43,47 @@ class Shape:
     crop_padding: int = 4
     flip: bool = True
     rounds: int = 12
+    threads: int = CPU_THREADS
 
     def __str__(self) -> str:
-        return f"{self.network}, {self.images} images of {self.side}×{self.side}, M = {MEMBERS}"
+        return f"{self.of_rows(self.images)}, M = {MEMBERS}"
 
     def of_teacher(self) -> str:
-        return f"{self.network}, {self.teacher_images} images of {self.side}×{self.side}"
+        return self.of_rows(self.teacher_images)
+
+    def of_rows(self, count: int) -> str:
+        one = ", 1 thread" if self.threads < CPU_THREADS else ""
+        return f"{self.network}, {count} images of {self.side}×{self.side}{one}"
 
 
 def shapes(device: torch.device) -> dict[str, Shape]:
     """The networks of the paper and of the default study; a quarter of the largest on a CPU."""
-    part = 1 if device.type == "cuda" else 4
+    part, alone = (1, CPU_THREADS) if device.type == "cuda" else (4, 1)
     return {
         "resnet32": Shape("resnet32", 32),
         "wrn28x10": Shape(
             "wrn28x10", 32, classes=100, images=64 // part, teacher_images=256 // part, rounds=2
         ),
-        "digits": Shape(
-            "resnet8", 8, channels=1, teacher_images=64, crop_padding=1, flip=False, rounds=50
+        "digits": Shape(  # as its jobs compute it
+            "resnet8",
+            8,
+            channels=1,
+            teacher_images=64,
+            crop_padding=1,
+            flip=False,
+            rounds=50,
+            threads=alone,
         ),
     }
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many on the CPU, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
 
 
 class Workload:

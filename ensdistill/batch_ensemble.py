@@ -9,6 +9,7 @@ and its own bias. A layer takes M·B rows, of which rows jB … (j+1)B−1 belon
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -43,15 +44,19 @@ class _BatchEnsembleLayer(nn.Module):
         factors = self.s[:, :, None] * self.r[:, None, :]
         return self.weight * factors.reshape(*factors.shape, *[1] * (self.weight.ndim - 2))
 
-    def _member_rows(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _members(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Rows, weight and bias of every member."""
         if x.shape[0] % self.ensemble_size:
             raise ValueError(
                 f"{x.shape[0]} rows cannot be shared out evenly among {self.ensemble_size} members"
             )
-        return x.chunk(self.ensemble_size)
-
-    def _member_biases(self) -> Tensor | list[None]:
-        return [None] * self.ensemble_size if self.bias is None else self.bias
+        weights, biases = self.member_weights(), self.bias
+        if torch.is_autocast_enabled(x.device.type):  # which would cast them one by one
+            dtype = torch.get_autocast_dtype(x.device.type)
+            weights, biases = weights.to(dtype), None if biases is None else biases.to(dtype)
+        if biases is None:
+            biases = [None] * self.ensemble_size
+        return zip(x.chunk(self.ensemble_size), weights, biases, strict=True)
 
     def extra_repr(self) -> str:
         shape = ", ".join(map(str, self.weight.shape))
@@ -94,10 +99,8 @@ class BatchEnsembleConv2d(_BatchEnsembleLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         # Scaling the weights touches far less memory than scaling every activation twice.
-        members = zip(
-            self._member_rows(x), self.member_weights(), self._member_biases(), strict=True
-        )
-        return torch.cat([F.conv2d(*member, self.stride, self.padding) for member in members])
+        convolved = [F.conv2d(*it, self.stride, self.padding) for it in self._members(x)]
+        return torch.cat(convolved)
 
 
 class BatchEnsembleLinear(_BatchEnsembleLayer):
@@ -124,7 +127,4 @@ class BatchEnsembleLinear(_BatchEnsembleLayer):
         super().__init__((out_features, in_features), ensemble_size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        members = zip(
-            self._member_rows(x), self.member_weights(), self._member_biases(), strict=True
-        )
-        return torch.cat([F.linear(*member) for member in members])
+        return torch.cat([F.linear(*it) for it in self._members(x)])
