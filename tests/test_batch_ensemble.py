@@ -22,17 +22,18 @@ def explicit_weight(weight, r_j, s_j):
     return torch.stack([torch.stack(row) for row in entries])
 
 
-def explicit_forward(layer, x):
+def explicit_forward(layer, x, rounded=lambda tensor: tensor):
     """The layer as M separate convolutions or linear maps, row by row."""
     rows = []
     for n in range(len(x)):
         j = n // (len(x) // layer.ensemble_size)
-        weight = explicit_weight(layer.weight, layer.r[j], layer.s[j])
-        bias = None if layer.bias is None else layer.bias[j]
+        weight = rounded(explicit_weight(layer.weight, layer.r[j], layer.s[j]))
+        bias = None if layer.bias is None else rounded(layer.bias[j])
+        row = rounded(x[n : n + 1])
         if isinstance(layer, BatchEnsembleConv2d):
-            rows.append(F.conv2d(x[n : n + 1], weight, bias, layer.stride, layer.padding))
+            rows.append(F.conv2d(row, weight, bias, layer.stride, layer.padding))
         else:
-            rows.append(F.linear(x[n : n + 1], weight, bias))
+            rows.append(F.linear(row, weight, bias))
     return torch.cat(rows)
 
 
@@ -43,17 +44,17 @@ def gradients(output, parameters, seed=0):
     return torch.autograd.grad((output * direction).sum(), parameters)
 
 
-@pytest.mark.parametrize(
-    ("make", "shape"),
-    [
-        (lambda: BatchEnsembleConv2d(4, 5, 3, ensemble_size=M, padding=1), (4, 6, 6)),
-        (lambda: BatchEnsembleConv2d(4, 5, 3, ensemble_size=M, stride=2, bias=False), (4, 7, 7)),
-        (lambda: BatchEnsembleConv2d(4, 5, 1, ensemble_size=M, stride=2), (4, 6, 6)),
-        (lambda: BatchEnsembleLinear(4, 5, ensemble_size=M), (4,)),
-        (lambda: BatchEnsembleLinear(4, 5, ensemble_size=M, bias=False), (4,)),
-        (lambda: BatchEnsembleLinear(4, 5, ensemble_size=1), (4,)),
-    ],
-)
+LAYERS = [
+    (lambda: BatchEnsembleConv2d(4, 5, 3, ensemble_size=M, padding=1), (4, 6, 6)),
+    (lambda: BatchEnsembleConv2d(4, 5, 3, ensemble_size=M, stride=2, bias=False), (4, 7, 7)),
+    (lambda: BatchEnsembleConv2d(4, 5, 1, ensemble_size=M, stride=2), (4, 6, 6)),
+    (lambda: BatchEnsembleLinear(4, 5, ensemble_size=M), (4,)),
+    (lambda: BatchEnsembleLinear(4, 5, ensemble_size=M, bias=False), (4,)),
+    (lambda: BatchEnsembleLinear(4, 5, ensemble_size=1), (4,)),
+]
+
+
+@pytest.mark.parametrize(("make", "shape"), LAYERS)
 def test_layer_equals_explicit_members_forward_and_backward(make, shape):
     torch.manual_seed(0)
     layer = make().double()
@@ -65,6 +66,25 @@ def test_layer_equals_explicit_members_forward_and_backward(make, shape):
     torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
     for mine, theirs in zip(gradients(ours, wanted), gradients(reference, wanted), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("make", "shape"), LAYERS)
+def test_autocast_rounds_images_and_members_weights_and_biases(make, shape):
+    torch.manual_seed(0)
+    layer = make()
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    x = torch.randn(layer.ensemble_size * B, *shape)
+    wanted = list(layer.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = layer(x)
+    assert ours.dtype == torch.bfloat16
+    reference = explicit_forward(layer, x, lambda tensor: tensor.bfloat16().double())
+    torch.testing.assert_close(ours.double(), reference, rtol=1e-2, atol=1e-2)
+    pairs = zip(gradients(ours, wanted), gradients(reference, wanted), strict=True)
+    for mine, theirs in pairs:
+        assert mine.dtype == torch.float32
+        assert (mine - theirs).norm() < 0.01 * theirs.norm()
 
 
 @pytest.mark.parametrize("name", ["resnet8", "wrn10x2"])
