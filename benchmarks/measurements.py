@@ -35,6 +35,9 @@ from tests.project import REPOSITORY, Project
 ON_CPU = 2
 """Jobs at a time in the copies of the workflow, one thread each."""
 
+SAME_IMAGES = {"wrn28x10", "calls"}
+"""Workloads whose images take as long as those of resnet32, or do not matter."""
+
 
 def steps(bench: Bench, key: str, workload: Workload) -> None:
     """Whole training steps and their parts."""
@@ -80,7 +83,7 @@ def steps(bench: Bench, key: str, workload: Workload) -> None:
     whole("fp32", "fp32", "fp32")
     over_floor("bf16")
     over_floor("fp32")
-    if key == "wrn28x10":  # the same images as those of resnet32
+    if key in SAME_IMAGES:
         return
     bench.compare(
         f"input_pipeline{ending}",
@@ -146,6 +149,8 @@ def ceiling(bench: Bench, workloads: Mapping[str, Workload]) -> None:
     bench.alone("ceiling_copy", what, seconds, gb_per_s=rate)
     for key, workload in workloads.items():
         shape = workload.shape
+        if key == "calls":
+            continue
         for precision, best in most.items():
             name = f"ceiling_reached_{precision}_{key}"
             what = "BatchEnsemble, forward and backward"

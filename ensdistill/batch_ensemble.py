@@ -58,7 +58,8 @@ class _BatchEnsembleLayer(nn.Module):
             raise ValueError(
                 f"{x.shape[0]} rows cannot be shared out evenly among {self.ensemble_size} members"
             )
-        return self._scaled(x) if x.numel() <= SCALED[x.device.type] else self._explicit(x)
+        few = x.numel() <= SCALED.get(x.device.type, 0)
+        return self._scaled(x) if few else self._explicit(x)
 
     def _explicit(self, x: Tensor) -> Tensor:
         """Equation 1: every member's rows through its own weight W_j = W ∘ (s_j r_jᵀ)."""
@@ -77,14 +78,11 @@ class _BatchEnsembleLayer(nn.Module):
             return factors.view(self.ensemble_size, 1, -1, *[1] * (x.ndim - 2))
 
         def by_member(x: Tensor) -> Tensor:
-            return x.unflatten(0, (self.ensemble_size, -1))
+            return x.unflatten(0, (self.ensemble_size, x.shape[0] // self.ensemble_size))
 
         x, r, s, bias = _as_autocast(x, x, self.r, self.s, self.bias)
         out = by_member(self._map((by_member(x) * of_rows(r)).flatten(0, 1), self.weight, None))
-        if bias is None:
-            out = out * of_rows(s)
-        else:
-            out = torch.addcmul(of_rows(bias), out, of_rows(s))
+        out = out * of_rows(s) if bias is None else torch.addcmul(of_rows(bias), out, of_rows(s))
         return out.flatten(0, 1)
 
     def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

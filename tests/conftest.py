@@ -4,6 +4,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from ensdistill.batch_ensemble import SCALED
 from tests.project import Project
 
 torch.set_num_threads(1)
@@ -24,3 +25,10 @@ def finished(tmp_path_factory, worker_id):
 def changed(finished, tmp_path):
     """A finished project to be changed at will."""
     return finished.copy(tmp_path / "changed")
+
+
+@pytest.fixture(params=["scaled", "explicit"])
+def form(request, monkeypatch):
+    """Make layers compute in one of their two forms, whatever the size."""
+    monkeypatch.setitem(SCALED, "cpu", 2**30 if request.param == "scaled" else 0)
+    return request.param

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ensdistill.batch_ensemble import BatchEnsembleConv2d, BatchEnsembleLinear
+from ensdistill.batch_ensemble import SCALED, BatchEnsembleConv2d, BatchEnsembleLinear
 from ensdistill.networks import build_network, member_logits
 
 M, B = 3, 2
@@ -54,7 +54,7 @@ LAYERS = [
 
 
 @pytest.mark.parametrize(("make", "shape"), LAYERS)
-def test_layer_equals_explicit_members_forward_and_backward(make, shape):
+def test_layer_equals_explicit_members_forward_and_backward(make, shape, form):
     torch.manual_seed(0)
     layer = make().double()
     if layer.bias is not None:
@@ -68,7 +68,7 @@ def test_layer_equals_explicit_members_forward_and_backward(make, shape):
 
 
 @pytest.mark.parametrize(("make", "shape"), LAYERS)
-def test_autocast_rounds_images_and_members_weights_and_biases(make, shape):
+def test_layer_under_autocast_differs_by_rounding_only(make, shape, form):
     torch.manual_seed(0)
     layer = make()
     if layer.bias is not None:
@@ -88,7 +88,7 @@ def test_autocast_rounds_images_and_members_weights_and_biases(make, shape):
 
 @pytest.mark.parametrize("name", ["resnet8", "wrn10x2"])
 @pytest.mark.parametrize("training", [True, False])
-def test_network_equals_explicit_members_forward_and_backward(name, training, monkeypatch):
+def test_network_equals_explicit_members_forward_and_backward(name, training, form, monkeypatch):
     torch.manual_seed(0)
     network = build_network(name, 5, in_channels=3, ensemble_size=M, width=4).double()
     for layer in network.modules():
@@ -131,6 +131,15 @@ def test_each_member_is_a_plain_network_with_its_own_weights(name):
         torch.testing.assert_close(
             member_logits(plain.eval(), x)[0], together[j], rtol=1e-10, atol=1e-10
         )
+
+
+def test_activations_are_scaled_where_they_are_few(monkeypatch):
+    layer = BatchEnsembleLinear(16, 4, ensemble_size=2)
+    monkeypatch.setitem(SCALED, "cpu", 64)
+    monkeypatch.setattr(layer, "_scaled", lambda x: "scaled")
+    monkeypatch.setattr(layer, "_explicit", lambda x: "explicit")
+    assert layer(torch.zeros(4, 16)) == "scaled"
+    assert layer(torch.zeros(6, 16)) == "explicit"
 
 
 def test_rows_must_be_shared_out_evenly():

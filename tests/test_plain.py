@@ -44,7 +44,7 @@ def plain_sgd(network):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_steps_of_a_student_equal_the_plain_ones(workload, dtype):
+def test_steps_of_a_student_equal_the_plain_ones(workload, dtype, form):
     networks = workload.networks
     student, plain_student = (
         networks[name].to(dtype).train() for name in ("student", "plain_student")
