@@ -225,7 +225,7 @@ class _Systems:
         sizes = [
             np.stack(
                 [
-                    _per_image(pool[:, list(chosen)], labels)["nll"]
+                    metrics.nll(ensemble_probs(pool[:, list(chosen)]), labels, "none")
                     for chosen in subsets(pool.shape[1], size)
                 ]
             ).mean(0)
@@ -258,13 +258,10 @@ class _Systems:
 
 def _per_image(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, NDArray]:
     """Values (N,) whose means over images are the metrics."""
-    probs, rows = ensemble_probs(logits), np.arange(len(labels))
-    likelihood = np.clip(probs[rows, labels], metrics.SMALLEST_PROBABILITY, None)
-    error = probs.copy()
-    error[rows, labels] -= 1
+    probs = ensemble_probs(logits)
     return {
-        "nll": -np.log(likelihood),
-        "bs": np.square(error).sum(1),
+        "nll": metrics.nll(probs, labels, "none"),
+        "bs": metrics.brier(probs, labels, "none"),
         "acc": 100.0 * (probs.argmax(1) == labels),
         "diversity": pairwise_kl(logits, "none"),
         "disagreement": 100 * metrics.disagreement(logits),

@@ -55,24 +55,34 @@ def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
     return 100 * float(np.mean(probs.argmax(1) == labels))
 
 
-def nll(probs: ArrayLike, labels: ArrayLike) -> float:
+def nll(
+    probs: ArrayLike, labels: ArrayLike, reduction: Literal["mean", "none"] = "mean"
+) -> float | Array:
     """Negative log-likelihood, −mean log p_y, in nats.
+
+    Returns the mean over images, or (N,) with reduction "none".
 
     >>> round(nll([[0.5, 0.5]], [0]), 4)
     0.6931
     """
     probs, labels = _pair(probs, labels)
-    return -float(np.mean(_log(probs[np.arange(len(labels)), labels])))
+    return _reduce(-_log(probs[np.arange(len(labels)), labels]), reduction)
 
 
-def brier(probs: ArrayLike, labels: ArrayLike) -> float:
+def brier(
+    probs: ArrayLike, labels: ArrayLike, reduction: Literal["mean", "none"] = "mean"
+) -> float | Array:
     """Brier score, mean Σ_k (p_k − 1[k = y])², in 0 … 2 [Brier 1950].
+
+    Returns the mean over images, or (N,) with reduction "none".
 
     >>> round(brier([[0.9, 0.1]], [0]), 4)
     0.02
     """
     probs, labels = _pair(probs, labels)
-    return float(np.mean(np.sum((probs - np.eye(probs.shape[1])[labels]) ** 2, axis=1)))
+    errors = probs.copy()
+    errors[np.arange(len(labels)), labels] -= 1
+    return _reduce(np.square(errors).sum(axis=1), reduction)
 
 
 def confidence_bins(confidence: ArrayLike, n_bins: int = 15) -> NDArray[np.int64]:
