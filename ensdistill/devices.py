@@ -48,7 +48,8 @@ def prepare(threads: int, resources: Mapping[str, Any]) -> "torch.device":
 def _keep_freed_memory() -> None:
     """Let glibc keep what tensors free, which the next training step needs again.
 
-    Given back to the system, every page comes again by a page fault: about a tenth of a step.
+    Given back to the system, every page comes again by a page fault: a tenth of a small network's
+    step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt:
