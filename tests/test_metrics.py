@@ -53,6 +53,16 @@ def test_proper_scores_agree_with_scikit_learn(probs, labels):
     assert metrics.brier(probs, labels) == pytest.approx(reference, abs=1e-12)
 
 
+def test_proper_scores_of_every_image_equal_the_loop(probs, labels):
+    nll = [-math.log(row[y]) for row, y in zip(probs, labels, strict=True)]
+    brier = [
+        sum((p - (k == y)) ** 2 for k, p in enumerate(row))
+        for row, y in zip(probs, labels, strict=True)
+    ]
+    np.testing.assert_allclose(metrics.nll(probs, labels, "none"), nll, rtol=1e-12)
+    np.testing.assert_allclose(metrics.brier(probs, labels, "none"), brier, rtol=1e-12)
+
+
 def test_ece_agrees_with_torchmetrics(probs, labels):
     reference = multiclass_calibration_error(
         torch.tensor(probs), torch.tensor(labels), num_classes=7, n_bins=15, norm="l1"
