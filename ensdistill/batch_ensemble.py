@@ -23,7 +23,7 @@ they measured alike; on a GPU it is an estimate, by launches of 5 µs and memory
 
 
 def _as_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Tensors in the type in which autocast computes with x, which it would cast one by one."""
+    """Tensors in the type in which autocast, if it is on where x is, computes."""
     if not torch.is_autocast_enabled(x.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(x.device.type)
