@@ -18,7 +18,7 @@ import sys
 from benchmarks.measurements import ceiling, dry_run, hours, judging, operations, steps, workflow
 from benchmarks.rows import Bench, hardware, table
 from benchmarks.workloads import Workload, shapes, threads
-from ensdistill.provenance import write_text
+from ensdistill.files import write_text
 from tests.project import REPOSITORY
 
 RESULTS = REPOSITORY / "results"

@@ -28,7 +28,7 @@ from benchmarks.rows import Bench, Row
 from benchmarks.workloads import CONF_ODS, CPU_THREADS, MEMBERS, Call, Workload, shapes, threads
 from ensdistill import claims, evaluation
 from ensdistill.devices import prepare
-from ensdistill.provenance import write_hdf5
+from ensdistill.files import write_hdf5
 from ensdistill.studies import read_configuration
 from tests.project import REPOSITORY, Project
 

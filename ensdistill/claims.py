@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from ensdistill import metrics
 from ensdistill.bootstrap import Estimate, Interval, image_weights, interval, mean_of
 from ensdistill.evaluation import direction_cosines, jacobian_means, read_pool, subsets
+from ensdistill.files import open_hdf5
 from ensdistill.logits import Split, read_attributes, read_logits
 from ensdistill.metrics import ensemble_probs, pairwise_kl
-from ensdistill.provenance import open_hdf5
 
 MUCH = 2.0
 """How many times more counts as much more (≫)."""

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from ensdistill import metrics
 from ensdistill.bootstrap import image_weights, interval, mean_of
+from ensdistill.files import open_hdf5, read_csv
 from ensdistill.logits import Split, read_attributes, read_logits, splits_of
 from ensdistill.metrics import ensemble_probs, pairwise_kl
-from ensdistill.provenance import open_hdf5, read_csv
 
 MOST_SUBSETS = 64
 """Of the teacher pool, per ensemble size."""

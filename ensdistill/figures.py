@@ -23,8 +23,8 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ensdistill.files import atomic, open_hdf5, read_csv
 from ensdistill.metrics import pairwise_kl
-from ensdistill.provenance import atomic, open_hdf5, read_csv
 
 WIDTH = 6.8
 """Two columns of a paper, in inches; at this size no text is smaller than 7 points."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensdistill import InputError
-from ensdistill.provenance import open_hdf5, write_hdf5
+from ensdistill.files import open_hdf5, write_hdf5
 from ensdistill.sources import SOURCES, Split, stratified
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ensdistill import DamagedFile, InputError
-from ensdistill.provenance import attributes
+from ensdistill.digests import attributes
 
 ENDINGS = (signal.SIGTERM, signal.SIGINT)
 """Signals that ask a process to end."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensdistill import DamagedFile, InputError
-from ensdistill.provenance import open_hdf5
+from ensdistill.files import open_hdf5
 
 Split = tuple[NDArray[np.float32], NDArray[np.int64]]
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ensdistill import DamagedFile, InputError
 from ensdistill.batch_ensemble import BatchEnsembleConv2d, BatchEnsembleLinear
-from ensdistill.provenance import atomic
+from ensdistill.files import atomic
 from ensdistill.studies import parse_network_name
 
 Layer = Callable[..., nn.Module]

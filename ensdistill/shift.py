@@ -24,8 +24,8 @@ from sklearn.datasets import load_sample_images
 
 from ensdistill import InputError
 from ensdistill.downloads import verify
+from ensdistill.files import open_hdf5, write_hdf5
 from ensdistill.images import read_images
-from ensdistill.provenance import open_hdf5, write_hdf5
 from ensdistill.sources import SOURCES, as_array
 
 KINDS = [

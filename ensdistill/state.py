@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ensdistill import DamagedFile, InputError
-from ensdistill.provenance import atomic
+from ensdistill.files import atomic
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from ensdistill import InputError
 from ensdistill.batches import TrainingBatches
+from ensdistill.digests import attributes
+from ensdistill.files import write_csv
 from ensdistill.images import read_description, read_images
 from ensdistill.jobs import Interrupted, deferred_interrupts
 from ensdistill.metrics import accuracy, ensemble_probs, nll
 from ensdistill.networks import build_network, count_parameters, predict, save_network
 from ensdistill.objectives import Objective
-from ensdistill.provenance import attributes, write_csv
 from ensdistill.state import TrainingState
 
 logger = logging.getLogger(__name__)

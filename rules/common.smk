@@ -7,7 +7,7 @@ from snakemake.exceptions import WorkflowError
 
 from ensdistill import InputError
 from ensdistill.downloads import ARCHIVES, ARCHIVES_OF
-from ensdistill.provenance import code_digest
+from ensdistill.digests import code_digest
 from ensdistill.studies import parse_network_name, read_configuration
 
 try:
@@ -50,12 +50,12 @@ def student_labels(wildcards):
 
 
 @cache
-def code(script, function=None):
+def code(script, **chosen):
     """A parameter that changes when a rule's script or the library code that it uses changes.
 
-    `function` is the one that the script takes by name.
+    `chosen` is what the script takes by name, as `code_digest` has it.
     """
-    return code_digest(workflow.source_path(f"../workflow_scripts/{script}.py"), function)
+    return code_digest(workflow.source_path(f"../workflow_scripts/{script}.py"), **chosen)
 
 
 def training(wildcards, role, seed, ensemble_size):

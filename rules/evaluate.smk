@@ -57,7 +57,7 @@ for table, (inputs, settings) in EVALUATIONS.items():
         params:
             systems=student_labels if "students" in inputs else None,
             settings=settings_of(settings),
-            code=code("evaluate", table),
+            code=code("evaluate", evaluation=(table,)),
         script:
             "../workflow_scripts/evaluate.py"
 

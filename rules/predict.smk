@@ -51,7 +51,7 @@ rule perturbed:
         settings=lambda wildcards: STUDIES[wildcards.study].distillation.model_dump(
             include={"eta", "temperature"}
         ),
-        code=code("analyse", "perturbed_logits"),
+        code=code("analyse", analysis=("perturbed_logits",)),
     script:
         "../workflow_scripts/analyse.py"
 
@@ -65,7 +65,7 @@ use rule perturbed as swept with:
         function="sweep_logits",
         images=lambda wildcards: STUDIES[wildcards.study].analyses.train_images,
         settings=eta_sweep,
-        code=code("analyse", "sweep_logits"),
+        code=code("analyse", analysis=("sweep_logits",)),
 
 
 use rule perturbed as transferred with:
@@ -82,7 +82,7 @@ use rule perturbed as transferred with:
         settings=lambda wildcards: STUDIES[wildcards.study].distillation.model_dump(
             include={"eta", "temperature"}
         ),
-        code=code("analyse", "transfer_logits"),
+        code=code("analyse", analysis=("transfer_logits",)),
 
 
 rule distances:

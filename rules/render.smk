@@ -105,6 +105,6 @@ for figure, source in FIGURES.items():
         params:
             figure=figure,
             study=lambda wildcards: STUDIES[wildcards.study].model_dump(include=IN_CAPTIONS),
-            code=code("figure", figure),
+            code=code("figure", figures=(figure,)),
         script:
             "../workflow_scripts/figure.py"

@@ -11,7 +11,7 @@ from scipy.stats import gmean, norm
 from ensdistill import metrics
 from ensdistill.bootstrap import Interval
 from ensdistill.claims import _Systems, above, below, claims, verdict
-from ensdistill.provenance import write_hdf5
+from ensdistill.files import write_hdf5
 
 N, K, BINS = 300, 4, 10
 LABELS = {

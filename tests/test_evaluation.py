@@ -13,8 +13,8 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 
 from ensdistill import InputError, evaluation, metrics
 from ensdistill.evaluation import DOUBTS, diversity_by_confidence, scores, subsets
+from ensdistill.files import write_hdf5
 from ensdistill.logits import read_logits
-from ensdistill.provenance import write_hdf5
 
 POOL, K = 4, 5
 

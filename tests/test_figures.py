@@ -9,8 +9,8 @@ import pytest
 from matplotlib.colors import to_hex
 
 from ensdistill import figures
+from ensdistill.files import write_hdf5
 from ensdistill.metrics import pairwise_kl
-from ensdistill.provenance import write_hdf5
 
 
 def write(path, frame):

@@ -27,10 +27,10 @@ import yaml
 from PIL import Image
 
 from ensdistill import InputError, sources
+from ensdistill.files import write_hdf5
 from ensdistill.images import read_description, read_images
 from ensdistill.logits import read_attributes, read_logits, splits_of
 from ensdistill.networks import build_network, load_network, read_header, save_network
-from ensdistill.provenance import write_hdf5
 from ensdistill.shift import KINDS, write_shifted
 from ensdistill.sources import SOURCES, folder
 from ensdistill.studies import read_configuration

@@ -12,8 +12,8 @@ from sklearn.datasets import load_digits, load_sample_images
 from sklearn.metrics import pairwise_distances
 
 from ensdistill import InputError, shift
+from ensdistill.files import write_hdf5
 from ensdistill.images import read_images
-from ensdistill.provenance import write_hdf5
 from ensdistill.shift import KINDS, SEVERITIES, corrupt, write_shifted
 from tests.builders import encode, make, noise, publish, write_tar, write_tree
 

@@ -1,7 +1,7 @@
 from ensdistill.claims import claims
 from ensdistill.evaluation import by_label
+from ensdistill.files import write_csv, write_text
 from ensdistill.jobs import job
-from ensdistill.provenance import write_csv, write_text
 from ensdistill.tables import claims_to_html, claims_to_markdown
 
 with job(snakemake):

@@ -3,10 +3,11 @@ import torch
 
 from ensdistill.analysis import jacobian_distances
 from ensdistill.devices import prepare
+from ensdistill.digests import attributes
+from ensdistill.files import write_hdf5
 from ensdistill.images import read_images
 from ensdistill.jobs import job
 from ensdistill.networks import load_network
-from ensdistill.provenance import attributes, write_hdf5
 
 with job(snakemake):
     device = prepare(snakemake.threads, snakemake.resources)

@@ -1,7 +1,7 @@
 from ensdistill import evaluation
 from ensdistill.evaluation import by_label
+from ensdistill.files import write_csv
 from ensdistill.jobs import job
-from ensdistill.provenance import write_csv
 
 with job(snakemake):
     files = dict(snakemake.input.items())

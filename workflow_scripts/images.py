@@ -1,6 +1,6 @@
+from ensdistill.digests import attributes
 from ensdistill.images import write_images
 from ensdistill.jobs import job
-from ensdistill.provenance import attributes
 
 with job(snakemake):
     images = snakemake.params.images

@@ -1,11 +1,11 @@
 import torch
 
 from ensdistill.devices import prepare
+from ensdistill.files import write_hdf5
 from ensdistill.images import read_images
 from ensdistill.jobs import job
 from ensdistill.logits import splits_of
 from ensdistill.networks import count_parameters, load_network, predict, read_header
-from ensdistill.provenance import write_hdf5
 
 with job(snakemake):
     device = prepare(snakemake.threads, snakemake.resources)

@@ -1,5 +1,5 @@
+from ensdistill.digests import attributes
 from ensdistill.jobs import job
-from ensdistill.provenance import attributes
 from ensdistill.shift import write_shifted
 
 with job(snakemake):

@@ -1,5 +1,5 @@
+from ensdistill.files import read_csv, write_csv, write_text
 from ensdistill.jobs import job
-from ensdistill.provenance import read_csv, write_csv, write_text
 from ensdistill.tables import summarize, to_html, to_latex, to_markdown
 
 with job(snakemake):

@@ -1,174 +1,15 @@
 import ast
 import hashlib
-import json
-import os
 import shutil
-import stat
-import time
 from pathlib import Path
 
-import h5py
-import numpy as np
-import pandas as pd
 import pytest
 
 import ensdistill
-from ensdistill import InputError, provenance
-from ensdistill.provenance import (
-    atomic,
-    attributes,
-    code_digest,
-    open_hdf5,
-    write_csv,
-    write_hdf5,
-    write_text,
-)
+from ensdistill import digests
+from ensdistill.digests import attributes, code_digest
 
 ROOT = Path(__file__).parent.parent
-
-
-# --- whole files -----------------------------------------------------------------------------
-
-
-def test_atomic_leaves_just_the_finished_file(tmp_path):
-    path = tmp_path / "new" / "deep" / "x.txt"
-    with atomic(path) as temporary:
-        temporary.write_text("whole")
-        assert not path.exists()
-        assert temporary.parent == path.parent  # else it could not be renamed at once
-    assert path.read_text() == "whole"
-    assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("older", [None, "older"])
-def test_a_failure_inside_atomic_leaves_what_was_there(tmp_path, error, older):
-    path = tmp_path / "x.txt"
-    if older:
-        path.write_text(older)
-
-    def write_half():
-        with atomic(path) as temporary:
-            temporary.write_text("half")
-            raise error
-
-    with pytest.raises(error):
-        write_half()
-    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == (
-        {"x.txt": older} if older else {}
-    )
-
-
-def test_what_a_killed_writer_left_is_removed_by_the_next_of_the_same_file_alone(tmp_path):
-    for name in ("x.txt", "xy.txt", "x.csv"):
-        with pytest.raises(FileNotFoundError), atomic(tmp_path / name) as temporary:
-            temporary.rename(tmp_path / f"{temporary.name}.kept")  # as if it were killed here
-    for path in tmp_path.iterdir():
-        path.rename(path.with_suffix(""))
-    write_text(tmp_path / "x.txt", "whole")
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert len(names) == 3
-    assert names[0].startswith(".x.csv-")
-    assert names[1].startswith(".xy.txt-")
-    assert names[2] == "x.txt"
-
-
-def test_atomic_replaces_an_older_file(tmp_path):
-    (tmp_path / "x.txt").write_text("a longer older file")
-    write_text(tmp_path / "x.txt", "τ\n")
-    assert (tmp_path / "x.txt").read_bytes() == "τ\n".encode()
-
-
-@pytest.mark.parametrize("name", ["x.png", "x.csv.gz", "x"])
-def test_the_temporary_name_is_hidden_and_keeps_the_ending(tmp_path, name):
-    with atomic(tmp_path / name) as temporary:
-        assert temporary.suffix == Path(name).suffix
-        assert temporary.name.startswith(".")
-
-
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_the_files_mode_follows_the_umask(tmp_path, umask, mode):
-    before = os.umask(umask)
-    try:
-        write_text(tmp_path / "x.txt", "")
-        assert os.umask(umask) == umask
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "x.txt").stat().st_mode) == mode
-
-
-def test_a_table_keeps_full_precision(tmp_path):
-    frame = pd.DataFrame({"system": ["KD+ODS", "BE"], "nll": [1 / 3, np.pi * 1e-7]})
-    write_csv(tmp_path / "x.csv", frame)
-    lines = (tmp_path / "x.csv").read_text().splitlines()
-    assert lines[0] == "system,nll"
-    assert [float(line.split(",")[1]) for line in lines[1:]] == [1 / 3, np.pi * 1e-7]
-
-
-# --- HDF5 ------------------------------------------------------------------------------------
-
-ARRAYS = {
-    "val/logits": np.random.default_rng(0).normal(size=(50, 4, 10)).astype(np.float32),
-    "test/labels": np.arange(300, dtype=np.int64),
-}
-ATTRIBUTES = {"study": "digits", "seed": 3, "eta": 1 / 255, "nested": {"τ": [1, None, "x"]}}
-
-
-def test_arrays_and_attributes_come_back_as_written(tmp_path):
-    write_hdf5(tmp_path / "x.h5", ARRAYS, ATTRIBUTES)
-    with open_hdf5(tmp_path / "x.h5") as file:
-        for name, array in ARRAYS.items():
-            assert file[name].dtype == array.dtype
-            assert file[name].fletcher32
-            assert file[name].compression == "gzip"
-            np.testing.assert_array_equal(file[name][:], array)
-        read = dict(file.attrs)
-    assert json.loads(read.pop("nested")) == ATTRIBUTES["nested"]
-    assert read == {"study": "digits", "seed": 3, "eta": 1 / 255}
-
-
-def test_the_same_content_makes_the_same_bytes_at_another_time(tmp_path):
-    write_hdf5(tmp_path / "x.h5", ARRAYS, ATTRIBUTES)
-    time.sleep(1.1)  # HDF5 counts in seconds
-    write_hdf5(tmp_path / "y.h5", ARRAYS, ATTRIBUTES)
-    assert (tmp_path / "x.h5").read_bytes() == (tmp_path / "y.h5").read_bytes()
-
-
-def test_a_failed_write_leaves_nothing(tmp_path):
-    with pytest.raises(TypeError):
-        write_hdf5(tmp_path / "x.h5", {**ARRAYS, "bad": np.array([object()])}, {})
-    assert list(tmp_path.iterdir()) == []
-
-
-def flip_in_chunk(path):
-    with h5py.File(path) as file:
-        place = file["val/logits"].id.get_chunk_info(0).byte_offset
-    content = bytearray(path.read_bytes())
-    content[place + 40] ^= 0x10
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        Path.unlink,
-        flip_in_chunk,
-        lambda path: path.write_bytes(path.read_bytes()[:-300]),
-        lambda path: path.write_text("x"),
-        lambda path: write_hdf5(path, {"other": np.zeros(3)}, {}),
-        lambda path: (path.unlink(), path.mkdir()),
-    ],
-    ids=["missing", "flipped", "truncated", "text", "other content", "a folder"],
-)
-def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, harm):
-    path = tmp_path / "x.h5"
-    write_hdf5(path, ARRAYS, ATTRIBUTES)
-    harm(path)
-    with pytest.raises(InputError) as caught, open_hdf5(path) as file:
-        file["val/logits"][:]
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)
-
 
 # --- attributes ------------------------------------------------------------------------------
 
@@ -216,7 +57,7 @@ PACKAGE = {
         from ensdistill import InputError, rates
         from ensdistill.layers import Dense as Layer
         from ensdistill.registry import SOURCES
-        from ensdistill.provenance import atomic
+        from ensdistill.files import atomic
 
         FACTOR = 0.5
         """Shown to the user."""
@@ -303,7 +144,7 @@ PACKAGE = {
         def shift(x):
             return x << 1
     """,
-    "provenance": """
+    "files": """
         def atomic(path):
             return path
     """,
@@ -335,7 +176,7 @@ def small(tmp_path, monkeypatch):
     package.mkdir()
     for name, text in PACKAGE.items():
         write_code(package / f"{name}.py", text)
-    monkeypatch.setattr(provenance, "PACKAGE", package)
+    monkeypatch.setattr(digests, "PACKAGE", package)
     write_script(tmp_path / "script.py", SCRIPT)
     return package
 
@@ -367,7 +208,7 @@ HARMLESS = [
     ("layers", '"""Forward."""', '"""Other words."""'),
     ("layers", "return 77", "return 78"),
     ("rates", "55 * x", "56 * x"),
-    ("provenance", "return path", "return None"),
+    ("files", "return path", "return None"),
     ("jobs", "return snakemake", "return None"),
     ("__init__", "pass", "status = 1"),
 ]
@@ -435,6 +276,88 @@ def test_a_name_passed_on_by_another_module_is_followed(small):
     assert code_digest(script) != before
 
 
+REGISTRY = {
+    "choices": """
+        from ensdistill.plain import helper
+
+        STUDENTS = {"one": helper, "other": abs}
+
+
+        def build(name):
+            return STUDENTS[name]
+    """,
+    "inner/__init__": "",
+    "inner/first": """
+        def table(x):
+            return x + 1
+
+
+        def draw(x):
+            return x + 2
+    """,
+    "inner/second": """
+        from ensdistill.inner.first import draw
+
+
+        def table(x):
+            return draw(x)
+    """,
+}
+
+
+@pytest.fixture
+def chooser(small):
+    """A script that takes an entry of a registry, and a function of a subpackage, by name."""
+    (small / "inner").mkdir()
+    for name, text in REGISTRY.items():
+        write_code(small / f"{name}.py", text)
+    return write_script(
+        small.parent / "chooser.py",
+        """
+    from ensdistill import inner
+    from ensdistill.choices import build
+
+    build(name), getattr(inner, name)
+    """,
+    )
+
+
+def chosen_digest(script, entry="one", function="first.table"):
+    return code_digest(script, STUDENTS=[entry], inner=[function])
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "counts"),
+    [
+        ("choices", '"other": abs', '"other": len', False),
+        ("choices", '"other": abs', '"other": abs, "third": len', False),
+        ("choices", '"one": helper, "other": abs', '"other": abs, "one": helper', False),
+        ("choices", '"one": helper', '"one": len', True),
+        ("plain", "x + offset", "x - offset", True),
+        ("inner/first", "x + 1", "x + 3", True),
+        ("inner/first", "x + 2", "x + 3", False),
+        ("inner/second", "draw(x)", "draw(-x)", False),
+    ],
+)
+def test_of_a_registry_and_of_a_subpackage_counts_what_is_chosen(chooser, module, old, new, counts):
+    before = chosen_digest(chooser)
+    edit(chooser.parent / "ensdistill" / f"{module}.py", old, new)
+    assert (chosen_digest(chooser) != before) == counts
+
+
+def test_modules_of_a_subpackage_are_followed_into_each_other(chooser):
+    before = chosen_digest(chooser, function="second.table")
+    edit(chooser.parent / "ensdistill/inner/first.py", "x + 2", "x + 3")
+    assert chosen_digest(chooser, function="second.table") != before
+
+
+def test_each_entry_has_a_digest_of_its_own_and_one_that_is_not_there_has_none(chooser):
+    found = {chosen_digest(chooser, entry) for entry in ("one", "other")}
+    assert len(found) == 2
+    with pytest.raises(KeyError):
+        chosen_digest(chooser, "third")
+
+
 # --- code digests of the real scripts --------------------------------------------------------
 
 # A definition, the scripts that a change of it must rerun, and those that it must not rerun.
@@ -492,7 +415,7 @@ REACH = {
         "figure:examples table evaluate:scores teacher student",
     ),
     "tables.to_latex": ("table", "figure:de_curve evaluate:scores teacher student"),
-    "provenance.write_hdf5": (
+    "files.write_hdf5": (
         "",
         "images logits analyse:perturbed_logits teacher student evaluate:scores table",
     ),
@@ -514,11 +437,18 @@ def change(path, name):
     path.write_text(ast.unparse(tree))
 
 
-def digests(names):
+MODULE_OF = {"evaluate": "evaluation", "analyse": "analysis", "figure": "figures"}
+"""From which module a script takes a function by name."""
+
+
+def digests_of(names):
     """Digests by `script` or, where a script takes a function by name, `script:function`."""
     parts = {name: name.partition(":") for name in names}
     return {
-        name: code_digest(ROOT / f"workflow_scripts/{script}.py", function or None)
+        name: code_digest(
+            ROOT / f"workflow_scripts/{script}.py",
+            **({MODULE_OF[script]: [function]} if function else {}),
+        )
         for name, (script, _, function) in parts.items()
     }
 
@@ -527,12 +457,12 @@ def digests(names):
 def real(tmp_path_factory):
     """A copy of the package to be edited, and the digests of the scripts before that."""
     copy = tmp_path_factory.mktemp("copy") / "ensdistill"
-    shutil.copytree(provenance.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(digests.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(provenance, "PACKAGE", copy)
+        patch.setattr(digests, "PACKAGE", copy)
         named = {name for row in REACH.values() for names in row for name in names.split()}
         scripts = {path.stem for path in (ROOT / "workflow_scripts").glob("*.py")}
-        yield copy, digests(named | scripts)
+        yield copy, digests_of(named | scripts)
 
 
 @pytest.mark.parametrize("definition", REACH)
@@ -543,16 +473,16 @@ def test_a_change_reruns_the_scripts_that_use_it_and_no_others(real, definition)
     path = package / f"{module}.py"
     text = path.read_text()
     change(path, name)
-    after = digests(must | must_not)
+    after = digests_of(must | must_not)
     path.write_text(text)
     assert {script for script in after if after[script] != before[script]} == must
 
 
 def test_formatting_the_whole_package_anew_reruns_nothing(real):
     package, before = real
-    for path in package.glob("*.py"):
+    for path in package.rglob("*.py"):
         path.write_text(ast.unparse(ast.parse(path.read_text())))
-    assert digests(before) == before
+    assert digests_of(before) == before
 
 
 def test_every_script_reaches_code_of_its_own(real):
@@ -562,7 +492,7 @@ def test_every_script_reaches_code_of_its_own(real):
 
 
 def test_the_package_imports_itself_only_in_ways_that_digests_follow():
-    for path in [*(ROOT / "ensdistill").glob("*.py"), *(ROOT / "workflow_scripts").glob("*.py")]:
+    for path in [*(ROOT / "ensdistill").rglob("*.py"), *(ROOT / "workflow_scripts").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 names = [alias.name.split(".")[0] for alias in node.names]

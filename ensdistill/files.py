@@ -1,11 +1,9 @@
-"""What made a file, and files that are whole or not there at all.
+"""Files that are whole or not there at all: text, tables, HDF5.
 
 Nothing here changes a number, so this module is no part of any stage's code digest.
 """
 
-import ast
 import glob
-import hashlib
 import io
 import json
 import os
@@ -13,7 +11,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +18,10 @@ from typing import TYPE_CHECKING, Any
 import h5py
 from numpy.typing import ArrayLike
 
-from ensdistill import DamagedFile, InputError, __version__
+from ensdistill import DamagedFile, InputError
 
 if TYPE_CHECKING:
     import pandas
-
-PACKAGE = Path(__file__).parent
-UNCOUNTED = {"ensdistill", "ensdistill.provenance", "ensdistill.jobs", "ensdistill.state"}
-"""Modules that say what ran, how it failed and goes on, but do not change what is computed."""
 
 
 @contextmanager
@@ -104,17 +97,6 @@ def read_csv(path: str | os.PathLike[str], **options: Any) -> "pandas.DataFrame"
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise DamagedFile(path, f"damaged, or no table ({reason})") from error
-
-
-def attributes(**known: Any) -> dict[str, Any]:
-    """What a result file says of itself: `known`, their digest, and the versions that made it."""
-    canonical = json.dumps(known, sort_keys=True, default=str)
-    return {
-        **known,
-        "digest": hashlib.sha256(canonical.encode()).hexdigest(),
-        "ensdistill": __version__,
-        "torch": version("torch"),
-    }
 
 
 def write_hdf5(
@@ -206,129 +188,3 @@ def _check_stored(path: str | os.PathLike[str], *_: int) -> None:
         file.visit_links(names.append)  # what fails within a visit is no OSError
         if found := next(filter(None, map(fault, names)), None):
             raise ValueError(found)
-
-
-def code_digest(script: str | os.PathLike[str], function: str | None = None) -> str:
-    """A digest of a script and the library code it can reach, blind to comments and docstrings.
-
-    Followed are the names that a definition mentions, from the script's imports through this
-    package, so that a changed formula reruns just the stages that use it.
-
-    Args:
-        script: a Python file that imports from `ensdistill`.
-        function: the one that the script takes by name from a module.
-    """
-    root = _Module(Path(script))
-    reached: dict[tuple[str, str], str] = {("", ""): ast.dump(root.tree)}
-    modules: dict[str, _Module] = {}
-
-    def module(name: str) -> _Module:
-        if name not in modules:
-            modules[name] = _Module(PACKAGE.joinpath(*name.split(".")[1:]).with_suffix(".py"))
-        return modules[name]
-
-    def follow(owner: _Module, nodes: list[ast.AST]) -> None:
-        for name in _names(nodes) & owner.imports.keys():
-            source, symbol = owner.imports[name]
-            if source in UNCOUNTED:
-                continue
-            if symbol is not None:
-                reach(source, symbol)
-                continue
-            # A whole module: what is named after a dot, or all of it if it stands alone.
-            known = module(source).definitions.keys()
-            parts = [part for node in nodes for part in ast.walk(node)]
-            alone = sum(isinstance(part, ast.Name) and part.id == name for part in parts)
-            dotted = [
-                part.attr
-                for part in parts
-                if isinstance(part, ast.Attribute)
-                and isinstance(part.value, ast.Name)
-                and part.value.id == name
-            ]
-            whole = {function} if function and owner is root else known
-            for used in whole if alone > len(dotted) else known & set(dotted):
-                reach(source, used)
-
-    def reach(name: str, symbol: str) -> None:
-        if (name, symbol) in reached:
-            return
-        owner = module(name)
-        if symbol in owner.imports and symbol not in owner.definitions:
-            follow(owner, [ast.Name(symbol)])
-            return
-        nodes = owner.definitions[symbol]
-        reached[name, symbol] = "\n".join(map(ast.dump, nodes))
-        follow(owner, nodes)
-        for used in _names(nodes) & owner.definitions.keys():
-            reach(name, used)
-
-    follow(root, root.tree.body)
-    text = "\n".join(f"{key}{reached[key]}" for key in sorted(reached))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-class _Module:
-    """The parsed top level of a file: its definitions and its imports from this package."""
-
-    def __init__(self, path: Path):
-        self.tree = _parse(path.read_text(encoding="utf-8"))
-        self.definitions: dict[str, list[ast.AST]] = {}
-        self.imports: dict[str, tuple[str, str | None]] = {}
-        for node in self.tree.body:
-            for name in _defined_names(node):
-                self.definitions.setdefault(name, []).append(node)
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ensdistill"):
-                for alias in node.names:
-                    whole = PACKAGE.joinpath(f"{alias.name}.py").exists()
-                    submodule = node.module == "ensdistill" and whole
-                    source = f"ensdistill.{alias.name}" if submodule else node.module
-                    self.imports[alias.asname or alias.name] = (
-                        source,
-                        None if submodule else alias.name,
-                    )
-
-
-def _names(nodes: list[ast.AST]) -> set[str]:
-    """Every name that code mentions, alone or after a dot."""
-    parts = [part for node in nodes for part in ast.walk(node)]
-    return {
-        part.id if isinstance(part, ast.Name) else part.attr
-        for part in parts
-        if isinstance(part, ast.Name | ast.Attribute)
-    }
-
-
-def _defined_names(node: ast.stmt) -> list[str]:
-    """The names whose meaning a top-level statement decides."""
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return [node.name]
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        return []
-    if isinstance(node, ast.Assign):
-        targets = node.targets
-    elif isinstance(node, ast.AnnAssign | ast.AugAssign):
-        targets = [node.target]
-    else:  # a loop, a condition, a call such as a registration: all that it names
-        targets = [node]
-    return [part.id for t in targets for part in ast.walk(t) if isinstance(part, ast.Name)]
-
-
-@cache  # once, not for each script anew
-def _parse(text: str) -> ast.Module:
-    """Code without strings that stand alone: docstrings of modules, functions, constants."""
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [
-                part
-                for part in body
-                if not (
-                    isinstance(part, ast.Expr)
-                    and isinstance(part.value, ast.Constant)
-                    and isinstance(part.value.value, str)
-                )
-            ]
-    return tree
