@@ -4,17 +4,16 @@ Everything that needs a network is here and ends in arrays; `ensdistill.evaluati
 of them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ensdistill.networks import member_logits
-from ensdistill.perturbations import PERTURBATIONS, draw_direction, ods_direction, perturb
-
-SETS = ("clean", *PERTURBATIONS)
+from ensdistill.perturbations import PERTURBATIONS, ods_direction
+from ensdistill.students import Step, Student, teacher_logits
 
 EXAMPLES = 8
 """How many perturbed images are kept to be looked at."""
@@ -23,14 +22,14 @@ JACOBIAN_ELEMENTS = 2**22
 """Elements of a batch of Jacobians that are computed at once; bounds the memory."""
 
 Arrays = dict[str, NDArray[np.float32]]
+Options = Mapping[str, Any]
 
 
 def perturbed_logits(
     teachers: Sequence[nn.Module],
     images: Tensor,
     *,
-    eta: float,
-    temperature: float,
+    perturbations: Mapping[str, Options],
     seed: int = 0,
     batch_size: int = 256,
 ) -> Arrays:
@@ -39,10 +38,9 @@ def perturbed_logits(
     As in training, the source of ODS and ConfODS is drawn anew for each batch.
 
     Args:
-        teachers: M frozen networks in eval mode.
+        teachers: M frozen networks in eval mode, (B, C, H, W) → (B, K).
         images: uint8 (N, C, H, W), on the teachers' device.
-        eta: η, in units of the pixel range.
-        temperature: τ.
+        perturbations: options by name.
         seed: of all draws.
 
     Returns:
@@ -50,15 +48,9 @@ def perturbed_logits(
         `<perturbation>/examples` float32, the first 8 images in [0, 1] as the networks saw them.
     """
     arrays = {}
-    for name in SETS:
-        generator = torch.Generator(images.device).manual_seed(seed)
+    for name, options in {"clean": {"name": "none"}, **perturbations}.items():
         logits, examples = [], []
-        for batch in images.split(batch_size):
-            x = batch.float() / 255
-            if name != "clean":
-                x = perturb(
-                    name, teachers, x, eta=eta, temperature=temperature, generator=generator
-                )
+        for x in _perturbed(teachers, images, options, seed, batch_size):
             logits.append(_answers(teachers, x))
             examples.append(x[: EXAMPLES - sum(map(len, examples))].cpu())
         arrays[f"{name}/logits"] = torch.cat(logits).numpy()
@@ -71,7 +63,7 @@ def sweep_logits(
     images: Tensor,
     *,
     etas: Sequence[float],
-    temperature: float,
+    perturbations: Mapping[str, Options],
     seed: int = 0,
     batch_size: int = 256,
 ) -> Arrays:
@@ -83,17 +75,26 @@ def sweep_logits(
         `<perturbation>/logits` float32 (len(etas), N, M, K).
     """
     arrays = {}
-    for name in PERTURBATIONS:
-        generator = torch.Generator(images.device).manual_seed(seed)
-        logits = []
-        for batch in images.split(batch_size):
-            x = batch.float() / 255
-            epsilon = draw_direction(name, teachers, x, temperature, generator)
-            logits.append(
-                torch.stack([_answers(teachers, (x + eta * epsilon).clamp(0, 1)) for eta in etas])
-            )
-        arrays[f"{name}/logits"] = torch.cat(logits, dim=1).numpy()
+    for name, options in perturbations.items():
+        sizes = []
+        for eta in etas:
+            batches = _perturbed(teachers, images, {**options, "eta": eta}, seed, batch_size)
+            sizes.append(torch.cat([_answers(teachers, x) for x in batches]))
+        arrays[f"{name}/logits"] = torch.stack(sizes).numpy()
     return arrays
+
+
+def _perturbed(
+    teachers: Sequence[nn.Module], images: Tensor, options: Options, seed: int, batch_size: int
+) -> Iterator[Tensor]:
+    """Batches of perturbed images in [0, 1]; the same draws for the same seed."""
+    options = dict(options)
+    perturbation = PERTURBATIONS[options.pop("name")]
+    generator = torch.Generator(images.device).manual_seed(seed)
+    host = torch.Generator().manual_seed(seed)
+    for batch in images.split(batch_size):
+        step = Step(None, teachers, batch.float() / 255, None, 1.0, generator, host)
+        yield perturbation(step, **options)
 
 
 def transfer_logits(
@@ -142,42 +143,40 @@ def transfer_logits(
     }
 
 
-def logit_jacobians(network: nn.Module, x: Tensor) -> Tensor:
+def logit_jacobians(student: Student, x: Tensor) -> Tensor:
     """Jacobians of every member's logits with respect to the image.
 
     Vectorised over images, members and classes; classes in chunks that bound the memory.
 
     Args:
-        network: frozen, in eval mode, so that images do not mix.
+        student: frozen, in eval mode, so that images do not mix.
         x: images (B, C, H, W) in [0, 1].
 
     Returns:
-        (B, M, K, C·H·W); M = 1 for a plain network.
+        (B, M, K, C·H·W); M = 1 for a single network.
     """
-    members = getattr(network, "ensemble_size", 1)
     with torch.enable_grad():
-        rows = x.repeat(members, 1, 1, 1).requires_grad_()
-        logits = network(rows)
-    classes = logits.shape[1]
+        each = x.expand(student.members, *x.shape).clone().requires_grad_()
+        logits = student(each)
+    classes = logits.shape[-1]
     one_hot = torch.eye(classes, dtype=logits.dtype, device=x.device)
-    chunk = max(1, JACOBIAN_ELEMENTS // rows.numel())
+    chunk = max(1, JACOBIAN_ELEMENTS // each.numel())
     gradients = [
-        # A row's logits depend on that row alone: one vector per class serves all rows.
+        # A member's logits on its image depend on nothing else: one vector per class serves all.
         torch.autograd.grad(
             logits,
-            rows,
-            part[:, None].expand(-1, len(rows), -1),
+            each,
+            part[:, None, None].expand(-1, *logits.shape[:2], -1),
             retain_graph=True,
             is_grads_batched=True,
         )[0]
         for part in one_hot.split(chunk)
     ]
-    jacobians = torch.cat(gradients).flatten(2)
-    return jacobians.view(classes, members, len(x), -1).permute(2, 1, 0, 3)
+    return torch.cat(gradients).flatten(3).permute(2, 1, 0, 3)
 
 
 def jacobian_distances(
-    teachers: Sequence[nn.Module], students: Mapping[str, nn.Module], images: Tensor
+    teachers: Sequence[Student], students: Mapping[str, Student], images: Tensor
 ) -> Arrays:
     """How near the logit Jacobians of students are to those of their teachers.
 
@@ -185,8 +184,8 @@ def jacobian_distances(
     that is a single network is compared with every teacher.
 
     Args:
-        teachers: M frozen networks in eval mode.
-        students: networks of M members, or one, by name; in eval mode, on the same device.
+        teachers: M frozen teachers in eval mode.
+        students: of M members, or one, by name; in eval mode, on the same device.
         images: uint8 (N, C, H, W).
 
     Returns:
@@ -194,7 +193,7 @@ def jacobian_distances(
         `<name>/cosine` (N, M): the cosine of the angle between them. float32; 0/0 is NaN.
     """
     x = images[:1].float() / 255
-    one = len(teachers) * member_logits(teachers[0], x).shape[-1] * x.numel()
+    one = len(teachers) * teachers[0](x).shape[-1] * x.numel()
     parts: dict[str, list[Tensor]] = {}
     for batch in images.split(max(1, JACOBIAN_ELEMENTS // one)):
         x = batch.float() / 255
@@ -210,6 +209,6 @@ def jacobian_distances(
 
 
 @torch.inference_mode()
-def _answers(networks: Iterable[nn.Module], x: Tensor) -> Tensor:
+def _answers(networks: Sequence[nn.Module], x: Tensor) -> Tensor:
     """Logits (B, M, K) of several networks, on the CPU."""
-    return torch.cat([member_logits(network, x) for network in networks]).transpose(0, 1).cpu()
+    return teacher_logits(networks, x).transpose(0, 1).cpu()

@@ -1,25 +1,16 @@
 """Residual networks for small images, plain or as BatchEnsembles, from the same code."""
 
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.overrides import TorchFunctionMode
 
-from ensdistill import DamagedFile, InputError
 from ensdistill.batch_ensemble import BatchEnsembleConv2d, BatchEnsembleLinear
-from ensdistill.files import atomic
-from ensdistill.studies import parse_network_name
+from ensdistill.methods import parse_architecture
 
 Layer = Callable[..., nn.Module]
 
@@ -53,7 +44,7 @@ class BasicBlock(nn.Module):
         out = F.relu_(self.norm1(self.conv1(x)))
         out = self.norm2(self.conv2(out))
         if self.stride != 1 or self.padding:
-            # In the order of memory, or the gradients would come back in another one.
+            # Channels last: so the gradient has the memory format of the other branch's.
             x = x.permute(0, 2, 3, 1)[:, :: self.stride, :: self.stride]
             x = F.pad(x, (0, self.padding)).permute(0, 3, 1, 2)
         return F.relu_(out.add_(x))
@@ -135,10 +126,40 @@ class ResidualNetwork(nn.Module):
         return self.head(x.permute(0, 2, 3, 1).flatten(1, 2).mean(1))
 
 
+def resnet(depth: int, width: int, **options: Any) -> ResidualNetwork:
+    """A ResNet for small images, of 6n + 2 layers [He et al. 2016a, §4.2]."""
+    return ResidualNetwork(
+        BasicBlock,
+        blocks_per_stage=depth // 6,
+        stem_channels=width,
+        stage_channels=[width, 2 * width, 4 * width],
+        **options,
+    )
+
+
+def wrn(depth: int, widen: int, width: int, **options: Any) -> ResidualNetwork:
+    """A wide residual network of 6n + 4 layers, k = `widen` [Zagoruyko & Komodakis 2016]."""
+    return ResidualNetwork(
+        PreActivationBlock,
+        blocks_per_stage=depth // 6,
+        stem_channels=width,
+        stage_channels=[width * widen, 2 * width * widen, 4 * width * widen],
+        **options,
+    )
+
+
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"resnet": resnet, "wrn": wrn}
+"""Builders by family; methods.ARCHITECTURES says how their names are written.
+
+A builder takes the sizes in the name, `width`, and num_classes, in_channels, ensemble_size, mean
+and std as `build_network`.
+"""
+
+
 def build_network(
-    name: str, num_classes: int, in_channels: int = 3, ensemble_size: int = 1, **options
-) -> ResidualNetwork:
-    """A network by name, in channels_last memory format.
+    name: str, num_classes: int, in_channels: int = 3, ensemble_size: int = 1, **options: Any
+) -> nn.Module:
+    """A network by name, in channels_last memory format: (M·B, C, H, W) → (M·B, K).
 
     Args:
         name: `resnet{6n+2}` such as resnet32 [He et al. 2016a, §4.2], or `wrn{6n+4}x{k}` such as
@@ -154,60 +175,22 @@ def build_network(
         ValueError: the name or an option is unknown, or no such depth exists.
 
     Example:
-        >>> count_parameters(build_network("resnet32", num_classes=10))
+        >>> network = build_network("resnet32", num_classes=10)
+        >>> sum(parameter.numel() for parameter in network.parameters())
         464154
     """
-    width = options.pop("width", 16)
-    mean = options.pop("mean", [0.0] * in_channels)
-    std = options.pop("std", [1.0] * in_channels)
-    if options:
-        raise ValueError(f"unknown network option {', '.join(map(repr, options))}")
-    family, depth, widen = parse_network_name(name)
-    stages = [width * widen, 2 * width * widen, 4 * width * widen]
-    network = ResidualNetwork(
-        PreActivationBlock if family == "wrn" else BasicBlock,
-        blocks_per_stage=depth // 6,
-        stem_channels=width,
-        stage_channels=stages,
+    defaults = {"width": 16, "mean": [0.0] * in_channels, "std": [1.0] * in_channels}
+    if unknown := options.keys() - defaults.keys():
+        raise ValueError(f"unknown network option {', '.join(map(repr, sorted(unknown)))}")
+    family, sizes = parse_architecture(name)
+    network = ARCHITECTURES[family](
+        **sizes,
         num_classes=num_classes,
         in_channels=in_channels,
         ensemble_size=ensemble_size,
-        mean=mean,
-        std=std,
+        **(defaults | options),
     )
     return network.to(memory_format=torch.channels_last)
-
-
-def member_logits(network: nn.Module, x: Tensor) -> Tensor:
-    """Logits of every member on the same images: x (B, C, H, W) → (M, B, K).
-
-    A plain network is one member. Under bfloat16 autocast the logits are float32 all the same.
-    """
-    members = getattr(network, "ensemble_size", 1)
-    logits = network(x.repeat(members, 1, 1, 1) if members > 1 else x)
-    return logits.to(x.dtype).view(members, x.shape[0], -1)
-
-
-@torch.inference_mode()
-def predict(network: nn.Module, images: Tensor, batch_size: int = 500) -> NDArray[np.float32]:
-    """Logits of a network in eval mode; its mode is restored afterwards.
-
-    Args:
-        network: on the device of the images.
-        images: uint8 (N, C, H, W).
-        batch_size: images at a time.
-
-    Returns:
-        (N, M, K) float32; M = 1 for a plain network.
-    """
-    training = network.training
-    network.eval()
-    logits = [
-        member_logits(network, batch.float() / 255).transpose(0, 1)
-        for batch in images.split(batch_size)
-    ]
-    network.train(training)
-    return torch.cat(logits).float().cpu().numpy()
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
@@ -226,104 +209,3 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
                 setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), statistics))
                 setattr(module, norm, nn.Identity())
     return network.to(memory_format=torch.channels_last)
-
-
-def count_parameters(network: nn.Module) -> int:
-    """The number of parameters; running statistics of batch normalisation are none."""
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def save_network(
-    path: str | os.PathLike[str],
-    network: nn.Module,
-    architecture: Mapping[str, Any],
-    attributes: Mapping[str, Any],
-) -> None:
-    """Write weights as safetensors; the header holds the arguments of `build_network` and more.
-
-    Args:
-        path: the file, whole or not there at all.
-        network: made by `build_network(**architecture)`.
-        architecture: those arguments.
-        attributes: what made the weights.
-    """
-    header = json.dumps({**attributes, "architecture": architecture}, default=str)
-    with atomic(path) as temporary:
-        tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
-        # One key only: the format does not keep the order of several.
-        save_file(tensors, temporary, metadata={"ensdistill": header})
-
-
-def load_network(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
-    """A trained network, frozen and in eval mode, rebuilt from the file alone.
-
-    Raises:
-        InputError: the file is missing, damaged, or holds no network of this package.
-    """
-    header, tensors = _read(path, device)
-    try:
-        network = _unfilled(tensors, **header["architecture"])
-        network.load_state_dict(tensors, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = _first_line(error)
-        raise DamagedFile(path, f"its weights fit no network ({reason})") from error
-    network.to(memory_format=torch.channels_last)
-    return network.to(device).eval().requires_grad_(False)
-
-
-class _WithoutRandomNumbers(TorchFunctionMode):
-    """Leaves out initialisation, which tensors without storage would answer by a long import."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function.__name__.endswith(("normal_", "uniform_")):  # of tensors and of torch.nn.init
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
-
-
-def _unfilled(
-    tensors: Mapping[str, Tensor], name: str, in_channels: int = 3, **architecture: Any
-) -> ResidualNetwork:
-    """The network of a file, still without storage: it may be another one than the file holds.
-
-    Raises:
-        ValueError: it is.
-    """
-    _, depth, _ = parse_network_name(name)
-    # Even a module without numbers takes memory, and so do the default mean and std.
-    if depth > len(tensors) or in_channels not in tensors["stem.weight"].shape:
-        raise ValueError(f"a {name!r} with {in_channels} channels is not what is stored")
-    with torch.device("meta"), _WithoutRandomNumbers():
-        network = build_network(name, in_channels=in_channels, **architecture)
-    for key, tensor in network.state_dict().items():
-        found, expected = ((tuple(it.shape), it.dtype) for it in (tensors[key], tensor))
-        if found != expected:
-            raise ValueError(f"{key}: {found}, not {expected}")
-    return network
-
-
-def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a weights file says of itself; errors as `load_network`."""
-    return _read(path, None)[0]
-
-
-def _read(
-    path: str | os.PathLike[str], device: torch.device | str | None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and, where a device is named, tensors of a weights file."""
-    try:
-        with safe_open(path, "pt", device=str(device or "cpu")) as file:
-            header = json.loads((file.metadata() or {})["ensdistill"])
-            names = file.keys() if device else []
-            return header, {name: file.get_tensor(name) for name in names}
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except PermissionError:
-        raise
-    except (SafetensorError, KeyError, ValueError, OSError, RecursionError) as error:
-        reason = _first_line(error)
-        raise DamagedFile(path, f"damaged, or not weights of this package ({reason})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

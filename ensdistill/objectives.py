@@ -1,19 +1,18 @@
-"""What students and teachers minimise.
+"""What students minimise: (step, x_distill) → loss and its parts.
 
-Every objective maps (network, x, y, generator) to a dictionary with the scalar `loss`, its
-parts (for the history) and the detached clean `logits` (M, B, K).
+An objective looks at a `Step` alone. Its options, such as α and τ, are keyword arguments.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ensdistill.networks import member_logits
-from ensdistill.perturbations import perturb
+from ensdistill.students import Step, teacher_logits
 
-Objective = Callable[[nn.Module, Tensor, Tensor, torch.Generator], dict[str, Tensor]]
+Parts = dict[str, Tensor]
+"""Scalars: `loss`, and what the training history keeps beside it (detached)."""
 
 
 def member_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -34,79 +33,69 @@ def distillation_loss(logits: Tensor, targets: Tensor, temperature: float) -> Te
     return temperature**2 * divergence
 
 
-def cross_entropy(network: nn.Module, x: Tensor, y: Tensor, generator=None) -> dict[str, Tensor]:
-    """Learning from labels alone: teachers, and BatchEnsemble from scratch [Wen et al. 2020]."""
-    logits = member_logits(network, x)
-    loss = member_cross_entropy(logits, y)
-    return {"loss": loss, "cross_entropy": loss.detach(), "logits": logits.detach()}
+def labels(step: Step, x_distill: Tensor) -> Parts:
+    """Cross-entropy with the labels: teachers, and BatchEnsemble from scratch [Wen et al. 2020]."""
+    logits = step.student(step.x)
+    loss = member_cross_entropy(logits, step.y)
+    return {"loss": loss, "cross_entropy": loss.detach(), "accuracy": _accuracy(logits, step.y)}
 
 
-def one_to_one_targets(probs: Tensor, members: int) -> Tensor:
-    """Teacher j teaches member j [Mariet et al. 2020; Nam et al. 2021]."""
-    return probs
+def one_to_one(step: Step, x_distill: Tensor, *, alpha: float, temperature: float) -> Parts:
+    """Teacher j teaches member j [Mariet et al. 2020; Nam et al. 2021]; see `distillation`."""
+    return distillation(step, x_distill, lambda probs: probs, alpha, temperature)
 
 
-def ensemble_mean_targets(probs: Tensor, members: int) -> Tensor:
-    """The ensemble's mean probabilities teach every member [Hinton et al. 2015]."""
-    return probs.mean(0).expand(members, -1, -1)
+def ensemble_mean(step: Step, x_distill: Tensor, *, alpha: float, temperature: float) -> Parts:
+    """The teachers' mean probabilities teach every member [Hinton et al. 2015]."""
 
+    def mean(probs: Tensor) -> Tensor:
+        return probs.mean(0).expand(step.student.members, -1, -1)
 
-TARGETS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "one_to_one": one_to_one_targets,
-    "ensemble_mean": ensemble_mean_targets,
-}
+    return distillation(step, x_distill, mean, alpha, temperature)
 
 
 def distillation(
-    teachers: Sequence[nn.Module],
-    *,
-    objective: str,
-    perturbation: str,
+    step: Step,
+    x_distill: Tensor,
+    targets: Callable[[Tensor], Tensor],
     alpha: float,
     temperature: float,
-    eta: float = 0.0,
-) -> Objective:
-    """The loss (1−α)·CE(S(x), y) + α·τ²·KL(T(x̃) ‖ S(x̃)), averaged over members and images.
+) -> Parts:
+    """(1−α)·CE(S(x), y) + α·τ²·KL(T(x̃) ‖ S(x̃)), means over members and images.
 
-    Nam et al. 2021, §3. The cross-entropy is on the clean x; both sides of the KL see
-    the same x̃. When x̃ ≠ x the student makes two forward passes, so that batch statistics of
-    clean and perturbed images are not mixed.
+    Nam et al. 2021, §3. The cross-entropy is on the clean x; both sides of the KL see the same x̃.
+    Where x̃ is not x the student makes two forward passes, so that batch statistics of clean and
+    perturbed images are not mixed.
 
     Args:
-        teachers: frozen networks in eval mode, (B, C, H, W) → (B, K).
-        objective: a key of `TARGETS`.
-        perturbation: `none` or a key of `perturbations.PERTURBATIONS`.
+        step: the step.
+        x_distill: x̃ (B, C, H, W); x itself where the teachers are asked at the images as they are.
+        targets: makes the members' targets (M, B, K) of the teachers' probabilities (M, B, K).
         alpha: α in [0, 1].
-        temperature: τ > 0, also that of the perturbation.
-        eta: η, in units of the pixel range; unused without a perturbation.
+        temperature: τ > 0.
     """
-
-    def loss(student: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator):
-        logits = member_logits(student, x)
-        if perturbation == "none":
-            x_met, logits_met = x, logits
-        else:
-            x_met = perturb(
-                perturbation, teachers, x, eta=eta, temperature=temperature, generator=generator
-            )
-            logits_met = member_logits(student, x_met)
-        with torch.no_grad():
-            probs = torch.cat([member_logits(teacher, x_met) for teacher in teachers])
-            targets = TARGETS[objective]((probs / temperature).softmax(-1), len(logits))
-        from_labels = member_cross_entropy(logits, y)
-        from_teachers = distillation_loss(logits_met, targets, temperature)
-        return {
-            "loss": (1 - alpha) * from_labels + alpha * from_teachers,
-            "cross_entropy": from_labels.detach(),
-            "distillation": from_teachers.detach(),
-            "logits": logits.detach(),
-        }
-
-    return loss
+    logits = step.student(step.x)
+    logits_distill = logits if x_distill is step.x else step.student(x_distill)
+    probs = (teacher_logits(step.teachers, x_distill) / temperature).softmax(-1)
+    from_labels = member_cross_entropy(logits, step.y)
+    from_teachers = distillation_loss(logits_distill, targets(probs), temperature)
+    return {
+        "loss": (1 - alpha) * from_labels + alpha * from_teachers,
+        "cross_entropy": from_labels.detach(),
+        "distillation": from_teachers.detach(),
+        "accuracy": _accuracy(logits, step.y),
+    }
 
 
-def student_objective(teachers: Sequence[nn.Module], objective: str, **settings) -> Objective:
-    """The objective of a method: `cross_entropy`, or `distillation` with the settings given."""
-    if objective == "cross_entropy":
-        return cross_entropy
-    return distillation(teachers, objective=objective, **settings)
+@torch.no_grad()
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Accuracy [%] of the mean of the members' probabilities; logits (M, B, K)."""
+    return 100 * (logits.softmax(-1).mean(0).argmax(-1) == labels).float().mean()
+
+
+OBJECTIVES: dict[str, Callable[..., Parts]] = {
+    "labels": labels,
+    "one_to_one": one_to_one,
+    "ensemble_mean": ensemble_mean,
+}
+"""By the names that config.yaml uses; their options and traits are in methods.py."""

@@ -1,13 +1,18 @@
-"""Perturbed inputs x̃ = clip(x + η·ε, 0, 1) at which the members of an ensemble disagree.
+"""Where the teachers are asked: (step) → x̃ = clip(x + η·ε, 0, 1), at which they disagree.
+
+A perturbation looks at a `Step` alone. Its options, such as η (in units of the pixel range), are
+keyword arguments. It returns images of the shape of x, or x itself where nothing moves.
 
 Output-diversified sampling (ODS): Tashiro, Song and Ermon, "Diversity can be Transferred"
 (NeurIPS 2020). ConfODS: Nam et al. (NeurIPS 2021, §3).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from ensdistill.students import Step
 
 
 def ods_direction(
@@ -54,18 +59,6 @@ def conf_ods_direction(
     return epsilon * probs.amax(1).view(-1, 1, 1, 1)
 
 
-def gaussian_direction(
-    network: nn.Module,
-    x: Tensor,
-    temperature: float,
-    w: None = None,
-    *,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """ε ~ N(0, I), shape of x: the baseline that needs no network."""
-    return torch.empty_like(x).normal_(generator=generator)
-
-
 def _ods(
     network: nn.Module,
     x: Tensor,
@@ -93,50 +86,52 @@ def _ods(
     return unit * x[0].numel() ** 0.5 / torch.where(norm > 0, norm, 1), probs
 
 
-Direction = Callable[..., Tensor]
+def none(step: Step) -> Tensor:
+    """x̃ = x itself."""
+    return step.x
 
-PERTURBATIONS: dict[str, Direction] = {
-    "gaussian": gaussian_direction,
-    "ods": ods_direction,
-    "conf_ods": conf_ods_direction,
+
+def gaussian(step: Step, *, eta: float) -> Tensor:
+    """x̃ with ε ~ N(0, I): the baseline that needs no teacher."""
+    _source(step)
+    return _moved(step, eta, lambda x: torch.empty_like(x).normal_(generator=step.generator))
+
+
+def ods(step: Step, *, eta: float, temperature: float) -> Tensor:
+    """x̃ with `ods_direction` of one teacher, drawn uniformly for the whole batch.
+
+    One teacher serves all members: a direction that diversifies it diversifies the others too
+    [Nam et al. 2021, §3].
+    """
+    source = step.teachers[_source(step)]
+    return _moved(
+        step, eta, lambda x: ods_direction(source, x, temperature, generator=step.generator)
+    )
+
+
+def conf_ods(step: Step, *, eta: float, temperature: float) -> Tensor:
+    """x̃ with `conf_ods_direction` of one teacher, drawn as for `ods`."""
+    source = step.teachers[_source(step)]
+    return _moved(
+        step, eta, lambda x: conf_ods_direction(source, x, temperature, generator=step.generator)
+    )
+
+
+def _moved(step: Step, eta: float, direction: Callable[[Tensor], Tensor]) -> Tensor:
+    """clip(x + η·ε, 0, 1), shape of x; x itself where η is 0."""
+    return (step.x + eta * direction(step.x)).clamp(0, 1) if eta else step.x
+
+
+def _source(step: Step) -> int:
+    """The index of a teacher, drawn uniformly."""
+    size = (len(step.teachers), ())
+    return int(torch.randint(*size, generator=step.generator, device=step.x.device))
+
+
+PERTURBATIONS: dict[str, Callable[..., Tensor]] = {
+    "none": none,
+    "gaussian": gaussian,
+    "ods": ods,
+    "conf_ods": conf_ods,
 }
-
-
-def draw_direction(
-    name: str,
-    teachers: Sequence[nn.Module],
-    x: Tensor,
-    temperature: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """ε of a batch, shape of x, from one teacher drawn uniformly.
-
-    One source serves all members: a direction that diversifies one teacher diversifies the
-    others too [Nam et al. 2021, §3].
-
-    Args:
-        name: a key of `PERTURBATIONS`.
-        teachers: the networks from which the source is drawn.
-        x: images (B, C, H, W) in [0, 1].
-        temperature: τ.
-        generator: on the device of x; draws the source and ε.
-    """
-    source = torch.randint(len(teachers), (), generator=generator, device=x.device).item()
-    return PERTURBATIONS[name](teachers[source], x, temperature, generator=generator)
-
-
-def perturb(
-    name: str,
-    teachers: Sequence[nn.Module],
-    x: Tensor,
-    *,
-    eta: float,
-    temperature: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """x̃ = clip(x + η·ε, 0, 1), shape of x; η in units of the pixel range.
-
-    Other arguments as `draw_direction`.
-    """
-    epsilon = draw_direction(name, teachers, x, temperature, generator)
-    return (x + eta * epsilon).clamp(0, 1)
+"""By the names that config.yaml uses; their options and traits are in methods.py."""

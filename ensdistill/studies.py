@@ -7,71 +7,31 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
-from fractions import Fraction
 from itertools import islice
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 
 from ensdistill import InputError
+from ensdistill.methods import (
+    Architecture,
+    Count,
+    Eta,
+    Labels,
+    Method,
+    NamedArchitecture,
+    NoPerturbation,
+    Positive,
+    Recipe,
+    Section,
+    Share,
+    Single,
+)
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-
 
 SCORES = ("acc", "nll", "bs", "ece", "nll_ts", "bs_ts", "ece_ts")
 """Metrics of which there are published results."""
-
-
-def parse_network_name(name: str) -> tuple[str, int, int]:
-    """(family, depth, widening factor) of `resnet{6n+2}` or `wrn{6n+4}x{k}`; else ValueError."""
-    if match := re.fullmatch(r"resnet-?(\d+)", name):
-        family, depth, widen, rest = "resnet", int(match[1]), 1, 2
-    elif match := re.fullmatch(r"wrn-?(\d+)[x_-](\d+)", name):
-        family, depth, widen, rest = "wrn", int(match[1]), int(match[2]), 4
-    else:
-        raise ValueError(f"unknown network {name!r}: try resnet32 or wrn28x10")
-    if depth <= rest or (depth - rest) % 6 or widen < 1:
-        raise ValueError(f"{name!r} does not exist: a {family} has 6n+{rest} layers, n ≥ 1")
-    return family, depth, widen
-
-
-def _fraction(value: Any) -> Any:
-    """Lets a step be written as pixels are counted: 1/255."""
-    try:
-        return float(Fraction(value)) if isinstance(value, str) else value
-    except (ValueError, ArithmeticError):
-        raise ValueError(f"{value!r} is neither a number nor a fraction such as 1/255") from None
-
-
-Eta = Annotated[
-    float,
-    BeforeValidator(_fraction),
-    Field(ge=0),
-    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]}),
-]
-
-
-class Section(BaseModel):
-    """A part of the configuration: no unknown keys, no silent conversions."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
 
 
 class Images(Section):
@@ -133,20 +93,6 @@ class OutOfDistribution(Section):
         return self
 
 
-class Network(Section):
-    """The architecture of teachers and students."""
-
-    name: str = "resnet32"
-    """`resnet{6n+2}`, such as resnet32, or `wrn{6n+4}x{k}`, such as wrn28x10."""
-    width: Count = 16
-    """Channels of the first stage (of a WRN: before the factor k)."""
-
-    @model_validator(mode="after")
-    def _exists(self) -> Self:
-        parse_network_name(self.name)
-        return self
-
-
 class Augmentation(Section):
     """Random changes to training images, drawn anew every epoch."""
 
@@ -154,35 +100,6 @@ class Augmentation(Section):
     """Pixels of zero padding before a random crop back to the image's size."""
     flip: bool = True
     """Whether half of the images are mirrored left to right."""
-
-
-class Recipe(Section):
-    """How networks of one role are trained: stochastic gradient descent and its schedule."""
-
-    epochs: Count = 300
-    """Passes over the training split."""
-    batch_size: Count = 64
-    """Images per step; a BatchEnsemble of M members makes M rows of each."""
-    learning_rate: Positive = 0.05
-    """Peak learning rate; the BatchEnsemble factors r and s get half of it."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum of SGD."""
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    """Weight decay; none on the BatchEnsemble factors r and s."""
-    schedule: Literal["warmup_linear", "cosine"] = "warmup_linear"
-    """`warmup_linear`: 1 until half of the epochs, linearly to 0.01 at 90 %, then 0.01;
-    `cosine`: half a cosine to 0. Both after the warm-up."""
-    warmup_epochs: Count = 5
-    """Epochs in which the learning rate grows linearly from 0.01 of its peak to its peak."""
-    validate_every: Count = 30
-    """Epochs between validations; the last tenth of the epochs is always validated, and the
-    network with the best validation accuracy is kept."""
-
-    @model_validator(mode="after")
-    def _warms_up_in_time(self) -> Self:
-        if self.warmup_epochs > self.epochs:
-            raise ValueError("'warmup_epochs' is larger than 'epochs'")
-        return self
 
 
 class TeacherRecipe(Recipe):
@@ -215,34 +132,6 @@ class Analyses(Section):
     """Test images whose Jacobians are compared; all if there are fewer."""
 
 
-class Method(Section):
-    """One way to train a student: a row of the results table."""
-
-    label: str
-    """The system's name in tables and figures."""
-    objective: Literal["cross_entropy", "one_to_one", "ensemble_mean"] = "one_to_one"
-    """`cross_entropy`: labels only; `one_to_one`: teacher j teaches member j;
-    `ensemble_mean`: the teachers' mean probabilities teach every member."""
-    perturbation: Literal["none", "gaussian", "ods", "conf_ods"] = "none"
-    """At which inputs the student meets its teachers."""
-    network: Literal["batch_ensemble", "single"] = "batch_ensemble"
-    """A BatchEnsemble with as many members as there are teachers, or one ordinary network."""
-    alpha: Share | None = None
-    """α of this method alone."""
-    temperature: Positive | None = None
-    """τ of this method alone."""
-    eta: Eta | None = None
-    """η of this method alone."""
-
-    @model_validator(mode="after")
-    def _is_meaningful(self) -> Self:
-        if self.objective == "cross_entropy" and self.perturbation != "none":
-            raise ValueError("objective 'cross_entropy' uses no perturbation")
-        if self.objective == "one_to_one" and self.network == "single":
-            raise ValueError("objective 'one_to_one' needs network 'batch_ensemble'")
-        return self
-
-
 class Published(Section):
     """Results that others published for the same study, shown beside ours."""
 
@@ -250,6 +139,19 @@ class Published(Section):
     """Where they stand."""
     scores: Annotated[dict[str, dict[Literal[*SCORES], float]], Field(min_length=1)]
     """By system (DE-m or a method's label) and metric."""
+
+
+PAPERS_METHODS = {
+    "be": Method(label="BE", objective="labels", paper="be"),
+    "kd_single": Method(
+        label="KD-single", student="single", objective="ensemble_mean", paper="kd_single"
+    ),
+    "kd": Method(label="KD", paper="kd"),
+    "kd_gaussian": Method(label="KD+Gaussian", perturbation="gaussian", paper="kd_gaussian"),
+    "kd_ods": Method(label="KD+ODS", perturbation="ods", paper="kd_ods"),
+    "kd_conf_ods": Method(label="KD+ConfODS", perturbation="conf_ods", paper="kd_conf_ods"),
+}
+"""The methods of Nam et al. (2021), and an ordinary student of the ensemble's mean."""
 
 
 class Study(Section):
@@ -261,17 +163,20 @@ class Study(Section):
     """Corrupted test images, to see how uncertainty grows with the shift."""
     out_of_distribution: OutOfDistribution = OutOfDistribution()
     """Images that belong to none of the classes, to see whether uncertainty tells them apart."""
-    network: Network = Network()
-    """The architecture."""
+    architecture: NamedArchitecture = Architecture()
+    """The architecture of teachers and, unless told, of students."""
+    student_architecture: NamedArchitecture | None = None
+    """The architecture of students; that of the teachers unless told. A method may have its own."""
     members: Annotated[int, Field(ge=2)] = 4
     """M: teachers in the ensemble, and members of a BatchEnsemble student."""
     pool: Count = 5
     """Teachers trained; the first `members` of them teach, all make the deep-ensemble curve."""
     student_seeds: Count = 3
     """Students trained per method, from different seeds."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of training: float32, or bfloat16 autocast. Logits are always stored from
-    float32."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Arithmetic of training: float32; on GPUs that have it TF32, which is float32 with products of
+    10 bits; or bfloat16 autocast where the processor has bfloat16, else float32. Logits are always
+    computed and stored in float32."""
     augmentation: Augmentation = Augmentation()
     """Random changes to training images."""
     teacher: TeacherRecipe = TeacherRecipe()
@@ -286,15 +191,25 @@ class Study(Section):
     """Equal-width bins of calibration errors, reliability diagrams and diversity figures."""
     published: Published | None = None
     """Published results, for the tables."""
-    methods: Annotated[dict[Name, Method], Field(min_length=1)] = {
-        "be": Method(label="BE", objective="cross_entropy"),
-        "kd_single": Method(label="KD-single", objective="ensemble_mean", network="single"),
-        "kd": Method(label="KD"),
-        "kd_gaussian": Method(label="KD+Gaussian", perturbation="gaussian"),
-        "kd_ods": Method(label="KD+ODS", perturbation="ods"),
-        "kd_conf_ods": Method(label="KD+ConfODS", perturbation="conf_ods"),
-    }
+    methods: Annotated[dict[Name, Method], Field(min_length=1)] = PAPERS_METHODS
     """The students, in the order of the table's rows; the paper's six unless told."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_old_keys(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "network" in value:
+            raise ValueError("'network' is now 'architecture'")
+        return value
+
+    @model_validator(mode="after")
+    def _recipes_are_possible(self) -> Self:
+        for name in self.methods:
+            try:
+                self.recipe(name)
+            except ValidationError as error:
+                message = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"methods.{name}.recipe: {message}") from None
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -304,6 +219,10 @@ class Study(Section):
         for label in labels:
             if labels.count(label) > 1 or re.fullmatch(r"DE-\d+|teachers?", label):
                 raise ValueError(f"the label {label!r} in 'methods' is already taken")
+        papers = [method.paper for method in self.methods.values() if method.paper]
+        for paper in papers:
+            if papers.count(paper) > 1:
+                raise ValueError(f"two of 'methods' have paper: {paper}")
         systems = [*labels, *(f"DE-{size}" for size in range(1, self.pool + 1))]
         for system in self.published.scores if self.published else ():
             if system not in systems:
@@ -320,22 +239,56 @@ class Study(Section):
             raise ValueError(f"'out_of_distribution' and 'images' have one source, {source!r}")
         return self
 
-    def method(self, name: str) -> dict[str, Any]:
-        """All settings of a method, with the study's α, τ and η where it has none of its own.
+    def recipe(self, method: str) -> Recipe:
+        """The recipe of a method: the study's `student` with the method's changes."""
+        changes = self.methods[method].recipe.model_dump(exclude_none=True)
+        return Recipe(**{**self.student.model_dump(), **changes})
 
-        Settings that the method's objective and perturbation do not use are left out, so that
-        a change of them changes nothing.
+    def parts(self, method: str | None = None) -> dict[str, Any]:
+        """What is trained how: the parts of a method, or of the teachers.
+
+        Options that a method does not set have the study's values; options that its parts do not
+        use are left out, so that a change of them changes nothing.
+
+        Returns:
+            student, objective, perturbation (each with its name and options), architecture,
+            members (M, or 1), and prediction (what the student's logits mean).
         """
-        method = self.methods[name]
-        settings = {
-            key: value if (value := getattr(method, key)) is not None else default
-            for key, default in self.distillation.model_dump().items()
+        if method is None:
+            single = {"student": Single(), "objective": Labels(), "perturbation": NoPerturbation()}
+            chosen, architecture = Method(label="teacher", **single), self.architecture
+        else:
+            chosen = self.methods[method]
+            architecture = (
+                chosen.student.architecture or self.student_architecture or self.architecture
+            )
+        objective = _filled(chosen.objective, self.distillation.model_dump())
+        perturbation = _filled(chosen.perturbation, self.distillation.model_dump() | objective)
+        return {
+            "student": chosen.student.model_dump(exclude={"architecture"}),
+            "members": self.members if chosen.student.has_members else 1,
+            "architecture": architecture.model_dump(),
+            "objective": objective,
+            "perturbation": perturbation,
+            "prediction": chosen.student.prediction,
         }
-        if method.objective == "cross_entropy":
-            settings = {}
-        elif method.perturbation == "none":
-            del settings["eta"]
-        return {"objective": method.objective, "perturbation": method.perturbation, **settings}
+
+    def perturbations(self) -> dict[str, dict[str, Any]]:
+        """Where the teachers are analysed: the perturbations of the methods and of the paper's.
+
+        Returns:
+            Options by name, with the study's η and τ.
+        """
+        methods = [*PAPERS_METHODS.values(), *self.methods.values()]
+        kinds = dict.fromkeys(type(m.perturbation) for m in methods if m.perturbation.passes > 1)
+        options = [_filled(kind(), self.distillation.model_dump()) for kind in kinds]
+        return {it["name"]: it for it in options}
+
+
+def _filled(section: Section, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a section, those that are not set from `defaults`."""
+    options = section.model_dump()
+    return {key: defaults[key] if value is None else value for key, value in options.items()}
 
 
 class Configuration(Section):
@@ -369,41 +322,59 @@ def read_configuration(config: Mapping[str, Any]) -> Configuration:
 def _sentence(error: ValidationError) -> str:
     """The first of pydantic's complaints, in the user's words; a misspelt key comes first."""
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    path = [str(part) for part in first["loc"]]
+    path, known = _place(first["loc"])
     place = "config.yaml"
     if path[:1] == ["studies"] and len(path) > 1:
         place, path = f"{place}, study {path[1]!r}", path[2:]
     # Which of several types did not fit is pydantic's affair.
     key = re.sub(r"\.?(str|list\[str\](\.\d+)?|\[key\])$", "", ".".join(path))
     if first["type"] == "extra_forbidden":
-        known = _keys_at([str(part) for part in first["loc"][:-1]])
         close = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
         return f"{place}: unknown key {key!r}; {hint}"
     if first["type"] == "missing":
         return f"{place}: the key {key!r} is missing"
+    if first["type"] == "union_tag_not_found":
+        return f"{place}: {key}: the key 'name' is missing"
+    if first["type"] == "union_tag_invalid":
+        given = first["ctx"]["tag"]
+        names = first["ctx"]["expected_tags"].replace("'", "")
+        return f"{place}: {key}: unknown name {_short(given)}; known are {names}"
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
     else:
-        # By the piece: a few aliases in YAML can stand for more than the memory holds.
-        pieces = json.JSONEncoder(default=str, ensure_ascii=False).iterencode(first["input"])
-        given = "".join(islice(pieces, 51))
-        given = given if len(given) <= 50 else f"{given[:50]}…"
         message = re.split(" or instance of | after validation", first["msg"])[0]
-        message = f"{message[0].lower()}{message[1:]}, not {given}"
+        message = f"{message[0].lower()}{message[1:]}, not {_short(first['input'])}"
     return f"{place}: {key + ': ' if key else ''}{message}"
 
 
-def _keys_at(path: list[str]) -> list[str]:
-    """The keys that the schema knows at a place in the configuration."""
+def _short(value: Any) -> str:
+    """A value as JSON, cut: a few aliases in YAML can stand for more than the memory holds."""
+    pieces = json.JSONEncoder(default=str, ensure_ascii=False).iterencode(value)
+    given = "".join(islice(pieces, 51))
+    return given if len(given) <= 50 else f"{given[:50]}…"
+
+
+def _place(loc: tuple[str | int, ...]) -> tuple[list[str], list[str]]:
+    """The keys that lead to a complaint, and the keys that the schema knows in its section.
+
+    pydantic's location also names the section that was chosen of several; that is no key.
+    """
     schema = Configuration.model_json_schema()
-    node = schema
-    for part in path:
-        by_pattern = node.get("patternProperties", {}).values()
-        node = node.get("properties", {}).get(part) or next(iter(by_pattern))
-        if "$ref" in node:
-            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
-    return list(node.get("properties", {}))
+    path, node, section = [], schema, schema
+    for part in map(str, loc):
+        section = node
+        if part in node.get("discriminator", {}).get("mapping", {}):
+            node = {"$ref": node["discriminator"]["mapping"][part]}
+        else:
+            path.append(part)
+            by_pattern = node.get("patternProperties", {}).values()
+            node = node.get("properties", {}).get(part) or next(iter(by_pattern), {})
+        # A section may also be given by its name alone, or be null.
+        for part in (node, *node.get("anyOf", ())):
+            if "$ref" in part or "discriminator" in part:
+                node = schema["$defs"][part["$ref"].rsplit("/", 1)[1]] if "$ref" in part else part
+    return path, list(section.get("properties", {}))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +24,12 @@ from ensdistill.files import write_csv
 from ensdistill.images import read_description, read_images
 from ensdistill.jobs import Interrupted, deferred_interrupts
 from ensdistill.metrics import accuracy, ensemble_probs, nll
-from ensdistill.networks import build_network, count_parameters, predict, save_network
-from ensdistill.objectives import Objective
+from ensdistill.networks import fold_batch_norms
+from ensdistill.objectives import OBJECTIVES, Parts
+from ensdistill.perturbations import PERTURBATIONS
 from ensdistill.state import TrainingState
+from ensdistill.students import Step, Student, build_student, count_parameters, predict
+from ensdistill.weights import load_student, read_header, save_student
 
 logger = logging.getLogger(__name__)
 
@@ -60,54 +65,49 @@ def learning_rate_factor(
     return 1 - (1 - SMALLEST_FACTOR) * min(max(falling, 0.0), 1.0)
 
 
-def parameter_groups(
-    network: nn.Module, learning_rate: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Optimiser groups: the BatchEnsemble factors r and s learn at half the rate, undecayed."""
-    factors, others = [], []
-    for name, parameter in network.named_parameters():
-        (factors if name.rsplit(".", 1)[-1] in ("r", "s") else others).append(parameter)
-    groups = [{"params": others, "lr": learning_rate, "weight_decay": weight_decay}]
-    if factors:
-        groups.append({"params": factors, "lr": learning_rate / 2, "weight_decay": 0.0})
-    return groups
+@dataclass(frozen=True)
+class Learning:
+    """How a student learns: from whom, what, and where the teachers are asked."""
+
+    teachers: Sequence[nn.Module]
+    """As `Step.teachers`."""
+    objective: Callable[[Step, Tensor], Parts]
+    """An entry of `OBJECTIVES` with its options."""
+    perturbation: Callable[[Step], Tensor]
+    """An entry of `PERTURBATIONS` with its options."""
 
 
-def sgd(
-    network: nn.Module, learning_rate: float, momentum: float, weight_decay: float
-) -> torch.optim.SGD:
-    """Stochastic gradient descent with the groups of `parameter_groups`."""
-    groups = parameter_groups(network, learning_rate, weight_decay)
-    return torch.optim.SGD(groups, momentum=momentum, fused=True)
+def learning(
+    teachers: Sequence[nn.Module],
+    objective: Mapping[str, Any],
+    perturbation: Mapping[str, Any],
+) -> Learning:
+    """A method's objective and perturbation, each given by its name and its options."""
+    entries = []
+    for registry, chosen in ((OBJECTIVES, objective), (PERTURBATIONS, perturbation)):
+        options = dict(chosen)
+        entries.append(partial(registry[options.pop("name")], **options))
+    return Learning(teachers, *entries)
 
 
 def train_step(
-    network: nn.Module,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    x: Tensor,
-    y: Tensor,
-    generator: torch.Generator,
-    precision: Precision,
-) -> dict[str, Tensor]:
-    """One update of a network in training mode.
+    step: Step, learning: Learning, optimizer: torch.optim.Optimizer, precision: Precision
+) -> Parts:
+    """One update of a student in training mode.
 
     Args:
-        network, objective, generator, precision: as in `fit`.
-        optimizer: of the network's parameters.
-        x, y: images (B, C, H, W) in [0, 1] and labels (B,).
+        step: the student, its images and their labels.
+        learning, precision: as in `fit`.
+        optimizer: of the student's parameters.
 
     Returns:
-        What the history keeps of it, still on the device: the loss and its parts, and the
-        accuracy [%].
+        What the history keeps, still on the device: the loss and its parts, and the accuracy [%].
     """
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        parts = objective(network, x, y, generator)
+    with torch.autocast(step.x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        parts = learning.objective(step, learning.perturbation(step))
     optimizer.zero_grad()
     parts["loss"].backward()
     optimizer.step()
-    correct = parts.pop("logits").softmax(-1).mean(0).argmax(-1) == y
-    parts["accuracy"] = 100 * correct.float().mean()
     return {name: value.detach() for name, value in parts.items()}
 
 
@@ -117,8 +117,8 @@ def is_validated(epoch: int, epochs: int, validate_every: int) -> bool:
 
 
 def fit(
-    network: nn.Module,
-    objective: Objective,
+    student: Student,
+    learning: Learning,
     train: tuple[Tensor, Tensor],
     validation: tuple[Tensor, Tensor],
     *,
@@ -136,7 +136,7 @@ def fit(
     precision: Precision,
     state: TrainingState | None = None,
 ) -> list[dict[str, float]]:
-    """Train a network in place with SGD; it ends with the weights of its best validation.
+    """Train a student in place with SGD; it ends with the weights of its best validation.
 
     Of epochs with equal validation accuracy the latest is kept: it has trained longest.
 
@@ -145,8 +145,8 @@ def fit(
     after the step during which SIGTERM or SIGINT came.
 
     Args:
-        network: to be trained, on the device of the images.
-        objective: see `ensdistill.objectives`.
+        student: to be trained, on the device of the images.
+        learning: from whom, what, and where the teachers are asked.
         train, validation: images uint8 (N, C, H, W) and labels int64 (N,).
         seed: of data order, augmentation and perturbations.
         crop_padding, flip: see `TrainingBatches`.
@@ -167,7 +167,8 @@ def fit(
     device = images.device
     generator = torch.Generator(device).manual_seed(seed)
     batches = TrainingBatches(images, labels, batch_size, crop_padding, flip, generator)
-    members = getattr(network, "ensemble_size", 1)
+    host = torch.Generator().manual_seed(seed)
+    members = student.members
     logger.info(
         "%d images, %d steps per epoch; effective batch size: %d images × %d members = %d rows",
         len(images),
@@ -176,13 +177,15 @@ def fit(
         members,
         batches.batch_size * members,
     )
-    optimizer = sgd(network, learning_rate, momentum, weight_decay)
+    optimizer = torch.optim.SGD(
+        student.parameter_groups(learning_rate, weight_decay), momentum=momentum, fused=True
+    )
     peaks = [group["lr"] for group in optimizer.param_groups]
     history: list[dict[str, float]] = []
-    best: dict[str, Any] = {"accuracy": -1.0, "network": {}}
+    best: dict[str, Any] = {"accuracy": -1.0, "student": {}}
     first, begun = 1, {}
     if state and (saved := state.load()):
-        network.load_state_dict(saved["network"])
+        student.load_state_dict(saved["student"])
         optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["generator"])
         torch.set_rng_state(saved["rng"][0])
@@ -196,7 +199,7 @@ def fit(
         if state:
             state.save(
                 {
-                    "network": network.state_dict(),
+                    "student": student.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "generator": generator.get_state(),
                     "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
@@ -214,7 +217,7 @@ def fit(
             factor = learning_rate_factor(epoch, epochs, schedule, warmup_epochs)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = factor * peak
-            network.train()
+            student.train()
             columns = defaultdict(list)
             if begun:  # Left in its middle: draw its batches again, and go on after the last.
                 for name, values in begun["columns"].items():
@@ -229,7 +232,8 @@ def fit(
                 drawn_from = generator.get_state()
                 remaining = batches.epoch()
             for x, y in remaining:
-                measured = train_step(network, objective, optimizer, x, y, generator, precision)
+                step = Step(student, learning.teachers, x, y, (epoch - 1) / epochs, generator, host)
+                measured = train_step(step, learning, optimizer, precision)
                 for name, value in measured.items():
                     columns[name].append(value)
                 signal = interrupted()
@@ -256,35 +260,34 @@ def fit(
             row = {"epoch": epoch, "learning_rate": factor * peaks[0]}
             row |= {name: column.double().mean().item() for name, column in stacked.items()}
             if is_validated(epoch, epochs, validate_every):
-                probs = ensemble_probs(predict(network, validation[0]))
+                probs = ensemble_probs(predict(student, validation[0]))
                 row["val_accuracy"] = accuracy(probs, validation[1].cpu())
                 row["val_nll"] = nll(probs, validation[1].cpu())
                 if row["val_accuracy"] >= best["accuracy"]:
                     best["accuracy"] = row["val_accuracy"]
-                    best["network"] = copy.deepcopy(network.state_dict())
+                    best["student"] = copy.deepcopy(student.state_dict())
             row["seconds"] = time.perf_counter() - started
             history.append(row)
             save(epoch + 1)
             logger.info(" ".join(f"{name} {value:.5g}" for name, value in row.items()))
-    network.load_state_dict(best["network"])
+    student.load_state_dict(best["student"])
     return history
 
 
-def train_network(
+def train_student(
     images: str | os.PathLike[str],
     weights: str | os.PathLike[str],
     history: str | os.PathLike[str],
-    objective: Objective,
     *,
+    teachers: Sequence[str | os.PathLike[str]],
     device: torch.device,
     seed: int,
-    network: Mapping[str, Any],
-    ensemble_size: int,
+    parts: Mapping[str, Any],
+    recipe: Mapping[str, Any],
     origin: Mapping[str, Any],
     fingerprint: str,
-    **recipe: Any,
 ) -> None:
-    """Train a network from images.h5, and write its weights and its history.
+    """Train a student, or a teacher, from images.h5; write its weights and its history.
 
     What was trained before an interruption is kept in state.pt beside the weights, and goes on
     if everything that decides the outcome is still the same. The caller removes that file once
@@ -293,38 +296,40 @@ def train_network(
     Args:
         images: path of images.h5.
         weights, history: paths to write; the history is a CSV with one row per epoch.
-        objective: what is minimised.
+        teachers: weights files of the teachers.
         device: where it is trained.
         seed: of initialisation, data order, augmentation and perturbations.
-        network: name and options for `build_network`.
-        ensemble_size: 1 for a plain network, else the members of a BatchEnsemble.
+        parts: what is trained how, as `studies.Study.parts` returns it.
+        recipe: see `fit`.
         origin: who is trained (study, method, …); written into the weights' header.
         fingerprint: of all that decides the outcome.
-        **recipe: see `fit`.
 
     Raises:
-        InputError: another process trains the same network; or as `fit`.
+        InputError: another process trains the same student; or as `fit`.
     """
     description = read_description(images)
     architecture = {
-        **network,
+        **parts["architecture"],
         "num_classes": len(description["classes"]),
         "in_channels": description["shape"][0],
-        "ensemble_size": ensemble_size,
         "mean": description["mean"],
         "std": description["std"],
     }
     torch.manual_seed(seed)
-    model = build_network(**architecture).to(device)
-    logger.info("%s, %d parameters", network["name"], count_parameters(model))
+    student = build_student(
+        **parts["student"], architecture=architecture, members=parts["members"]
+    ).to(device)
+    logger.info("%s, %d parameters", architecture["name"], count_parameters(student))
+    networks = [fold_batch_norms(load_student(path, device).network) for path in teachers]
     train, validation = (
         tuple(torch.from_numpy(array).to(device) for array in read_images(images, split))
         for split in ("train", "val")
     )
     made = attributes(
         **origin,
+        **parts,
+        teachers=[read_header(path)["digest"] for path in teachers],
         seed=seed,
-        network=network,
         recipe=recipe,
         device=device.type,
         precision=recipe["precision"],
@@ -333,6 +338,14 @@ def train_network(
     same = attributes(fingerprint=fingerprint, device=device.type, torch=torch.__version__)
     state = TrainingState(Path(weights).parent / "state.pt", same["digest"])
     with state.exclusive():
-        rows = fit(model, objective, train, validation, seed=seed, state=state, **recipe)
+        rows = fit(
+            student,
+            learning(networks, parts["objective"], parts["perturbation"]),
+            train,
+            validation,
+            seed=seed,
+            state=state,
+            **recipe,
+        )
         write_csv(history, pd.DataFrame(rows))
-        save_network(weights, model, architecture, made)
+        save_student(weights, student, made)

@@ -8,7 +8,8 @@ from snakemake.exceptions import WorkflowError
 from ensdistill import InputError
 from ensdistill.downloads import ARCHIVES, ARCHIVES_OF
 from ensdistill.digests import code_digest
-from ensdistill.studies import parse_network_name, read_configuration
+from ensdistill.methods import parse_architecture
+from ensdistill.studies import read_configuration
 
 try:
     CONFIGURATION = read_configuration(config)
@@ -58,22 +59,79 @@ def code(script, **chosen):
     return code_digest(workflow.source_path(f"../workflow_scripts/{script}.py"), **chosen)
 
 
-def training(wildcards, role, seed, ensemble_size):
-    """The arguments of `train_network` that a study's configuration decides."""
+def training(wildcards):
+    """The arguments of `train_student` that a study's configuration decides."""
     study = STUDIES[wildcards.study]
+    method = method_of(wildcards)
+    recipe = study.recipe(method) if method else study.teacher
+    # Seeds apart from the teachers', or a single student would start as its teacher did. The same
+    # for all methods, so that they are compared from the same start.
+    seed = int(wildcards.seed) + (1000 if method else 0)
     return {
         "seed": seed,
-        "network": study.network.model_dump(),
-        "ensemble_size": ensemble_size,
-        "precision": study.precision,
-        **study.augmentation.model_dump(),
-        **getattr(study, role).model_dump(),
+        "parts": study.parts(method),
+        "recipe": {
+            **recipe.model_dump(),
+            **study.augmentation.model_dump(),
+            "precision": study.precision,
+        },
         "origin": {
             "study": wildcards.study,
-            "method": wildcards.get("method", role),
+            "method": method or "teacher",
             "replicate": int(wildcards.seed),
         },
     }
+
+
+def entries(*parts):
+    """Which entries of the registries some `Study.parts` use; their code alone counts."""
+    architectures = {parse_architecture(it["architecture"]["name"])[0] for it in parts}
+    return {
+        "ARCHITECTURES": tuple(sorted(architectures)),
+        "STUDENTS": tuple(sorted({it["student"]["name"] for it in parts})),
+    }
+
+
+def training_code(wildcards):
+    """A parameter that changes when code changes that trains this student or teacher."""
+    study = STUDIES[wildcards.study]
+    parts = study.parts(method_of(wildcards))
+    return code(
+        "train",
+        **entries(parts, study.parts()),
+        OBJECTIVES=(parts["objective"]["name"],),
+        PERTURBATIONS=(parts["perturbation"]["name"],),
+    )
+
+
+def network_code(wildcards):
+    """A parameter that changes when code changes that computes a network's logits."""
+    parts = STUDIES[wildcards.study].parts(method_of(wildcards))
+    return code("logits", **entries(parts))
+
+
+def analysis_code(function):
+    """A parameter function: it changes with a function of ensdistill.analysis and what it uses."""
+
+    def digest(wildcards):
+        study = STUDIES[wildcards.study]
+        used = entries(study.parts())
+        perturbations = ("none", *study.perturbations())
+        return code("analyse", analysis=(function,), PERTURBATIONS=perturbations, **used)
+
+    return digest
+
+
+def distances_code(wildcards):
+    """A parameter that changes when code changes that compares Jacobians of all networks."""
+    study = STUDIES[wildcards.study]
+    return code("distances", **entries(study.parts(), *map(study.parts, study.methods)))
+
+
+def method_of(wildcards):
+    """The method of a job's student; None for a teacher."""
+    role, _, rest = wildcards.get("network", "").partition("/")
+    return rest.partition("/")[0] if role == "students" else wildcards.get("method")
 
 
 def archives_of(source):
@@ -98,20 +156,9 @@ def shift(wildcards):
 def teachers_of_student(wildcards):
     """Weights of the teachers that a method learns from; none if it learns from labels."""
     study = STUDIES[wildcards.study]
-    if study.methods[wildcards.method].objective == "cross_entropy":
+    if not study.methods[wildcards.method].objective.needs_teachers:
         return []
     return teacher_files(wildcards.study, "{}/weights.safetensors", study.members)
-
-
-def student_training(wildcards):
-    """The arguments of `train_network` for a student."""
-    study = STUDIES[wildcards.study]
-    method = study.methods[wildcards.method]
-    ensemble_size = study.members if method.network == "batch_ensemble" else 1
-    # Seeds apart from the teachers', or a plain student would start as its teacher did. The same
-    # for all methods, so that they are compared from the same start.
-    seed = 1000 + int(wildcards.seed)
-    return training(wildcards, "student", seed, ensemble_size)
 
 
 def of_pool(pattern):
@@ -141,7 +188,12 @@ def settings_of(names):
             "members": study.members,
             "labels": {name: method.label for name, method in study.methods.items()},
             "methods": {
-                name: method.model_dump(include={"label", "objective", "perturbation", "network"})
+                name: {
+                    "label": method.label,
+                    "objective": method.objective.name,
+                    "perturbation": method.perturbation.name,
+                    "network": method.student.name,
+                }
                 for name, method in study.methods.items()
             },
         }
@@ -150,13 +202,18 @@ def settings_of(names):
     return settings
 
 
+def distillation(wildcards):
+    """The study's η and τ."""
+    return STUDIES[wildcards.study].distillation.model_dump(include={"eta", "temperature"})
+
+
 def eta_sweep(wildcards):
     """Sizes η around the study's own."""
-    distillation = STUDIES[wildcards.study].distillation
-    eta = distillation.eta or 1 / 255
+    study = STUDIES[wildcards.study]
+    eta = study.distillation.eta or 1 / 255
     return {
         "etas": [eta * factor for factor in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)],
-        "temperature": distillation.temperature,
+        "perturbations": study.perturbations(),
     }
 
 
@@ -192,29 +249,27 @@ def computing(passes):
     """
 
     def minutes(wildcards, input, attempt):
-        network = STUDIES[wildcards.study].network
-        _, depth, widen = parse_network_name(network.name)
+        study = STUDIES[wildcards.study]
+        architecture = study.parts(method_of(wildcards))["architecture"]
+        sizes = parse_architecture(architecture["name"])[1]
+        width = architecture["width"] * sizes.get("widen", 1)
         pixels = sizes_mb(input)[0] * 2**20 / 3  # a byte per channel, hardly compressible
-        flops = 2 * depth * 9 * (network.width * widen) ** 2 * pixels * passes(wildcards)
+        flops = 2 * sizes["depth"] * 9 * width**2 * pixels * passes(wildcards)
         return math.ceil(attempt * (20 + flops / FLOPS / 60))
 
     return minutes
 
 
-def teacher_passes(wildcards):
-    """Forward and backward, every epoch."""
-    return 3 * STUDIES[wildcards.study].teacher.epochs
-
-
-def student_passes(wildcards):
-    """Forward and backward of every member, at clean and at perturbed images, and the teachers'."""
+def training_passes(wildcards):
+    """Forward and backward, every epoch: of every member, and of the teachers."""
     study = STUDIES[wildcards.study]
-    method = study.methods[wildcards.method]
-    rows = study.members if method.network == "batch_ensemble" else 1
-    teachers = 0 if method.objective == "cross_entropy" else study.members
-    if method.perturbation == "none":
-        return study.student.epochs * (3 * rows + teachers)
-    return study.student.epochs * (6 * rows + teachers + 3)
+    if "method" not in wildcards.keys():
+        return 3 * study.teacher.epochs
+    method, parts = study.methods[wildcards.method], study.parts(wildcards.method)
+    teachers = study.members if method.objective.needs_teachers else 0
+    gradients = 3 * method.perturbation.teacher_gradients
+    student = 3 * method.perturbation.passes * parts["members"]
+    return study.recipe(wildcards.method).epochs * (student + teachers + gradients)
 
 
 def ensemble_passes(count):

@@ -15,7 +15,7 @@ rule logits:
         mem_mb=growing(4000, 4),
         runtime=computing(ensemble_passes(1)),
     params:
-        code=code("logits"),
+        code=network_code,
     script:
         "../workflow_scripts/logits.py"
 
@@ -47,11 +47,10 @@ rule perturbed:
         runtime=computing(ensemble_passes(25)),
     params:
         function="perturbed_logits",
+        distillation=distillation,
         images=None,
-        settings=lambda wildcards: STUDIES[wildcards.study].distillation.model_dump(
-            include={"eta", "temperature"}
-        ),
-        code=code("analyse", analysis=("perturbed_logits",)),
+        settings=lambda wildcards: {"perturbations": STUDIES[wildcards.study].perturbations()},
+        code=analysis_code("perturbed_logits"),
     script:
         "../workflow_scripts/analyse.py"
 
@@ -63,9 +62,10 @@ use rule perturbed as swept with:
         "results/{study}/logs/logits/swept.log",
     params:
         function="sweep_logits",
+        distillation=distillation,
         images=lambda wildcards: STUDIES[wildcards.study].analyses.train_images,
         settings=eta_sweep,
-        code=code("analyse", analysis=("sweep_logits",)),
+        code=analysis_code("sweep_logits"),
 
 
 use rule perturbed as transferred with:
@@ -78,11 +78,10 @@ use rule perturbed as transferred with:
         "results/{study}/logs/logits/transferred.log",
     params:
         function="transfer_logits",
+        distillation=distillation,
         images=lambda wildcards: STUDIES[wildcards.study].analyses.train_images,
-        settings=lambda wildcards: STUDIES[wildcards.study].distillation.model_dump(
-            include={"eta", "temperature"}
-        ),
-        code=code("analyse", analysis=("transfer_logits",)),
+        settings=distillation,
+        code=analysis_code("transfer_logits"),
 
 
 rule distances:
@@ -102,6 +101,6 @@ rule distances:
         runtime=computing(ensemble_passes(25)),
     params:
         images=lambda wildcards: STUDIES[wildcards.study].analyses.jacobian_images,
-        code=code("distances"),
+        code=distances_code,
     script:
         "../workflow_scripts/distances.py"

@@ -18,14 +18,12 @@ rule teacher:
     resources:
         gpu=1,
         mem_mb=growing(4000, 4),
-        runtime=computing(teacher_passes),
+        runtime=computing(training_passes),
     params:
-        training=lambda wildcards: training(
-            wildcards, "teacher", int(wildcards.seed), ensemble_size=1
-        ),
-        code=code("teacher"),
+        training=training,
+        code=training_code,
     script:
-        "../workflow_scripts/teacher.py"
+        "../workflow_scripts/train.py"
 
 
 rule student:
@@ -45,10 +43,9 @@ rule student:
     resources:
         gpu=1,
         mem_mb=growing(4000, 4),
-        runtime=computing(student_passes),
+        runtime=computing(training_passes),
     params:
-        training=student_training,
-        method=lambda wildcards: STUDIES[wildcards.study].method(wildcards.method),
-        code=code("student"),
+        training=training,
+        code=training_code,
     script:
-        "../workflow_scripts/student.py"
+        "../workflow_scripts/train.py"

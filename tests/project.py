@@ -18,10 +18,15 @@ ON_TEACHERS = {"diversity_teachers", "saturation", "sweep", "transfer"}
 FIGURES = {"de_curve", "examples", *ON_STUDENTS, *ON_TEACHERS}
 
 METHODS = {
-    "be": {"label": "BE", "objective": "cross_entropy"},
-    "kd_single": {"label": "KD-single", "objective": "ensemble_mean", "network": "single"},
-    "kd": {"label": "KD"},
-    "kd_conf_ods": {"label": "KD+ConfODS", "perturbation": "conf_ods"},
+    "be": {"label": "BE", "objective": "labels", "paper": "be"},
+    "kd_single": {
+        "label": "KD-single",
+        "student": "single",
+        "objective": "ensemble_mean",
+        "paper": "kd_single",
+    },
+    "kd": {"label": "KD", "paper": "kd"},
+    "kd_conf_ods": {"label": "KD+ConfODS", "perturbation": "conf_ods", "paper": "kd_conf_ods"},
 }
 RECIPE = {"epochs": 3, "batch_size": 64, "learning_rate": 0.1, "warmup_epochs": 1}
 TINY = {
@@ -29,7 +34,7 @@ TINY = {
     "corruptions": {"images": 20},
     "out_of_distribution": {"images": 50},
     "analyses": {"train_images": 100, "jacobian_images": 20},
-    "network": {"name": "resnet8", "width": 4},
+    "architecture": {"name": "resnet8", "width": 4},
     "members": 2,
     "pool": 3,
     "student_seeds": 1,

@@ -7,14 +7,14 @@ from ensdistill.digests import attributes
 from ensdistill.files import write_hdf5
 from ensdistill.images import read_images
 from ensdistill.jobs import job
-from ensdistill.networks import load_network
+from ensdistill.weights import load_student
 
 with job(snakemake):
     device = prepare(snakemake.threads, snakemake.resources)
-    teachers = [load_network(path, device) for path in snakemake.input.teachers]
+    teachers = [load_student(path, device) for path in snakemake.input.teachers]
     # results/<study>/students/<method>/<seed>/weights.safetensors
     students = {
-        "/".join(path.split("/")[-4:-1]): load_network(path, device)
+        "/".join(path.split("/")[-4:-1]): load_student(path, device)
         for path in snakemake.input.students
     }
     images, labels = read_images(snakemake.input.images, "test")
@@ -23,5 +23,5 @@ with job(snakemake):
     write_hdf5(
         snakemake.output[0],
         {**arrays, "test_index": chosen},
-        attributes(study=snakemake.wildcards.study, device=device.type),
+        attributes(study=snakemake.wildcards.study, device=device.type, precision="fp32"),
     )

@@ -1,21 +1,28 @@
 import torch
 
 from ensdistill.devices import prepare
+from ensdistill.digests import attributes
 from ensdistill.files import write_hdf5
 from ensdistill.images import read_images
 from ensdistill.jobs import job
 from ensdistill.logits import splits_of
-from ensdistill.networks import count_parameters, load_network, predict, read_header
+from ensdistill.students import count_parameters, predict
+from ensdistill.weights import load_student, origin
 
 with job(snakemake):
     device = prepare(snakemake.threads, snakemake.resources)
-    network = load_network(snakemake.input.weights, device)
+    student = load_student(snakemake.input.weights, device)
     arrays = {}
     for split in splits_of(snakemake.input.images):
         if split == "train":
             continue
         images, labels = read_images(snakemake.input.images, split)
-        arrays[f"{split}/logits"] = predict(network, torch.from_numpy(images).to(device))
+        arrays[f"{split}/logits"] = predict(student, torch.from_numpy(images).to(device))
         arrays[f"{split}/labels"] = labels
-    made = {**read_header(snakemake.input.weights), "parameters": count_parameters(network)}
+    made = attributes(
+        **origin(snakemake.input.weights),
+        parameters=count_parameters(student),
+        device=device.type,
+        precision="fp32",
+    )
     write_hdf5(snakemake.output[0], arrays, made)

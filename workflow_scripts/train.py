@@ -1,14 +1,13 @@
 from ensdistill.devices import prepare
 from ensdistill.jobs import fingerprint, job
-from ensdistill.objectives import cross_entropy
-from ensdistill.training import train_network
+from ensdistill.training import train_student
 
 with job(snakemake):
-    train_network(
+    train_student(
         snakemake.input.images,
         snakemake.output.weights,
         snakemake.output.history,
-        cross_entropy,
+        teachers=snakemake.input.get("teachers", []),
         device=prepare(snakemake.threads, snakemake.resources),
         fingerprint=fingerprint(snakemake),
         **snakemake.params.training,

@@ -1,0 +1,343 @@
+"""What config.yaml may say of a method: the options and traits of its three axes.
+
+A method is a student (what is trained), an objective (what it minimises) and a perturbation (at
+which inputs the teachers are asked). config.yaml names each, alone or with its own options:
+`perturbation: ods`, or `perturbation: {name: ods, eta: 4/255}`. What is computed under these names
+is in students.py, objectives.py and perturbations.py. The Snakefile reads this module in every
+process, so it does not import PyTorch.
+"""
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    create_model,
+    field_validator,
+    model_validator,
+)
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _fraction(value: Any) -> Any:
+    """Lets a step be written as pixels are counted: 1/255."""
+    try:
+        return float(Fraction(value)) if isinstance(value, str) else value
+    except (ValueError, ArithmeticError):
+        raise ValueError(f"{value!r} is neither a number nor a fraction such as 1/255") from None
+
+
+Eta = Annotated[
+    float,
+    BeforeValidator(_fraction),
+    Field(ge=0),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]}),
+]
+
+
+class Section(BaseModel):
+    """A part of the configuration: no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+def _as_section(value: Any) -> Any:
+    """A name alone stands for the section with that name and no options."""
+    if value == "cross_entropy":
+        raise ValueError("objective 'cross_entropy' is now 'labels'")
+    return {"name": value} if isinstance(value, str) else value
+
+
+# --- architectures ---------------------------------------------------------------------------
+
+ARCHITECTURES = {
+    "resnet": (r"resnet-?(?P<depth>\d+)", 2),
+    "wrn": (r"wrn-?(?P<depth>\d+)[x_-](?P<widen>\d+)", 4),
+}
+"""By family: how its names are written, and the layers that a depth of 6n + … has beside blocks.
+
+Their builders are `networks.ARCHITECTURES`.
+"""
+
+
+def parse_architecture(name: str) -> tuple[str, dict[str, int]]:
+    """Family and sizes of a name such as `resnet32` (depth) or `wrn28x10` (depth and widen).
+
+    Raises:
+        ValueError: there is no such family or depth.
+    """
+    for family, (pattern, rest) in ARCHITECTURES.items():
+        if match := re.fullmatch(pattern, name):
+            sizes = {key: int(value) for key, value in match.groupdict().items()}
+            depth = sizes["depth"]
+            if depth <= rest or (depth - rest) % 6 or not all(sizes.values()):
+                raise ValueError(f"{name!r} does not exist: a {family} has 6n+{rest} layers, n ≥ 1")
+            return family, sizes
+    raise ValueError(f"unknown architecture {name!r}: try resnet32 or wrn28x10")
+
+
+class Architecture(Section):
+    """The layers of a network."""
+
+    name: str = "resnet32"
+    """`resnet{6n+2}`, such as resnet32, or `wrn{6n+4}x{k}`, such as wrn28x10."""
+    width: Count = 16
+    """Channels of the first stage (of a WRN: before the factor k)."""
+
+    @field_validator("name")
+    @classmethod
+    def _exists(cls, name: str) -> str:
+        parse_architecture(name)
+        return name
+
+
+NamedArchitecture = Annotated[
+    Architecture, BeforeValidator(_as_section, json_schema_input_type=str | Architecture)
+]
+
+
+# --- recipes ---------------------------------------------------------------------------------
+
+
+class Recipe(Section):
+    """How networks of one role are trained: stochastic gradient descent and its schedule."""
+
+    epochs: Count = 300
+    """Passes over the training split."""
+    batch_size: Count = 64
+    """Images per step; a BatchEnsemble of M members makes M rows of each."""
+    learning_rate: Positive = 0.05
+    """Peak learning rate; the BatchEnsemble factors r and s get half of it."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Weight decay; none on the BatchEnsemble factors r and s."""
+    schedule: Literal["warmup_linear", "cosine"] = "warmup_linear"
+    """`warmup_linear`: 1 until half of the epochs, linearly to 0.01 at 90 %, then 0.01;
+    `cosine`: half a cosine to 0. Both after the warm-up."""
+    warmup_epochs: Count = 5
+    """Epochs in which the learning rate grows linearly from 0.01 of its peak to its peak."""
+    validate_every: Count = 30
+    """Epochs between validations; the last tenth of the epochs is always validated, and the
+    network with the best validation accuracy is kept."""
+
+    @model_validator(mode="after")
+    def _warms_up_in_time(self) -> Self:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError("'warmup_epochs' is larger than 'epochs'")
+        return self
+
+
+RecipeChanges = create_model(
+    "RecipeChanges",
+    __base__=Section,
+    __doc__="Settings of a recipe that differ; null for the study's.",
+    **{
+        name: (
+            Annotated[(field.annotation, Field(), *field.metadata)] | None,
+            Field(None, description=field.description),
+        )
+        for name, field in Recipe.model_fields.items()
+    },
+)
+
+
+# --- students --------------------------------------------------------------------------------
+
+
+class StudentOptions(Section):
+    """Options that every student has."""
+
+    has_members: ClassVar[bool]
+    """Whether it has as many members as there are teachers, so that each can learn from one."""
+    prediction: ClassVar[str] = "mixture"
+    """What its stored logits mean: a key of `predictions.PREDICTIONS`."""
+
+    architecture: NamedArchitecture | None = None
+    """The architecture of this method's students; the study's unless told."""
+
+
+class Single(StudentOptions):
+    """One ordinary network."""
+
+    has_members = False
+
+    name: Literal["single"] = "single"
+
+
+class BatchEnsemble(StudentOptions):
+    """M members that share one set of weights and differ by rank-one factors."""
+
+    has_members = True
+
+    name: Literal["batch_ensemble"] = "batch_ensemble"
+
+
+# --- objectives ------------------------------------------------------------------------------
+
+
+class ObjectiveOptions(Section):
+    """The traits of an objective."""
+
+    needs_teachers: ClassVar[bool] = True
+    """Whether teachers are asked."""
+    needs_members: ClassVar[bool] = False
+    """Whether it teaches member by member."""
+
+
+class Labels(ObjectiveOptions):
+    """Cross-entropy with the labels."""
+
+    needs_teachers = False
+
+    name: Literal["labels"] = "labels"
+
+
+class DistillationOptions(ObjectiveOptions):
+    """Options of a loss with teachers; what a method does not set is the study's."""
+
+    alpha: Share | None = None
+    """α: weight of the teachers against the labels."""
+    temperature: Positive | None = None
+    """τ: temperature of the softmax, in the loss and in the perturbation."""
+
+
+class OneToOne(DistillationOptions):
+    """Teacher j teaches member j."""
+
+    needs_members = True
+
+    name: Literal["one_to_one"] = "one_to_one"
+
+
+class EnsembleMean(DistillationOptions):
+    """The teachers' mean probabilities teach every member."""
+
+    name: Literal["ensemble_mean"] = "ensemble_mean"
+
+
+# --- perturbations ---------------------------------------------------------------------------
+
+
+class PerturbationOptions(Section):
+    """The traits of a perturbation."""
+
+    passes: ClassVar[int] = 2
+    """Forward passes of the student in a step: a second one where x_distill is not x."""
+    teacher_gradients: ClassVar[int] = 0
+    """Gradients of a teacher's output with respect to its input in a step."""
+
+
+class NoPerturbation(PerturbationOptions):
+    """The images as they are."""
+
+    passes = 1
+
+    name: Literal["none"] = "none"
+
+
+class Gaussian(PerturbationOptions):
+    """Gaussian noise of standard deviation η."""
+
+    name: Literal["gaussian"] = "gaussian"
+    eta: Eta | None = None
+    """η: root-mean-square size of the step per pixel, in units of the pixel range [0, 1]; the
+    study's unless told."""
+
+
+class ODS(Gaussian):
+    """A step of size η in a direction that diversifies one teacher's output."""
+
+    teacher_gradients = 1
+
+    name: Literal["ods"] = "ods"
+    temperature: Positive | None = None
+    """τ of the softmax that is diversified; that of the objective unless told."""
+
+
+class ConfODS(ODS):
+    """ODS times the teacher's confidence."""
+
+    name: Literal["conf_ods"] = "conf_ods"
+
+
+# --- methods ---------------------------------------------------------------------------------
+
+
+def _choice(*sections: type[Section]) -> Any:
+    """The type of an axis: one of several sections, told apart by `name`, or a name alone."""
+    union = sections[0]
+    for section in sections[1:]:
+        union = union | section
+    names = Literal[tuple(section.model_fields["name"].default for section in sections)]
+    section = Annotated[union, Field(discriminator="name")]
+    return Annotated[section, BeforeValidator(_as_section, json_schema_input_type=names | section)]
+
+
+AnyStudent = _choice(BatchEnsemble, Single)
+AnyObjective = _choice(OneToOne, EnsembleMean, Labels)
+AnyPerturbation = _choice(NoPerturbation, Gaussian, ODS, ConfODS)
+
+
+class Method(Section):
+    """One way to train a student: a row of the results table."""
+
+    label: Annotated[str, Field(pattern=r"^\S(.*\S)?$")]
+    """The system's name in tables and figures."""
+    student: AnyStudent = BatchEnsemble()
+    """What is trained."""
+    objective: AnyObjective = OneToOne()
+    """What it minimises."""
+    perturbation: AnyPerturbation = NoPerturbation()
+    """At which inputs the teachers are asked."""
+    recipe: RecipeChanges = RecipeChanges()
+    """Where its training differs from the study's `student`."""
+    paper: Literal["be", "kd_single", "kd", "kd_gaussian", "kd_ods", "kd_conf_ods"] | None = None
+    """Which method of Nam et al. (2021) it is; the page of the paper's claims speaks of these."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_old_keys(cls, value: Any) -> Any:
+        for key, now in OLD_KEYS.items():
+            if isinstance(value, Mapping) and key in value:
+                raise ValueError(f"{key!r} is now {now}")
+        return value
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Self:
+        objective, perturbation = self.objective, self.perturbation
+        if not objective.needs_teachers and perturbation.passes > 1:
+            raise ValueError(
+                f"objective {objective.name!r} asks no teachers, so perturbation "
+                f"{perturbation.name!r} has no use"
+            )
+        if objective.needs_members and not self.student.has_members:
+            raise ValueError(
+                f"objective {objective.name!r} needs a student with members, such as "
+                f"'batch_ensemble', not {self.student.name!r}"
+            )
+        return self
+
+
+OLD_KEYS = {
+    "network": "'student'",
+    "alpha": "an option of the objective: {name: one_to_one, alpha: 0.9}",
+    "temperature": "an option of the objective: {name: one_to_one, temperature: 4}",
+    "eta": "an option of the perturbation: {name: ods, eta: 1/255}",
+}
+"""Keys of earlier versions, and where their values are written now."""

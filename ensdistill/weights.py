@@ -1,0 +1,127 @@
+"""Weights files: safetensors whose header says what made the weights, and how to build the student.
+
+Nothing in a weights file is run: it holds tensors, and a header of JSON.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ensdistill import DamagedFile, InputError
+from ensdistill.files import atomic
+from ensdistill.methods import parse_architecture
+from ensdistill.students import Student, build_student
+
+
+def save_student(
+    path: str | os.PathLike[str], student: Student, attributes: Mapping[str, Any]
+) -> None:
+    """Write weights as safetensors.
+
+    Args:
+        path: the file, whole or not there at all.
+        student: made by `build_student`.
+        attributes: what made the weights; the header holds them beside `spec`, the student's own.
+    """
+    header = json.dumps({**attributes, "spec": student.spec}, default=str)
+    with atomic(path) as temporary:
+        state = student.network.state_dict()
+        tensors = {key: value.contiguous() for key, value in state.items()}
+        # One key only: the format does not keep the order of several.
+        save_file(tensors, temporary, metadata={"ensdistill": header})
+
+
+def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Student:
+    """A trained student (or teacher), frozen and in eval mode, rebuilt from the file alone.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds no student of this package.
+    """
+    header, tensors = _read(path, device)
+    try:
+        student = _unfilled(tensors, **header["spec"])
+        student.network.load_state_dict(tensors, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = _first_line(error)
+        raise DamagedFile(path, f"its weights fit no network ({reason})") from error
+    student.to(memory_format=torch.channels_last)
+    return student.to(device).eval().requires_grad_(False)
+
+
+class _WithoutRandomNumbers(TorchFunctionMode):
+    """Leaves out initialisation, which tensors without storage would answer by a long import."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.__name__.endswith(("normal_", "uniform_")):  # of tensors and of torch.nn.init
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def _unfilled(
+    tensors: Mapping[str, Tensor], *, architecture: Mapping[str, Any], **spec: Any
+) -> Student:
+    """The student of a file, still without storage: it may be another one than the file holds.
+
+    Raises:
+        ValueError: it is.
+    """
+    _, sizes = parse_architecture(architecture["name"])
+    in_channels = architecture["in_channels"]
+    # Even a module without numbers takes memory, and so do the default mean and std.
+    if sizes["depth"] > len(tensors) or in_channels not in tensors["stem.weight"].shape:
+        raise ValueError(
+            f"a {architecture['name']!r} with {in_channels} channels is not what is stored"
+        )
+    with torch.device("meta"), _WithoutRandomNumbers():
+        student = build_student(architecture=architecture, **spec)
+    for key, tensor in student.network.state_dict().items():
+        found, expected = ((tuple(it.shape), it.dtype) for it in (tensors[key], tensor))
+        if found != expected:
+            raise ValueError(f"{key}: {found}, not {expected}")
+    return student
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a weights file says of itself; errors as `load_network`."""
+    return _read(path, None)[0]
+
+
+def origin(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What made a weights file, for the header of a file that is computed from it.
+
+    Without what the training step says of itself alone, such as its device and precision; for all
+    that stands `weights`, the digest of the weights' header. Errors as `load_student`.
+    """
+    header = read_header(path)
+    own = {"digest", "ensdistill", "torch", "device", "precision"}
+    return {key: header[key] for key in header.keys() - own} | {"weights": header["digest"]}
+
+
+def _read(
+    path: str | os.PathLike[str], device: torch.device | str | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and, where a device is named, tensors of a weights file."""
+    try:
+        with safe_open(path, "pt", device=str(device or "cpu")) as file:
+            header = json.loads((file.metadata() or {})["ensdistill"])
+            names = file.keys() if device else []
+            return header, {name: file.get_tensor(name) for name in names}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except PermissionError:
+        raise
+    except (SafetensorError, KeyError, ValueError, OSError, RecursionError) as error:
+        reason = _first_line(error)
+        raise DamagedFile(path, f"damaged, or not weights of this package ({reason})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
