@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class TrainingBatches:
-    """Shuffled, randomly cropped and flipped batches; every iteration is a new epoch.
+    """Shuffled, randomly cropped and flipped batches.
 
     Args:
         images: uint8 (N, C, H, W); they stay on their device, and batches come from it.
@@ -17,10 +17,6 @@ class TrainingBatches:
             another epoch), unless it is the only one.
         crop_padding: pixels of zero padding before a random crop of H×W; 0 for none.
         flip: mirror each image with probability 1/2.
-        generator: on the device of the images; the only source of randomness.
-
-    Yields:
-        x float32 (B, C, H, W) in [0, 1], channels_last, and y int64 (B,).
     """
 
     def __init__(
@@ -30,26 +26,29 @@ class TrainingBatches:
         batch_size: int,
         crop_padding: int,
         flip: bool,
-        generator: torch.Generator,
     ):
-        # Channels last: choosing pixels crops, flips, and lands in the layout of convolutions.
+        # Channels last: choosing pixels crops, flips, and gives the layout of convolutions.
         self.padded = F.pad(images, [crop_padding] * 4).permute(0, 2, 3, 1).contiguous()
         self.height, self.width = images.shape[-2:]
         self.labels = labels
         self.batch_size = min(batch_size, len(images))
         self.shifts = 2 * crop_padding + 1
         self.flip = flip
-        self.generator = generator
 
     def __len__(self) -> int:
         return len(self.labels) // self.batch_size
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.epoch()
+    def epoch(self, generator: torch.Generator, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch. Everything random is drawn at once, before the first batch.
 
-    def epoch(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """A new epoch without its first batches. All that is random about it is drawn at once."""
-        count, on = len(self.labels), {"device": self.labels.device, "generator": self.generator}
+        Args:
+            generator: on the device of the images; the only source of randomness.
+            first: how many of the first batches are left out.
+
+        Yields:
+            x float32 (B, C, H, W) in [0, 1], channels_last, and y int64 (B,).
+        """
+        count, on = len(self.labels), {"device": self.labels.device, "generator": generator}
         order = torch.randperm(count, **on)
         top, left = torch.randint(self.shifts, (2, count, 1), **on)
         mirrored = torch.rand(count, 1, **on) < 0.5

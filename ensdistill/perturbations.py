@@ -93,7 +93,6 @@ def none(step: Step) -> Tensor:
 
 def gaussian(step: Step, *, eta: float) -> Tensor:
     """x̃ with ε ~ N(0, I): the baseline that needs no teacher."""
-    _source(step)
     return _moved(step, eta, lambda x: torch.empty_like(x).normal_(generator=step.generator))
 
 
@@ -103,7 +102,7 @@ def ods(step: Step, *, eta: float, temperature: float) -> Tensor:
     One teacher serves all members: a direction that diversifies it diversifies the others too
     [Nam et al. 2021, §3].
     """
-    source = step.teachers[_source(step)]
+    source = _source(step)
     return _moved(
         step, eta, lambda x: ods_direction(source, x, temperature, generator=step.generator)
     )
@@ -111,7 +110,7 @@ def ods(step: Step, *, eta: float, temperature: float) -> Tensor:
 
 def conf_ods(step: Step, *, eta: float, temperature: float) -> Tensor:
     """x̃ with `conf_ods_direction` of one teacher, drawn as for `ods`."""
-    source = step.teachers[_source(step)]
+    source = _source(step)
     return _moved(
         step, eta, lambda x: conf_ods_direction(source, x, temperature, generator=step.generator)
     )
@@ -122,10 +121,9 @@ def _moved(step: Step, eta: float, direction: Callable[[Tensor], Tensor]) -> Ten
     return (step.x + eta * direction(step.x)).clamp(0, 1) if eta else step.x
 
 
-def _source(step: Step) -> int:
-    """The index of a teacher, drawn uniformly."""
-    size = (len(step.teachers), ())
-    return int(torch.randint(*size, generator=step.generator, device=step.x.device))
+def _source(step: Step) -> nn.Module:
+    """A teacher, drawn uniformly; on the host, so that a GPU need not wait."""
+    return step.teachers[int(torch.randint(len(step.teachers), (), generator=step.host))]
 
 
 PERTURBATIONS: dict[str, Callable[..., Tensor]] = {

@@ -2,19 +2,18 @@
 
 import copy
 import logging
-import math
 import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ensdistill import InputError
@@ -23,92 +22,24 @@ from ensdistill.digests import attributes
 from ensdistill.files import write_csv
 from ensdistill.images import read_description, read_images
 from ensdistill.jobs import Interrupted, deferred_interrupts
+from ensdistill.learning import (
+    Learning,
+    Precision,
+    learning,
+    learning_rate_factor,
+    train_step,
+)
+from ensdistill.methods import Recipe
 from ensdistill.metrics import accuracy, ensemble_probs, nll
 from ensdistill.networks import fold_batch_norms
-from ensdistill.objectives import OBJECTIVES, Parts
-from ensdistill.perturbations import PERTURBATIONS
 from ensdistill.state import TrainingState
 from ensdistill.students import Step, Student, build_student, count_parameters, predict
 from ensdistill.weights import load_student, read_header, save_student
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_FACTOR = 0.01
-"""Of the learning rate: at the first epoch, and at the end of `warmup_linear`."""
-
 SAVE_EVERY = 120
 """Seconds after which the state is saved within an epoch: the most that a kill can cost."""
-
-Schedule = Literal["warmup_linear", "cosine"]
-Precision = Literal["fp32", "bf16"]
-
-
-def learning_rate_factor(
-    epoch: int, epochs: int, schedule: Schedule = "warmup_linear", warmup_epochs: int = 5
-) -> float:
-    """The learning rate of an epoch as a share of its peak.
-
-    Both schedules grow linearly from 0.01 at epoch 1 to 1 at `warmup_epochs`. Then
-    `warmup_linear` stays at 1 until epochs/2, falls linearly to 0.01 at 0.9·epochs and stays
-    there [the authors' recipe, with 300 epochs]; `cosine` follows half a cosine that would reach
-    0 at epoch epochs + 1 [Loshchilov & Hutter 2017].
-
-    Args:
-        epoch: 1 … epochs.
-        epochs: length of the training.
-    """
-    if epoch < warmup_epochs:
-        return SMALLEST_FACTOR + (1 - SMALLEST_FACTOR) * (epoch - 1) / (warmup_epochs - 1)
-    if schedule == "cosine":
-        return (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs + 1))) / 2
-    falling = (epoch - epochs / 2) / (0.9 * epochs - epochs / 2)
-    return 1 - (1 - SMALLEST_FACTOR) * min(max(falling, 0.0), 1.0)
-
-
-@dataclass(frozen=True)
-class Learning:
-    """How a student learns: from whom, what, and where the teachers are asked."""
-
-    teachers: Sequence[nn.Module]
-    """As `Step.teachers`."""
-    objective: Callable[[Step, Tensor], Parts]
-    """An entry of `OBJECTIVES` with its options."""
-    perturbation: Callable[[Step], Tensor]
-    """An entry of `PERTURBATIONS` with its options."""
-
-
-def learning(
-    teachers: Sequence[nn.Module],
-    objective: Mapping[str, Any],
-    perturbation: Mapping[str, Any],
-) -> Learning:
-    """A method's objective and perturbation, each given by its name and its options."""
-    entries = []
-    for registry, chosen in ((OBJECTIVES, objective), (PERTURBATIONS, perturbation)):
-        options = dict(chosen)
-        entries.append(partial(registry[options.pop("name")], **options))
-    return Learning(teachers, *entries)
-
-
-def train_step(
-    step: Step, learning: Learning, optimizer: torch.optim.Optimizer, precision: Precision
-) -> Parts:
-    """One update of a student in training mode.
-
-    Args:
-        step: the student, its images and their labels.
-        learning, precision: as in `fit`.
-        optimizer: of the student's parameters.
-
-    Returns:
-        What the history keeps, still on the device: the loss and its parts, and the accuracy [%].
-    """
-    with torch.autocast(step.x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        parts = learning.objective(step, learning.perturbation(step))
-    optimizer.zero_grad()
-    parts["loss"].backward()
-    optimizer.step()
-    return {name: value.detach() for name, value in parts.items()}
 
 
 def is_validated(epoch: int, epochs: int, validate_every: int) -> bool:
@@ -116,162 +47,227 @@ def is_validated(epoch: int, epochs: int, validate_every: int) -> bool:
     return epoch % validate_every == 0 or epoch > 0.9 * epochs
 
 
+@dataclass
+class Run:
+    """A training under way: all that the rest of it depends on.
+
+    Random numbers are no part of it: those of a step depend on seed, epoch and step alone.
+    """
+
+    student: Student
+    optimizer: torch.optim.Optimizer
+    history: list[dict[str, float]] = field(default_factory=list)
+    """One row for each finished epoch."""
+    best_accuracy: float = -1.0
+    """Of all validations, in percent."""
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """The predictor's state at that validation."""
+    epoch: int = 1
+    """The epoch under way."""
+    measured: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    """What `train_step` returned in each step of that epoch."""
+    seconds: float = 0.0
+    """What that epoch has taken."""
+
+    PARTS = ("student", "optimizer")
+
+    @property
+    def steps(self) -> int:
+        """Steps of the epoch under way that are done."""
+        return len(self.measured["loss"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a file; tensors may be on any device."""
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        measured = {name: torch.stack(values) for name, values in self.measured.items() if values}
+        plain = ("history", "best_accuracy", "best", "epoch", "seconds")
+        return {**parts, **{name: getattr(self, name) for name in plain}, "measured": measured}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; tensors are brought to the student's device."""
+        for name, value in state.items():
+            if name in self.PARTS:
+                getattr(self, name).load_state_dict(value)
+            elif name != "measured":
+                setattr(self, name, value)
+        device = next(self.student.parameters()).device
+        for name, values in state["measured"].items():
+            self.measured[name] = list(values.to(device))
+        logger.info("going on from epoch %d, after %d of its steps", self.epoch, self.steps)
+
+    def set_learning_rate(self, recipe: Recipe) -> float:
+        """Set the rate of the epoch under way; returned is that of the parameters at large."""
+        factor = learning_rate_factor(
+            self.epoch, recipe.epochs, recipe.schedule, recipe.warmup_epochs
+        )
+        groups = self.student.parameter_groups(recipe.learning_rate, recipe.weight_decay)
+        for group, peak in zip(self.optimizer.param_groups, groups, strict=True):
+            group["lr"] = factor * peak["lr"]
+        return factor * recipe.learning_rate
+
+    def finish_epoch(self, row: dict[str, float]) -> None:
+        """Note what an epoch came to, and begin the next one."""
+        self.history.append(row)
+        self.epoch += 1
+        self.measured.clear()
+        self.seconds = 0.0
+
+
+def seeds(seed: int, epoch: int, step: int, count: int) -> list[int]:
+    """Independent seeds of one step (step 0: of the epoch's batches) [NumPy's SeedSequence]."""
+    return [int(word) for word in np.random.SeedSequence([seed, epoch, step]).generate_state(count)]
+
+
 def fit(
     student: Student,
     learning: Learning,
     train: tuple[Tensor, Tensor],
     validation: tuple[Tensor, Tensor],
+    recipe: Recipe,
     *,
     seed: int,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    momentum: float,
-    weight_decay: float,
-    schedule: Schedule,
-    warmup_epochs: int,
-    validate_every: int,
     crop_padding: int,
     flip: bool,
     precision: Precision,
     state: TrainingState | None = None,
-) -> list[dict[str, float]]:
-    """Train a student in place with SGD; it ends with the weights of its best validation.
+) -> tuple[Student, list[dict[str, float]]]:
+    """Train a student in place with SGD.
 
     Of epochs with equal validation accuracy the latest is kept: it has trained longest.
 
     With a state, training goes on from where that was saved, and ends, on a CPU, with the same
-    bits as if it had never stopped. It is saved after every epoch, every `SAVE_EVERY` seconds, and
-    after the step during which SIGTERM or SIGINT came.
+    bits as if it had never stopped. It is saved every `SAVE_EVERY` seconds, after the step during
+    which SIGTERM or SIGINT came, and at the end.
 
     Args:
         student: to be trained, on the device of the images.
-        learning: from whom, what, and where the teachers are asked.
+        learning, precision: see `train_step`.
         train, validation: images uint8 (N, C, H, W) and labels int64 (N,).
+        recipe: the optimiser's settings and their schedule.
         seed: of data order, augmentation and perturbations.
         crop_padding, flip: see `TrainingBatches`.
-        precision: float32, or bfloat16 autocast of both passes.
-        epochs, batch_size, learning_rate, momentum, weight_decay, schedule, warmup_epochs,
-            validate_every: see `studies.Recipe`.
         state: what to go on from, and where to save; None to begin anew and save nothing.
 
     Returns:
-        One row per epoch: learning rate, mean loss and its parts, accuracy on the training
-        batches [%], seconds, and where validated val_accuracy [%] and val_nll [nats].
+        The student's predictor with the weights of its best validation; and one row per epoch:
+        learning rate, mean loss and its parts, accuracy on the training batches [%], seconds, and
+        where validated val_accuracy [%] and val_nll [nats].
 
     Raises:
         InputError: the loss is not finite; the message names step and learning rate.
         Interrupted: SIGTERM or SIGINT came.
     """
-    images, labels = train
-    device = images.device
-    generator = torch.Generator(device).manual_seed(seed)
-    batches = TrainingBatches(images, labels, batch_size, crop_padding, flip, generator)
-    host = torch.Generator().manual_seed(seed)
-    members = student.members
+    batches = TrainingBatches(*train, recipe.batch_size, crop_padding, flip)
+    _log_sizes(student, train[0], batches)
+    groups = student.parameter_groups(recipe.learning_rate, recipe.weight_decay)
+    run = Run(student, torch.optim.SGD(groups, momentum=recipe.momentum, fused=True))
+    if state and (saved := state.load()):
+        run.load_state_dict(saved)
+    with deferred_interrupts() as interrupted:
+        keep = _Keeper(state, run, interrupted)
+        remaining = range(run.epoch, recipe.epochs + 1)
+        # disable=None: a bar on a terminal, plain lines in a log.
+        for epoch in tqdm(remaining, unit="epoch", leave=False, disable=None):
+            rate = run.set_learning_rate(recipe)
+            _train_epoch(run, learning, batches, seed, (epoch - 1) / recipe.epochs, precision, keep)
+            row = _summary(run, len(batches), rate)
+            if is_validated(epoch, recipe.epochs, recipe.validate_every):
+                row |= _validate(run, validation)
+            row["seconds"] = run.seconds
+            logger.info(" ".join(f"{name} {value:.5g}" for name, value in row.items()))
+            run.finish_epoch(row)
+        keep.save()
+    predictor = student.predictor()
+    predictor.load_state_dict(run.best)
+    return predictor, run.history
+
+
+def _log_sizes(student: Student, images: Tensor, batches: TrainingBatches) -> None:
+    size, members = batches.batch_size, student.members
     logger.info(
         "%d images, %d steps per epoch; effective batch size: %d images × %d members = %d rows",
-        len(images),
-        len(batches),
-        batches.batch_size,
-        members,
-        batches.batch_size * members,
+        *(len(images), len(batches), size, members, size * members),
     )
-    optimizer = torch.optim.SGD(
-        student.parameter_groups(learning_rate, weight_decay), momentum=momentum, fused=True
-    )
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    history: list[dict[str, float]] = []
-    best: dict[str, Any] = {"accuracy": -1.0, "student": {}}
-    first, begun = 1, {}
-    if state and (saved := state.load()):
-        student.load_state_dict(saved["student"])
-        optimizer.load_state_dict(saved["optimizer"])
-        generator.set_state(saved["generator"])
-        torch.set_rng_state(saved["rng"][0])
-        torch.cuda.set_rng_state_all(saved["rng"][1:])
-        history, best, first, begun = (saved[key] for key in ("history", "best", "epoch", "begun"))
-        done = len(begun["columns"]["loss"]) if begun else 0
-        logger.info("going on from epoch %d, after %d of its steps", first, done)
 
-    def save(epoch: int, **begun: Any) -> None:
-        """Keep all that the rest of the training depends on."""
-        if state:
-            state.save(
-                {
-                    "student": student.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "generator": generator.get_state(),
-                    "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
-                    "history": history,
-                    "best": best,
-                    "epoch": epoch,
-                    "begun": begun,
-                }
-            )
 
-    with deferred_interrupts() as interrupted:
-        # disable=None: a bar on a terminal, plain lines in a log.
-        for epoch in tqdm(range(first, epochs + 1), unit="epoch", leave=False, disable=None):
-            started = saved_at = time.perf_counter()
-            factor = learning_rate_factor(epoch, epochs, schedule, warmup_epochs)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = factor * peak
-            student.train()
-            columns = defaultdict(list)
-            if begun:  # Left in its middle: draw its batches again, and go on after the last.
-                for name, values in begun["columns"].items():
-                    columns[name] = list(values.to(device))
-                now, drawn_from = generator.get_state(), begun["drawn_from"]
-                generator.set_state(drawn_from)
-                remaining = batches.epoch(len(columns["loss"]))
-                generator.set_state(now)
-                started -= begun["seconds"]
-                begun = {}
-            else:
-                drawn_from = generator.get_state()
-                remaining = batches.epoch()
-            for x, y in remaining:
-                step = Step(student, learning.teachers, x, y, (epoch - 1) / epochs, generator, host)
-                measured = train_step(step, learning, optimizer, precision)
-                for name, value in measured.items():
-                    columns[name].append(value)
-                signal = interrupted()
-                if signal or time.perf_counter() - saved_at > SAVE_EVERY:
-                    save(
-                        epoch,
-                        drawn_from=drawn_from,
-                        columns={name: torch.stack(values) for name, values in columns.items()},
-                        seconds=time.perf_counter() - started,
-                    )
-                    saved_at = time.perf_counter()
-                if signal:
-                    goes_on = "; a rerun goes on from there" if state else ""
-                    raise Interrupted(signal, f"in epoch {epoch}{goes_on}")
-            # Looked at once per epoch, so that a GPU is never made to wait.
-            stacked = {name: torch.stack(values).cpu() for name, values in columns.items()}
-            finite = stacked["loss"].isfinite()
-            if not finite.all():
-                step = (epoch - 1) * len(batches) + int((~finite).nonzero()[0]) + 1
-                raise InputError(
-                    f"the loss is not finite at step {step} (epoch {epoch}) with learning rate "
-                    f"{factor * peaks[0]:g}: try a smaller one"
-                )
-            row = {"epoch": epoch, "learning_rate": factor * peaks[0]}
-            row |= {name: column.double().mean().item() for name, column in stacked.items()}
-            if is_validated(epoch, epochs, validate_every):
-                probs = ensemble_probs(predict(student, validation[0]))
-                row["val_accuracy"] = accuracy(probs, validation[1].cpu())
-                row["val_nll"] = nll(probs, validation[1].cpu())
-                if row["val_accuracy"] >= best["accuracy"]:
-                    best["accuracy"] = row["val_accuracy"]
-                    best["student"] = copy.deepcopy(student.state_dict())
-            row["seconds"] = time.perf_counter() - started
-            history.append(row)
-            save(epoch + 1)
-            logger.info(" ".join(f"{name} {value:.5g}" for name, value in row.items()))
-    student.load_state_dict(best["student"])
-    return history
+class _Keeper:
+    """Saves a run now and then, and when a signal came."""
+
+    def __init__(self, state: TrainingState | None, run: Run, interrupted: Callable[[], int]):
+        self.state, self.run, self.interrupted = state, run, interrupted
+        self.saved_at = time.perf_counter()
+
+    def save(self) -> None:
+        if self.state:
+            self.state.save(self.run.state_dict())
+        self.saved_at = time.perf_counter()
+
+    def after_step(self) -> None:
+        """Raises Interrupted if a signal came."""
+        signal = self.interrupted()
+        if signal or time.perf_counter() - self.saved_at > SAVE_EVERY:
+            self.save()
+        if signal:
+            goes_on = "; a rerun goes on from there" if self.state else ""
+            raise Interrupted(signal, f"in epoch {self.run.epoch}{goes_on}")
+
+
+def _train_epoch(
+    run: Run,
+    learning: Learning,
+    batches: TrainingBatches,
+    seed: int,
+    progress: float,
+    precision: Precision,
+    keep: _Keeper,
+) -> None:
+    """The steps of an epoch that are not done yet."""
+    started = time.perf_counter() - run.seconds
+    run.student.train()
+    generator, host = torch.Generator(batches.labels.device), torch.Generator()
+    generator.manual_seed(*seeds(seed, run.epoch, 0, 1))
+    done = run.steps
+    for number, (x, y) in enumerate(batches.epoch(generator, done), done + 1):
+        own = seeds(seed, run.epoch, number, 3)
+        # The global generator is for dropout and the like.
+        for draws, its_seed in zip((generator, host, torch), own, strict=True):
+            draws.manual_seed(its_seed)
+        step = Step(run.student, learning.teachers, x, y, progress, generator, host)
+        for name, value in train_step(step, learning, run.optimizer, precision).items():
+            run.measured[name].append(value)
+        run.seconds = time.perf_counter() - started
+        keep.after_step()
+
+
+def _summary(run: Run, steps: int, rate: float) -> dict[str, float]:
+    """Means over the steps of an epoch; read once per epoch, so that a GPU need not wait.
+
+    Raises:
+        InputError: a loss was not finite.
+    """
+    measured = {name: torch.stack(values).cpu() for name, values in run.measured.items()}
+    finite = measured["loss"].isfinite()
+    if not finite.all():
+        step = (run.epoch - 1) * steps + int((~finite).nonzero()[0]) + 1
+        raise InputError(
+            f"the loss is not finite at step {step} (epoch {run.epoch}) with learning rate "
+            f"{rate:g}: try a smaller one"
+        )
+    means = {name: values.double().mean().item() for name, values in measured.items()}
+    return {"epoch": run.epoch, "learning_rate": rate, **means}
+
+
+def _validate(run: Run, validation: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Accuracy [%] and NLL on validation; the best predictor so far is kept."""
+    started = time.perf_counter()
+    predictor, labels = run.student.predictor(), validation[1].cpu()
+    probs = ensemble_probs(predict(predictor, validation[0]))
+    found = {"val_accuracy": accuracy(probs, labels), "val_nll": nll(probs, labels)}
+    if found["val_accuracy"] >= run.best_accuracy:
+        run.best_accuracy = found["val_accuracy"]
+        run.best = copy.deepcopy(predictor.state_dict())
+    run.seconds += time.perf_counter() - started
+    return found
 
 
 def train_student(
@@ -284,68 +280,66 @@ def train_student(
     seed: int,
     parts: Mapping[str, Any],
     recipe: Mapping[str, Any],
+    augmentation: Mapping[str, Any],
+    precision: Precision,
     origin: Mapping[str, Any],
     fingerprint: str,
 ) -> None:
     """Train a student, or a teacher, from images.h5; write its weights and its history.
 
-    What was trained before an interruption is kept in state.pt beside the weights, and goes on
-    if everything that decides the outcome is still the same. The caller removes that file once
-    the weights are safe.
+    What was trained before an interruption is kept in state.pt beside the weights, and goes on if
+    the fingerprint is the same. The caller removes that file once the weights are safe.
 
     Args:
         images: path of images.h5.
         weights, history: paths to write; the history is a CSV with one row per epoch.
-        teachers: weights files of the teachers.
-        device: where it is trained.
+        teachers: weights files.
         seed: of initialisation, data order, augmentation and perturbations.
         parts: what is trained how, as `studies.Study.parts` returns it.
-        recipe: see `fit`.
+        recipe, augmentation, precision: as in the configuration.
         origin: who is trained (study, method, …); written into the weights' header.
         fingerprint: of all that decides the outcome.
 
     Raises:
         InputError: another process trains the same student; or as `fit`.
     """
-    description = read_description(images)
-    architecture = {
-        **parts["architecture"],
-        "num_classes": len(description["classes"]),
-        "in_channels": description["shape"][0],
-        "mean": description["mean"],
-        "std": description["std"],
-    }
     torch.manual_seed(seed)
-    student = build_student(
-        **parts["student"], architecture=architecture, members=parts["members"]
-    ).to(device)
-    logger.info("%s, %d parameters", architecture["name"], count_parameters(student))
+    student = _new_student(parts, read_description(images)).to(device)
     networks = [fold_batch_norms(load_student(path, device).network) for path in teachers]
     train, validation = (
         tuple(torch.from_numpy(array).to(device) for array in read_images(images, split))
         for split in ("train", "val")
     )
+    settings = {**augmentation, "seed": seed, "precision": precision}
     made = attributes(
         **origin,
         **parts,
-        teachers=[read_header(path)["digest"] for path in teachers],
-        seed=seed,
+        **settings,
         recipe=recipe,
+        teachers=[read_header(path)["digest"] for path in teachers],
         device=device.type,
-        precision=recipe["precision"],
     )
     # Random numbers differ by device, rounding by version too.
     same = attributes(fingerprint=fingerprint, device=device.type, torch=torch.__version__)
     state = TrainingState(Path(weights).parent / "state.pt", same["digest"])
     with state.exclusive():
-        rows = fit(
-            student,
-            learning(networks, parts["objective"], parts["perturbation"]),
-            train,
-            validation,
-            seed=seed,
-            state=state,
-            **recipe,
+        taught = learning(networks, parts["objective"], parts["perturbation"])
+        predictor, rows = fit(
+            student, taught, train, validation, Recipe(**recipe), state=state, **settings
         )
         write_csv(history, pd.DataFrame(rows))
-        save_student(weights, student, made)
+        save_student(weights, predictor, made)
+
+
+def _new_student(parts: Mapping[str, Any], images: Mapping[str, Any]) -> Student:
+    """A student for the images that `read_description` describes."""
+    architecture = {
+        **parts["architecture"],
+        "num_classes": len(images["classes"]),
+        "in_channels": images["shape"][0],
+        "mean": images["mean"],
+        "std": images["std"],
+    }
+    student = build_student(**parts["student"], architecture=architecture, members=parts["members"])
+    logger.info("%s, %d parameters", architecture["name"], count_parameters(student))
+    return student

@@ -70,11 +70,9 @@ def training(wildcards):
     return {
         "seed": seed,
         "parts": study.parts(method),
-        "recipe": {
-            **recipe.model_dump(),
-            **study.augmentation.model_dump(),
-            "precision": study.precision,
-        },
+        "recipe": recipe.model_dump(),
+        "augmentation": study.augmentation.model_dump(),
+        "precision": study.precision,
         "origin": {
             "study": wildcards.study,
             "method": method or "teacher",

@@ -7,10 +7,12 @@ import torch
 from ensdistill.batches import TrainingBatches
 
 
-def make(images, batch_size=4, crop_padding=2, flip=True, seed=0):
+def epochs(images, count=1, batch_size=4, crop_padding=2, flip=True, seed=0):
+    """The batches (x, y) of each of some epochs; labels are the images' places."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(len(images))
-    return TrainingBatches(images, labels, batch_size, crop_padding, flip, generator)
+    batches = TrainingBatches(images, labels, batch_size, crop_padding, flip)
+    return [list(batches.epoch(generator)) for _ in range(count)]
 
 
 @pytest.fixture
@@ -35,10 +37,9 @@ def possible(image, padding, flip):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_each_image_is_one_of_its_crops_and_all_crops_come(images, flip):
-    batches = make(images, crop_padding=1, flip=flip)
     seen = set()
-    for _ in range(60):
-        for x, y in batches:
+    for epoch in epochs(images, 60, crop_padding=1, flip=flip):
+        for x, y in epoch:
             pixels = (x * 255).round().to(torch.uint8)
             for picture, label in zip(pixels, y.tolist(), strict=True):
                 crops = possible(images[label], 1, flip)
@@ -47,26 +48,32 @@ def test_each_image_is_one_of_its_crops_and_all_crops_come(images, flip):
 
 
 def test_without_augmentation_images_are_unchanged(images):
-    for x, y in make(images, crop_padding=0, flip=False):
+    for x, y in epochs(images, crop_padding=0, flip=False)[0]:
         assert torch.equal(x, images[y].float() / 255)
         assert x.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_an_epoch_has_every_image_once_in_a_new_order(images):
-    batches = make(images)
-    epochs = [torch.cat([y for _, y in batches]).tolist() for _ in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
-    assert epochs[0] != epochs[1]
+    first, second = (torch.cat([y for _, y in epoch]).tolist() for epoch in epochs(images, 2))
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second
+
+
+def test_an_epoch_entered_late_has_the_same_batches(images):
+    batches = TrainingBatches(images, torch.arange(12), 4, 2, True)
+    whole, late = (list(batches.epoch(torch.Generator().manual_seed(3), n)) for n in (0, 2))
+    assert len(late) == 1
+    assert all(torch.equal(*pair) for pair in zip(whole[2], late[0], strict=True))
 
 
 def test_an_incomplete_batch_is_left_out_unless_it_is_the_only_one(images):
-    assert [len(y) for _, y in make(images, batch_size=5)] == [5, 5]
-    assert [len(y) for _, y in make(images, batch_size=50)] == [12]
+    assert [len(y) for _, y in epochs(images, batch_size=5)[0]] == [5, 5]
+    assert [len(y) for _, y in epochs(images, batch_size=50)[0]] == [12]
 
 
 def test_the_seed_decides(images):
     def first(seed):
-        return next(iter(make(images, seed=seed)))[0]
+        return epochs(images, seed=seed)[0][0][0]
 
     assert torch.equal(first(1), first(1))
     assert not torch.equal(first(1), first(2))

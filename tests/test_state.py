@@ -13,47 +13,52 @@ import torch
 
 from ensdistill import DamagedFile, InputError, training
 from ensdistill.jobs import Interrupted, fingerprint
-from ensdistill.networks import build_network
-from ensdistill.objectives import student_objective
+from ensdistill.learning import Learning, learning
+from ensdistill.methods import Recipe
 from ensdistill.state import TrainingState
-from ensdistill.studies import Recipe
+from ensdistill.students import build_student
 from ensdistill.training import fit
 
 EPOCHS, STEPS = 4, 3
 
 
-def train(state=None, before_step=None, precision="fp32", **changes):
+def train(state=None, before_step=None, precision="fp32", learning_rate=0.25):
     """A BatchEnsemble student of two teachers at ODS inputs: all kinds of state there are."""
     generator = torch.Generator().manual_seed(7)
     images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 4, (20,), generator=generator)
-    options = {"in_channels": 1, "width": 4}
+    architecture = {"name": "resnet8", "num_classes": 4, "in_channels": 1, "width": 4}
     torch.manual_seed(0)
-    teachers = [build_network("resnet8", 4, **options).eval() for _ in range(2)]
-    student = build_network("resnet8", 4, ensemble_size=2, **options)
-    inner = student_objective(
-        teachers, "one_to_one", perturbation="ods", alpha=0.9, temperature=2.0, eta=0.05
+    teachers = [build_student("single", architecture, 1).network.eval() for _ in range(2)]
+    student = build_student("batch_ensemble", architecture, 2)
+    inner = learning(
+        teachers,
+        {"name": "one_to_one", "alpha": 0.9, "temperature": 2.0},
+        {"name": "ods", "eta": 0.05, "temperature": 2.0},
     )
     calls = iter(range(EPOCHS * STEPS + 1))
 
-    def objective(*arguments):
+    def objective(step, x_distill):
         if before_step:
             before_step(next(calls))
-        parts = inner(*arguments)
-        # The global generator is part of the state too: a method of your own may use it.
+        parts = inner.objective(step, x_distill)
+        # A method of your own may use the global generator, as dropout does.
         return {**parts, "loss": parts["loss"] * (1 + 0.1 * torch.rand(()))}
 
-    recipe = {
-        **Recipe(epochs=EPOCHS, batch_size=6, warmup_epochs=2, validate_every=1).model_dump(),
-        **{"crop_padding": 1, "flip": True, "precision": precision, "seed": 5},
-        "learning_rate": 0.25,
-        **changes,
-    }
+    recipe = Recipe(
+        epochs=EPOCHS,
+        batch_size=6,
+        warmup_epochs=2,
+        validate_every=1,
+        learning_rate=learning_rate,
+    )
+    settings = {"crop_padding": 1, "flip": True, "precision": precision, "seed": 10}
     split = images, labels
-    history = fit(student, objective, split, split, state=state, **recipe)
+    learnt = Learning(inner.teachers, objective, inner.perturbation)
+    predictor, history = fit(student, learnt, split, split, recipe, state=state, **settings)
     for row in history:
         assert row.pop("seconds") > 0
-    return student.state_dict(), history
+    return predictor.state_dict(), history
 
 
 def assert_same(first, second):
@@ -92,7 +97,18 @@ def test_killed_before_any_step_training_ends_with_the_bits_of_an_undisturbed_ru
         resumed = []
         assert_same(train(state, resumed.append, precision), undisturbed)
         repeated = fatal + len(resumed) - EPOCHS * STEPS
-        assert repeated == (0 if every_step else fatal % STEPS)
+        assert repeated == (0 if every_step else fatal)
+
+
+def test_a_state_is_saved_as_soon_as_the_time_for_it_has_come_and_at_the_end(tmp_path, monkeypatch):
+    """By a clock that each step moves on by 50 seconds, every third step is due."""
+    saves, now = [], iter(range(0, 10**9, 25))  # the clock is read twice a step
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(now))
+    state = TrainingState(tmp_path / "state.pt", "same")
+    monkeypatch.setattr(state, "save", lambda saved: saves.append(saved))
+    train(state)
+    assert 2 < len(saves) < EPOCHS * STEPS
+    assert (saves[-1]["epoch"], saves[-1]["measured"]) == (EPOCHS + 1, {})
 
 
 def test_killed_again_and_again_training_ends_with_the_same_bits(tmp_path, monkeypatch):
@@ -154,7 +170,9 @@ def test_only_a_second_ctrl_c_stops_at_once(tmp_path):
     assert state.load()["epoch"] == 1
 
 
-def test_a_state_of_another_configuration_is_not_picked_up_and_is_replaced(tmp_path):
+def test_a_state_of_another_configuration_is_not_picked_up_and_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_EVERY", 0)
+
     def kill(step):
         if step == 2 * STEPS:
             raise Kill

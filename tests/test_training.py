@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from ensdistill import InputError, training
+from ensdistill.learning import learning, learning_rate_factor
+from ensdistill.methods import Recipe
 from ensdistill.networks import build_network
 from ensdistill.objectives import (
     cross_entropy,
@@ -17,8 +19,8 @@ from ensdistill.objectives import (
     student_objective,
 )
 from ensdistill.perturbations import PERTURBATIONS
-from ensdistill.studies import Recipe
-from ensdistill.training import fit, is_validated, learning_rate_factor, parameter_groups
+from ensdistill.students import Single, build_student
+from ensdistill.training import fit, is_validated, seeds
 
 M, ALPHA, TAU, ETA = 3, 0.7, 2.0, 0.05
 
@@ -191,18 +193,27 @@ def test_validation_is_every_so_often_and_in_the_last_tenth():
     assert validated == [*range(30, 271, 30), *range(271, 301)]
 
 
-def small_fit(seed=0, learning_rate=0.05, epochs=3, **changes):
+LABELS = learning([], {"name": "labels"}, {"name": "none"})
+
+
+def small_fit(seed=0, learning_rate=0.05, epochs=3, precision="fp32", validate_every=30):
     generator = torch.Generator().manual_seed(7)
     images = torch.randint(0, 128, (40, 1, 8, 8), dtype=torch.uint8, generator=generator)
     labels = torch.arange(40) % 4
     images[torch.arange(40), 0, labels * 2] = 255  # a bright row tells the class
     torch.manual_seed(seed)
-    network = build_network("resnet8", 4, in_channels=1, width=4)
-    recipe = Recipe(epochs=epochs, batch_size=16, learning_rate=learning_rate, warmup_epochs=1)
-    settings = {**recipe.model_dump(), "crop_padding": 1, "flip": False, "precision": "fp32"}
+    architecture = {"name": "resnet8", "num_classes": 4, "in_channels": 1, "width": 4}
+    student = build_student("single", architecture, 1)
+    recipe = Recipe(
+        epochs=epochs,
+        batch_size=16,
+        learning_rate=learning_rate,
+        warmup_epochs=1,
+        validate_every=validate_every,
+    )
+    settings = {"crop_padding": 1, "flip": False, "precision": precision, "seed": seed}
     split = images, labels
-    history = fit(network, cross_entropy, split, split, seed=seed, **{**settings, **changes})
-    return network, history
+    return fit(student, LABELS, split, split, recipe, **settings)
 
 
 def same(first, second):
@@ -237,16 +248,53 @@ def test_history_has_a_row_per_epoch_and_validation_where_it_was_due():
 def test_the_kept_network_is_the_one_of_the_best_epoch(monkeypatch):
     accuracies, states = iter([50.0, 70.0, 70.0, 60.0]), []
 
-    def spied(network, images):
-        states.append(copy.deepcopy(network.state_dict()))
+    def spied(student, images):
+        states.append(copy.deepcopy(student.state_dict()))
         return np.zeros((len(images), 1, 4))
 
     monkeypatch.setattr(training, "predict", spied)
     monkeypatch.setattr(training, "accuracy", lambda probs, labels: next(accuracies))
-    network, _ = small_fit(epochs=4, validate_every=1)
-    kept = network.state_dict()
+    student, _ = small_fit(epochs=4, validate_every=1)
+    kept = student.state_dict()
     equal = [all(torch.equal(kept[k], s[k]) for k in kept) for s in states]
     assert equal == [False, False, True, False]  # of two equals the later
+
+
+def test_random_numbers_of_a_step_depend_on_seed_epoch_and_step_alone():
+    found = {
+        tuple(seeds(seed, epoch, step, 3))
+        for seed in range(5)
+        for epoch in range(1, 6)
+        for step in range(6)
+    }
+    words = {word for own in found for word in own}
+    assert (len(found), len(words)) == (150, 450)
+    assert seeds(7, 3, 2, 3) == seeds(7, 3, 2, 3)
+
+
+def test_a_merged_predictor_is_validated_kept_and_returned():
+    """A student whose predictor has the negated weights of its last layer."""
+
+    class Negated(Single):
+        def predictor(self):
+            twin = copy.deepcopy(self)
+            twin.network.head.weight.data.neg_()
+            return twin
+
+    architecture = {"name": "resnet8", "num_classes": 4, "in_channels": 1, "width": 4}
+    torch.manual_seed(0)
+    student = Negated(architecture)
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    split = images, torch.arange(40) % 4
+    recipe = Recipe(epochs=1, batch_size=16, warmup_epochs=1)
+    settings = {"crop_padding": 0, "flip": False, "precision": "fp32", "seed": 0}
+    predictor, history = fit(student, LABELS, split, split, recipe, **settings)
+    assert torch.equal(predictor.network.head.weight, -student.network.head.weight)
+    with torch.no_grad():
+        probs = predictor.eval()(images / 255)[0].softmax(1)
+    expected = F.nll_loss(probs.log(), split[1]).item()
+    assert history[-1]["val_nll"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_learning_rate():

@@ -1,0 +1,89 @@
+"""How a student learns in one step, and at which rate."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ensdistill.objectives import OBJECTIVES, Parts
+from ensdistill.perturbations import PERTURBATIONS
+from ensdistill.students import Step
+
+SMALLEST_FACTOR = 0.01
+"""Of the learning rate: at the first epoch, and at the end of `warmup_linear`."""
+
+Schedule = Literal["warmup_linear", "cosine"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How a student learns: from whom, what, and where the teachers are asked."""
+
+    teachers: Sequence[nn.Module]
+    """As `Step.teachers`."""
+    objective: Callable[[Step, Tensor], Parts]
+    """An entry of `OBJECTIVES` with its options."""
+    perturbation: Callable[[Step], Tensor]
+    """An entry of `PERTURBATIONS` with its options."""
+
+
+def learning(
+    teachers: Sequence[nn.Module],
+    objective: Mapping[str, Any],
+    perturbation: Mapping[str, Any],
+) -> Learning:
+    """A method's objective and perturbation, each given by its name and its options."""
+    entries = []
+    for registry, chosen in ((OBJECTIVES, objective), (PERTURBATIONS, perturbation)):
+        options = dict(chosen)
+        entries.append(partial(registry[options.pop("name")], **options))
+    return Learning(teachers, *entries)
+
+
+def train_step(
+    step: Step, learning: Learning, optimizer: torch.optim.Optimizer, precision: Precision
+) -> Parts:
+    """One update of a student in training mode.
+
+    Args:
+        step: the student, its images and their labels.
+        learning: from whom, what, and where the teachers are asked.
+        precision: float32, or bfloat16 autocast of both passes.
+        optimizer: of the student's parameters.
+
+    Returns:
+        What the history keeps, still on the device: the loss and its parts, and the accuracy [%].
+    """
+    with torch.autocast(step.x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        parts = learning.objective(step, learning.perturbation(step))
+    optimizer.zero_grad()
+    parts["loss"].backward()
+    optimizer.step()
+    return {name: value.detach() for name, value in parts.items()}
+
+
+def learning_rate_factor(
+    epoch: int, epochs: int, schedule: Schedule = "warmup_linear", warmup_epochs: int = 5
+) -> float:
+    """The learning rate of an epoch as a share of its peak.
+
+    Both schedules grow linearly from 0.01 at epoch 1 to 1 at `warmup_epochs`. Then
+    `warmup_linear` stays at 1 until epochs/2, falls linearly to 0.01 at 0.9·epochs and stays
+    there [the authors' recipe, with 300 epochs]; `cosine` follows half a cosine that would reach
+    0 at epoch epochs + 1 [Loshchilov & Hutter 2017].
+
+    Args:
+        epoch: 1 … epochs.
+        epochs: length of the training.
+    """
+    if epoch < warmup_epochs:
+        return SMALLEST_FACTOR + (1 - SMALLEST_FACTOR) * (epoch - 1) / (warmup_epochs - 1)
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs + 1))) / 2
+    falling = (epoch - epochs / 2) / (0.9 * epochs - epochs / 2)
+    return 1 - (1 - SMALLEST_FACTOR) * min(max(falling, 0.0), 1.0)
