@@ -1,9 +1,12 @@
+# Both files in one job: to load PyTorch takes longer than to predict on few images.
 rule logits:
     input:
         images="results/{study}/images.h5",
+        shifted="results/{study}/shifted.h5",
         weights="results/{study}/{network}/weights.safetensors",
     output:
-        "results/{study}/logits/{network}.h5",
+        images="results/{study}/logits/{network}.h5",
+        shifted="results/{study}/logits/shifted/{network}.h5",
     log:
         "results/{study}/logs/logits/{network}.log",
     wildcard_constraints:
@@ -13,21 +16,11 @@ rule logits:
     resources:
         gpu=1,
         mem_mb=growing(4000, 4),
-        runtime=computing(ensemble_passes(1)),
+        runtime=computing(ensemble_passes(2)),
     params:
         code=network_code,
     script:
         "../workflow_scripts/logits.py"
-
-
-use rule logits as shifted_logits with:
-    input:
-        images="results/{study}/shifted.h5",
-        weights="results/{study}/{network}/weights.safetensors",
-    output:
-        "results/{study}/logits/shifted/{network}.h5",
-    log:
-        "results/{study}/logs/logits/shifted/{network}.log",
 
 
 # What teachers say around training images, by functions of ensdistill.analysis.

@@ -100,6 +100,7 @@ def survive(project, rng, hits, trainings):
 def test_kills_at_random_moments_leave_no_trace(tmp_path):
     rng = random.Random(0)
     template = Project.new(tmp_path / "template")
+    template.edit("ensdistill/training.py", "SAVE_EVERY = 120", "SAVE_EVERY = 0")
     for role in ("teacher", "student"):
         template.change("studies", "tiny", role, "epochs", value=EPOCHS)
     undisturbed = template.copy(tmp_path / "undisturbed")

@@ -12,17 +12,17 @@ from ensdistill.weights import load_student, origin
 with job(snakemake):
     device = prepare(snakemake.threads, snakemake.resources)
     student = load_student(snakemake.input.weights, device)
-    arrays = {}
-    for split in splits_of(snakemake.input.images):
-        if split == "train":
-            continue
-        images, labels = read_images(snakemake.input.images, split)
-        arrays[f"{split}/logits"] = predict(student, torch.from_numpy(images).to(device))
-        arrays[f"{split}/labels"] = labels
     made = attributes(
         **origin(snakemake.input.weights),
         parameters=count_parameters(student),
         device=device.type,
         precision="fp32",
     )
-    write_hdf5(snakemake.output[0], arrays, made)
+    for name in ("images", "shifted"):
+        arrays, path = {}, snakemake.input[name]
+        for split in splits_of(path):
+            if split != "train":
+                images, labels = read_images(path, split)
+                arrays[f"{split}/logits"] = predict(student, torch.from_numpy(images).to(device))
+                arrays[f"{split}/labels"] = labels
+        write_hdf5(snakemake.output[name], arrays, made)
