@@ -10,7 +10,7 @@ process, so it does not import PyTorch.
 import re
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -65,28 +65,38 @@ def _as_section(value: Any) -> Any:
 
 # --- architectures ---------------------------------------------------------------------------
 
-ARCHITECTURES = {
-    "resnet": (r"resnet-?(?P<depth>\d+)", 2),
-    "wrn": (r"wrn-?(?P<depth>\d+)[x_-](?P<widen>\d+)", 4),
-}
-"""By family: how its names are written, and the layers that a depth of 6n + … has beside blocks.
 
-Their builders are `networks.ARCHITECTURES`.
-"""
+class Family(NamedTuple):
+    """How the names of some architectures are written."""
+
+    pattern: str
+    """A regular expression; its groups are the sizes that the builder takes."""
+    beside_blocks: int | None = None
+    """Where depth is a size: it must be 6n and so many layers, n ≥ 1."""
+
+
+ARCHITECTURES = {
+    "resnet": Family(r"resnet-?(?P<depth>\d+)", beside_blocks=2),
+    "wrn": Family(r"wrn-?(?P<depth>\d+)[x_-](?P<widen>\d+)", beside_blocks=4),
+}
+"""By family; the builders are in networks.ARCHITECTURES."""
 
 
 def parse_architecture(name: str) -> tuple[str, dict[str, int]]:
     """Family and sizes of a name such as `resnet32` (depth) or `wrn28x10` (depth and widen).
 
     Raises:
-        ValueError: there is no such family or depth.
+        ValueError: there is no such family, or no such size.
     """
-    for family, (pattern, rest) in ARCHITECTURES.items():
+    for family, (pattern, beside) in ARCHITECTURES.items():
         if match := re.fullmatch(pattern, name):
             sizes = {key: int(value) for key, value in match.groupdict().items()}
-            depth = sizes["depth"]
-            if depth <= rest or (depth - rest) % 6 or not all(sizes.values()):
-                raise ValueError(f"{name!r} does not exist: a {family} has 6n+{rest} layers, n ≥ 1")
+            if beside is not None and (sizes["depth"] <= beside or (sizes["depth"] - beside) % 6):
+                raise ValueError(
+                    f"{name!r} does not exist: a {family} has 6n+{beside} layers, n ≥ 1"
+                )
+            if not all(sizes.values()):
+                raise ValueError(f"{name!r} does not exist: its sizes must be at least 1")
             return family, sizes
     raise ValueError(f"unknown architecture {name!r}: try resnet32 or wrn28x10")
 

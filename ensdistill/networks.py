@@ -27,6 +27,16 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
+def layers(ensemble_size: int) -> tuple[Layer, Layer]:
+    """How convolutions and linear layers are made: plain ones, or of a BatchEnsemble of M > 1."""
+    if ensemble_size == 1:
+        return partial(nn.Conv2d, bias=False), nn.Linear
+    return (
+        partial(BatchEnsembleConv2d, ensemble_size=ensemble_size),
+        partial(BatchEnsembleLinear, ensemble_size=ensemble_size),
+    )
+
+
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions with a zero-padded identity shortcut [He et al. 2016a, option A]."""
 
@@ -93,13 +103,7 @@ class ResidualNetwork(nn.Module):
     ):
         super().__init__()
         self.ensemble_size = ensemble_size
-        conv: Layer
-        linear: Layer
-        if ensemble_size > 1:
-            conv = partial(BatchEnsembleConv2d, ensemble_size=ensemble_size)
-            linear = partial(BatchEnsembleLinear, ensemble_size=ensemble_size)
-        else:
-            conv, linear = partial(nn.Conv2d, bias=False), nn.Linear
+        conv, linear = layers(ensemble_size)
         self.normalize = Normalize(mean, std)
         self.stem = conv(in_channels, stem_channels, 3, padding=1)
         pre_activation = block is PreActivationBlock

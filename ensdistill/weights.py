@@ -76,7 +76,8 @@ def _unfilled(
     _, sizes = parse_architecture(architecture["name"])
     in_channels = architecture["in_channels"]
     # Even a module without numbers takes memory, and so do the default mean and std.
-    if sizes["depth"] > len(tensors) or in_channels not in tensors["stem.weight"].shape:
+    stored = any(in_channels in tensor.shape for tensor in tensors.values())
+    if sizes.get("depth", 0) > len(tensors) or not stored:
         raise ValueError(
             f"a {architecture['name']!r} with {in_channels} channels is not what is stored"
         )

@@ -250,9 +250,9 @@ def computing(passes):
         study = STUDIES[wildcards.study]
         architecture = study.parts(method_of(wildcards))["architecture"]
         sizes = parse_architecture(architecture["name"])[1]
-        width = architecture["width"] * sizes.get("widen", 1)
+        depth, width = sizes.get("depth", 20), architecture["width"] * sizes.get("widen", 1)
         pixels = sizes_mb(input)[0] * 2**20 / 3  # a byte per channel, hardly compressible
-        flops = 2 * sizes["depth"] * 9 * width**2 * pixels * passes(wildcards)
+        flops = 2 * depth * 9 * width**2 * pixels * passes(wildcards)
         return math.ceil(attempt * (20 + flops / FLOPS / 60))
 
     return minutes
