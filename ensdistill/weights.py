@@ -76,7 +76,7 @@ def _unfilled(
     _, sizes = parse_architecture(architecture["name"])
     in_channels = architecture["in_channels"]
     # Even a module without numbers takes memory, and so do the default mean and std.
-    stored = any(in_channels in tensor.shape for tensor in tensors.values())
+    stored = any(in_channels in tensor.shape for tensor in tensors.values() if tensor.numel())
     if sizes.get("depth", 0) > len(tensors) or not stored:
         raise ValueError(
             f"a {architecture['name']!r} with {in_channels} channels is not what is stored"
