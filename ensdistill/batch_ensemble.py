@@ -30,6 +30,16 @@ def _as_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...
     return tuple(None if it is None else it.to(dtype) for it in tensors)
 
 
+def subsample(x: Tensor, stride: int) -> Tensor:
+    """Every `stride`-th row and column of x (B, C, H, W), in the channels_last memory format.
+
+    A 1×1 convolution with that stride is one with stride 1 of the result. oneDNN has computed wrong
+    weight gradients for the former (AVX2, channels_last, fewer than 8 input channels).
+    """
+    # Sliced in the order of memory, so that the gradient is channels_last too.
+    return x.permute(0, 2, 3, 1)[:, ::stride, ::stride].permute(0, 3, 1, 2)
+
+
 class _BatchEnsembleLayer(nn.Module):
     """The parameters that both layers share: weight, r (M, in), s (M, out), bias (M, out)."""
 
@@ -127,9 +137,13 @@ class BatchEnsembleConv2d(_BatchEnsembleLayer):
         shape = (out_channels, in_channels, kernel_size, kernel_size)
         super().__init__(shape, ensemble_size, bias)
         self.stride, self.padding = stride, padding
+        self.subsamples = kernel_size == 1 and stride > 1 and padding == 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(subsample(x, self.stride) if self.subsamples else x)
 
     def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, self.stride, self.padding)
+        return F.conv2d(x, weight, bias, 1 if self.subsamples else self.stride, self.padding)
 
 
 class BatchEnsembleLinear(_BatchEnsembleLayer):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ensdistill.batch_ensemble import BatchEnsembleConv2d, BatchEnsembleLinear
+from ensdistill.batch_ensemble import BatchEnsembleConv2d, BatchEnsembleLinear, subsample
 from ensdistill.methods import parse_architecture
 
 Layer = Callable[..., nn.Module]
@@ -37,6 +37,15 @@ def layers(ensemble_size: int) -> tuple[Layer, Layer]:
     )
 
 
+def in_float32(layers: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """layers(x) without autocast where autocast is on; x is converted to float32 then."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return layers(x)
+    with torch.autocast(device, enabled=False):
+        return layers(x.float())
+
+
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions with a zero-padded identity shortcut [He et al. 2016a, option A]."""
 
@@ -54,8 +63,7 @@ class BasicBlock(nn.Module):
         out = F.relu_(self.norm1(self.conv1(x)))
         out = self.norm2(self.conv2(out))
         if self.stride != 1 or self.padding:
-            # Channels last: so the gradient has the memory format of the other branch's.
-            x = x.permute(0, 2, 3, 1)[:, :: self.stride, :: self.stride]
+            x = subsample(x, self.stride).permute(0, 2, 3, 1)  # channels last, for F.pad
             x = F.pad(x, (0, self.padding)).permute(0, 3, 1, 2)
         return F.relu_(out.add_(x))
 
@@ -72,16 +80,21 @@ class PreActivationBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv(out_channels, out_channels, 3, padding=1)
         changes = stride != 1 or in_channels != out_channels
-        self.shortcut = conv(in_channels, out_channels, 1, stride=stride) if changes else None
+        self.shortcut = conv(in_channels, out_channels, 1) if changes else None
+        self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu_(self.norm1(x))
         out = self.conv2(F.relu_(self.norm2(self.conv1(active))))
-        return out + (x if self.shortcut is None else self.shortcut(active))
+        if self.shortcut is None:
+            return out + x
+        return out + self.shortcut(active if self.stride == 1 else subsample(active, self.stride))
 
 
 class ResidualNetwork(nn.Module):
     """Normalisation, a 3×3 stem, three stages of residual blocks, global average, linear layer.
+
+    Under bfloat16 autocast normalisation, stem, average and linear layer compute in float32.
 
     Shape:
         input (M·B, C, H, W) in [0, 1], member-major → logits (M·B, K). M is `ensemble_size`.
@@ -123,10 +136,19 @@ class ResidualNetwork(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.normalize(x).contiguous(memory_format=torch.channels_last)
-        x = self.stem_norm(self.stem(x))
+        # bfloat16 pixels would lose a sixth of a perturbation with η = 1/255.
+        x = in_float32(self._stem, x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.stem_norm(x)
         x = self.blocks(x if self.pre_activation else F.relu_(x))
         x = F.relu_(self.final_norm(x)) if self.pre_activation else x
+        return in_float32(self._head, x)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return self.stem(self.normalize(x).contiguous(memory_format=torch.channels_last))
+
+    def _head(self, x: Tensor) -> Tensor:
         return self.head(x.permute(0, 2, 3, 1).flatten(1, 2).mean(1))
 
 
