@@ -164,8 +164,8 @@ def test_every_perturbation_clips_and_steps_by_eta(name, linear):
     if name == "none":
         assert ours is x
         return
-    generator = torch.Generator().manual_seed(5)
-    source = [linear, other][torch.randint(2, (), generator=generator).item()]
+    generator, host = (torch.Generator().manual_seed(5) for _ in range(2))
+    source = [linear, other][torch.randint(2, (), generator=host).item()]
     if name == "gaussian":
         epsilon = torch.empty_like(x).normal_(generator=generator)
     else:
