@@ -30,11 +30,11 @@ from ensdistill import InputError, sources
 from ensdistill.files import write_hdf5
 from ensdistill.images import read_description, read_images
 from ensdistill.logits import read_attributes, read_logits, splits_of
-from ensdistill.students import build_student
-from ensdistill.weights import load_student, read_header, save_student
 from ensdistill.shift import KINDS, write_shifted
 from ensdistill.sources import SOURCES, folder
+from ensdistill.students import build_student
 from ensdistill.studies import read_configuration
+from ensdistill.weights import load_student, read_header, save_student
 from tests.builders import (
     encode,
     fails,
