@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from benchmarks import plain
 from ensdistill.batches import TrainingBatches
+from ensdistill.learning import learning, train_step
 from ensdistill.methods import parse_architecture
 from ensdistill.networks import fold_batch_norms
 from ensdistill.objectives import member_cross_entropy
 from ensdistill.students import Step, Student, build_student
-from ensdistill.training import learning, train_step
 
 MEMBERS = 4
 RECIPE = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
@@ -158,10 +158,9 @@ class Workload:
         """Ours, without end."""
         images = torch.from_numpy(self.pixels).permute(0, 3, 1, 2).to(self.device)
         labels = torch.from_numpy(self.classes).to(self.device)
-        settings = (self.shape.crop_padding, self.shape.flip, self.generator)
-        epochs = TrainingBatches(images, labels, size, *settings)
+        batches = TrainingBatches(images, labels, size, self.shape.crop_padding, self.shape.flip)
         while True:
-            yield from epochs
+            yield from batches.epoch(self.generator)
 
     def plain_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         shape = self.shape

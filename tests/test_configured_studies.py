@@ -8,9 +8,10 @@ import torch
 import yaml
 
 from ensdistill.downloads import ARCHIVES_OF
+from ensdistill.learning import learning
 from ensdistill.students import build_student, count_parameters
 from ensdistill.studies import read_configuration
-from ensdistill.training import fit, learning
+from ensdistill.training import fit
 from tests.project import FIGURES, REPOSITORY, Project
 
 STUDIES = read_configuration(yaml.safe_load(Path(REPOSITORY, "config.yaml").read_text())).studies

@@ -10,9 +10,9 @@ from benchmarks import plain
 from benchmarks.measurements import steps
 from benchmarks.rows import Bench, table
 from benchmarks.workloads import CONF_ODS, DISTILLATION, FROM_LABELS, RECIPE, Shape, Workload, sgd
+from ensdistill.learning import learning, train_step
 from ensdistill.networks import fold_batch_norms
 from ensdistill.students import Step
-from ensdistill.training import learning, train_step
 
 CPU = torch.device("cpu")
 SHAPES = {

@@ -8,10 +8,10 @@ import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ensdistill.learning import learning
 from ensdistill.networks import build_network
 from ensdistill.students import Step, build_student
 from ensdistill.studies import read_configuration
-from ensdistill.training import learning
 from tests.project import REPOSITORY, Project
 
 CONFIG = yaml.safe_load((REPOSITORY / "config.yaml").read_text())
