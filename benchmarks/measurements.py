@@ -69,7 +69,7 @@ def steps(bench: Bench, key: str, workload: Workload) -> None:
             f"batch_ensemble_over_floor_{precision}{ending}",
             "BatchEnsemble, forward and backward / floor",
             lambda: (
-                workload.both_passes("student", shape.images, precision),
+                workload.both_passes("batch_ensemble", shape.images, precision),
                 workload.both_passes("single", MEMBERS * shape.images, precision),
             ),
             over=True,
@@ -155,7 +155,7 @@ def ceiling(bench: Bench, workloads: Mapping[str, Workload]) -> None:
             name = f"ceiling_reached_{precision}_{key}"
             what = "BatchEnsemble, forward and backward"
             with threads(shape.threads):
-                call = workload.both_passes("student", shape.images, precision)
+                call = workload.both_passes("batch_ensemble", shape.images, precision)
                 facts = {"precision": precision, "shape": str(shape), "rounds": shape.rounds}
                 reached(bench, name, what, call, best * shape.threads / CPU_THREADS, **facts)
 
@@ -231,10 +231,11 @@ def hours(bench: Bench, workload: Workload) -> None:
         if not bench.wants(name := f"hours_cifar10_resnet32_{precision}"):
             continue
         calls = {"teacher": (workload.step(precision, teacher=True), study.teacher, study.pool)}
-        for method, settings in study.methods.items():
-            single = settings.network == "single"
-            call = workload.step(precision, single=single, **study.method(method))
-            calls[method] = call, study.student, study.student_seeds
+        for method in study.methods:
+            parts = study.parts(method)
+            chosen = {key: parts[key] for key in ("objective", "perturbation")}
+            call = workload.step(precision, student=parts["student"]["name"], **chosen)
+            calls[method] = call, study.recipe(method), study.student_seeds
         total, parts = 0.0, []
         for method, (call, recipe, networks) in calls.items():
             seconds = np.median(bench.clock(call, rounds=4))
@@ -380,7 +381,7 @@ def first_step(project: Project, study: str, method: str) -> tuple[float, float]
             if not began:
                 with suppress(psutil.NoSuchProcess):
                     processes = psutil.Process(snakemake.pid).children()
-                    if any("student.py" in " ".join(process.cmdline()) for process in processes):
+                    if any("train.py" in " ".join(process.cmdline()) for process in processes):
                         began = time.time()
             elif log.exists():
                 ready = re.search(READY, log.read_text())

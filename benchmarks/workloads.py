@@ -1,7 +1,7 @@
 """What is timed: the same networks, weights and images, ours and the plain implementation's."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,15 +14,20 @@ from torch.nn import functional as F
 
 from benchmarks import plain
 from ensdistill.batches import TrainingBatches
-from ensdistill.networks import build_network, fold_batch_norms
-from ensdistill.objectives import cross_entropy, student_objective
-from ensdistill.studies import parse_network_name
-from ensdistill.training import sgd, train_step
+from ensdistill.learning import learning, train_step
+from ensdistill.methods import parse_architecture
+from ensdistill.networks import fold_batch_norms
+from ensdistill.objectives import member_cross_entropy
+from ensdistill.students import Step, Student, build_student
 
 MEMBERS = 4
 RECIPE = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 DISTILLATION = {"alpha": 0.9, "temperature": 4.0, "eta": 1 / 255}
-CONF_ODS = {"objective": "one_to_one", "perturbation": "conf_ods"}
+CONF_ODS = {
+    "objective": {"name": "one_to_one", "alpha": 0.9, "temperature": 4.0},
+    "perturbation": {"name": "conf_ods", "eta": 1 / 255, "temperature": 4.0},
+}
+FROM_LABELS = {"objective": {"name": "labels"}, "perturbation": {"name": "none"}}
 
 CPU_THREADS = len(os.sched_getaffinity(0))
 
@@ -33,7 +38,7 @@ Call = Callable[[], Any]
 class Shape:
     """What is trained on what."""
 
-    network: str
+    architecture: str
     side: int
     channels: int = 3
     classes: int = 10
@@ -53,7 +58,7 @@ class Shape:
 
     def of_rows(self, count: int) -> str:
         one = ", 1 thread" if self.threads < CPU_THREADS else ""
-        return f"{self.network}, {count} images of {self.side}×{self.side}{one}"
+        return f"{self.architecture}, {count} images of {self.side}×{self.side}{one}"
 
 
 def shapes(device: torch.device) -> dict[str, Shape]:
@@ -89,6 +94,12 @@ def threads(count: int) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def sgd(student: Student) -> torch.optim.SGD:
+    """The optimiser that `training.fit` makes."""
+    groups = student.parameter_groups(RECIPE["learning_rate"], RECIPE["weight_decay"])
+    return torch.optim.SGD(groups, momentum=RECIPE["momentum"], fused=True)
+
+
 class Workload:
     """The same networks and images for ours and for the plain implementation."""
 
@@ -99,70 +110,85 @@ class Workload:
         self.pixels = rng.integers(0, 256, size, dtype=np.uint8)
         self.classes = rng.integers(0, shape.classes, len(self.pixels))
         self.generator = torch.Generator(device).manual_seed(0)
+        self.host = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
 
-    def build(self, members: int = 1) -> nn.Module:
-        name, classes, channels = self.shape.network, self.shape.classes, self.shape.channels
-        return build_network(name, classes, channels, ensemble_size=members).to(self.device)
+    def build(self, name: str) -> Student:
+        architecture = {
+            "name": self.shape.architecture,
+            "num_classes": self.shape.classes,
+            "in_channels": self.shape.channels,
+        }
+        return build_student(name, architecture, MEMBERS).to(self.device)
 
-    def twin(self, network: nn.Module, members: int = 1) -> nn.Module:
+    def twin(self, student: Student) -> nn.Module:
         """The plain implementation, with the same weights."""
         shape = self.shape
-        family, depth, widen = parse_network_name(shape.network)
-        widen = widen if family == "wrn" else None
-        other = plain.Network(depth, shape.classes, shape.channels, members, widen)
-        other.load_state_dict(network.state_dict())
+        sizes = parse_architecture(shape.architecture)[1]
+        other = plain.Network(
+            sizes["depth"], shape.classes, shape.channels, student.members, sizes.get("widen")
+        )
+        other.load_state_dict(student.network.state_dict())
         return other.to(self.device)
 
     @cached_property
     def networks(self) -> dict[str, Any]:
-        """Networks of either implementation, teachers with batch statistics that fit."""
-        teachers = [self.build() for _ in range(MEMBERS)]
+        """Students and networks of either implementation, teachers with fitting statistics."""
+        teachers = [self.build("single") for _ in range(MEMBERS)]
         x, _ = next(self.batches(self.shape.teacher_images))
         for teacher in teachers:
             for norm in (m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)):
                 norm.momentum = 1.0
             with torch.no_grad():
                 teacher(x)
-        student, single = self.build(MEMBERS), self.build()
+        student, single = self.build("batch_ensemble"), self.build("single")
+        plain_teachers = [self.twin(teacher).eval() for teacher in teachers]
         return {
-            "student": student,
+            "batch_ensemble": student,
             "single": single,
-            "plain_student": self.twin(student, MEMBERS),
+            "plain_student": self.twin(student),
             "plain_single": self.twin(single),
-            "plain_teachers": [self.twin(teacher).eval() for teacher in teachers],
-            "teachers": [fold_batch_norms(it.eval().requires_grad_(False)) for it in teachers],
+            "plain_teachers": plain_teachers,
+            "teachers": [
+                fold_batch_norms(it.eval().requires_grad_(False).network) for it in teachers
+            ],
         }
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Ours, without end."""
         images = torch.from_numpy(self.pixels).permute(0, 3, 1, 2).to(self.device)
         labels = torch.from_numpy(self.classes).to(self.device)
-        settings = (self.shape.crop_padding, self.shape.flip, self.generator)
-        epochs = TrainingBatches(images, labels, size, *settings)
+        batches = TrainingBatches(images, labels, size, self.shape.crop_padding, self.shape.flip)
         while True:
-            yield from epochs
+            yield from batches.epoch(self.generator)
 
     def plain_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         shape = self.shape
         for x, y in plain.batches(self.pixels, self.classes, size, shape.crop_padding, shape.flip):
             yield x.to(self.device), y.to(self.device)
 
-    def step(self, precision: str, *, teacher: bool = False, **method: Any) -> Call:
+    def at(self, student: Student, x: Tensor, y: Tensor) -> Step:
+        """A step of training at these images."""
+        teachers = self.networks["teachers"]
+        return Step(student, teachers, x, y, 0.0, self.generator, self.host)
+
+    def step(
+        self,
+        precision: str,
+        *,
+        teacher: bool = False,
+        student: str = "batch_ensemble",
+        objective: Mapping[str, Any] = FROM_LABELS["objective"],
+        perturbation: Mapping[str, Any] = FROM_LABELS["perturbation"],
+    ) -> Call:
         """A whole training step of ours: of a teacher, or of a student by a method."""
-        network = self.networks["single" if teacher or method.pop("single", False) else "student"]
-        objective = (
-            cross_entropy
-            if teacher
-            else student_objective(self.networks["teachers"], **DISTILLATION | method)
-        )
-        optimizer = sgd(network, **RECIPE)
+        trained = self.networks["single" if teacher else student].train()
+        how = learning(self.networks["teachers"], objective, perturbation)
+        optimizer = sgd(trained)
         batches = self.batches(self.shape.teacher_images if teacher else self.shape.images)
-        network.train()
 
         def step() -> None:
-            x, y = next(batches)
-            train_step(network, objective, optimizer, x, y, self.generator, precision)
+            train_step(self.at(trained, *next(batches)), how, optimizer, precision)
 
         return step
 
@@ -189,14 +215,14 @@ class Workload:
 
         return step
 
-    def both_passes(self, network: str, rows: int, precision: str) -> Call:
-        """Forward and backward through one of the networks, images at hand."""
-        module = self.networks[network].train()
-        x, y = next(self.batches(rows))
+    def both_passes(self, student: str, images: int, precision: str) -> Call:
+        """Forward and backward through one of the students, images at hand."""
+        module = self.networks[student].train()
+        x, y = next(self.batches(images))
 
         def both() -> None:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                loss = cross_entropy(module, x, y)["loss"]
+                loss = member_cross_entropy(module(x), y)
             loss.backward()
             module.zero_grad()
 

@@ -39,7 +39,7 @@ def sentence(error: ValidationError, schema: Mapping[str, Any]) -> str:
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
     else:
-        message = re.split(" or instance of | after validation", first["msg"])[0]
+        message = re.split(" or (?:instance of|object to) | after validation", first["msg"])[0]
         message = f"{message[0].lower()}{message[1:]}, not {_short(first['input'])}"
     return f"{place}: {key + ': ' if key else ''}{message}"
 

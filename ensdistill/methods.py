@@ -58,8 +58,6 @@ class Section(BaseModel):
 
 def _as_section(value: Any) -> Any:
     """A name alone stands for the section with that name and no options."""
-    if value == "cross_entropy":
-        raise ValueError("objective 'cross_entropy' is now 'labels'")
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -188,6 +186,7 @@ class Single(StudentOptions):
     has_members = False
 
     name: Literal["single"] = "single"
+    """Chooses this student."""
 
 
 class BatchEnsemble(StudentOptions):
@@ -196,6 +195,7 @@ class BatchEnsemble(StudentOptions):
     has_members = True
 
     name: Literal["batch_ensemble"] = "batch_ensemble"
+    """Chooses this student."""
 
 
 # --- objectives ------------------------------------------------------------------------------
@@ -216,6 +216,7 @@ class Labels(ObjectiveOptions):
     needs_teachers = False
 
     name: Literal["labels"] = "labels"
+    """Chooses this objective."""
 
 
 class DistillationOptions(ObjectiveOptions):
@@ -233,12 +234,14 @@ class OneToOne(DistillationOptions):
     needs_members = True
 
     name: Literal["one_to_one"] = "one_to_one"
+    """Chooses this objective."""
 
 
 class EnsembleMean(DistillationOptions):
     """The teachers' mean probabilities teach every member."""
 
     name: Literal["ensemble_mean"] = "ensemble_mean"
+    """Chooses this objective."""
 
 
 # --- perturbations ---------------------------------------------------------------------------
@@ -259,12 +262,14 @@ class NoPerturbation(PerturbationOptions):
     passes = 1
 
     name: Literal["none"] = "none"
+    """Chooses this perturbation."""
 
 
 class Gaussian(PerturbationOptions):
     """Gaussian noise of standard deviation η."""
 
     name: Literal["gaussian"] = "gaussian"
+    """Chooses this perturbation."""
     eta: Eta | None = None
     """η: root-mean-square size of the step per pixel, in units of the pixel range [0, 1]; the
     study's unless told."""
@@ -276,6 +281,7 @@ class ODS(Gaussian):
     teacher_gradients = 1
 
     name: Literal["ods"] = "ods"
+    """Chooses this perturbation."""
     temperature: Positive | None = None
     """τ of the softmax that is diversified; that of the objective unless told."""
 
@@ -284,6 +290,7 @@ class ConfODS(ODS):
     """ODS times the teacher's confidence."""
 
     name: Literal["conf_ods"] = "conf_ods"
+    """Chooses this perturbation."""
 
 
 # --- methods ---------------------------------------------------------------------------------
@@ -322,10 +329,13 @@ class Method(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _has_no_old_keys(cls, value: Any) -> Any:
-        for key, now in OLD_KEYS.items():
-            if isinstance(value, Mapping) and key in value:
-                raise ValueError(f"{key!r} is now {now}")
+    def _is_not_of_an_earlier_version(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            for key, now in OLD_KEYS.items():
+                if key in value:
+                    raise ValueError(f"{key!r} is now {now}")
+            if _as_section(value.get("objective")) == {"name": "cross_entropy"}:
+                raise ValueError("objective 'cross_entropy' is now 'labels'")
         return value
 
     @model_validator(mode="after")

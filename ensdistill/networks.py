@@ -37,13 +37,13 @@ def layers(ensemble_size: int) -> tuple[Layer, Layer]:
     )
 
 
-def in_float32(layers: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """layers(x) without autocast where autocast is on; x is converted to float32 then."""
+def in_float32(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """module(x) without autocast where autocast is on; x is converted to float32 then."""
     device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return layers(x)
+        return module(x)
     with torch.autocast(device, enabled=False):
-        return layers(x.float())
+        return module(x.float())
 
 
 class BasicBlock(nn.Module):

@@ -1,4 +1,4 @@
-"""Arithmetic of a job: which precision the processor can do, and whether its gradients are right."""
+"""Which precision the processor computes in hardware, and whether its gradients are right."""
 
 import copy
 import logging

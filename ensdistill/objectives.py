@@ -15,9 +15,9 @@ Parts = dict[str, Tensor]
 """Scalars: `loss`, and what the training history keeps beside it (detached)."""
 
 
-def member_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """mean over members and images of −log softmax(Ŝ_j(x))_y; logits (M, B, K), labels (B,)."""
-    return F.cross_entropy(logits.flatten(0, 1), labels.repeat(logits.shape[0]))
+def member_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """mean over members and images of −log softmax(Ŝ_j(x))_y; logits (M, B, K), labels y (B,)."""
+    return F.cross_entropy(logits.flatten(0, 1), y.repeat(logits.shape[0]))
 
 
 def distillation_loss(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -88,9 +88,9 @@ def distillation(
 
 
 @torch.no_grad()
-def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
     """Accuracy [%] of the mean of the members' probabilities; logits (M, B, K)."""
-    return 100 * (logits.softmax(-1).mean(0).argmax(-1) == labels).float().mean()
+    return 100 * (logits.softmax(-1).mean(0).argmax(-1) == y).float().mean()
 
 
 OBJECTIVES: dict[str, Callable[..., Parts]] = {

@@ -9,25 +9,33 @@ from torch import nn
 
 from ensdistill import analysis
 from ensdistill.analysis import (
-    SETS,
     jacobian_distances,
     logit_jacobians,
     perturbed_logits,
     sweep_logits,
     transfer_logits,
 )
-from ensdistill.networks import build_network, member_logits
-from ensdistill.perturbations import PERTURBATIONS, ods_direction
+from ensdistill.perturbations import conf_ods_direction, ods_direction
+from ensdistill.students import build_student
 
 ETA, TAU, SEED, K = 0.05, 2.0, 3, 5
-SETTINGS = {"temperature": TAU, "seed": SEED, "batch_size": 8}
+SETTINGS = {"seed": SEED, "batch_size": 8}
+PERTURBED = {
+    "gaussian": {"name": "gaussian", "eta": ETA},
+    "ods": {"name": "ods", "eta": ETA, "temperature": TAU},
+    "conf_ods": {"name": "conf_ods", "eta": ETA, "temperature": TAU},
+}
+SETS = ["clean", *PERTURBED]
 BATCHES = (slice(0, 8), slice(8, 16), slice(16, 22))
 
 
-def network(seed, members=1):
-    """A frozen network in eval mode whose batch normalisation is not the identity."""
+ARCHITECTURE = {"name": "resnet8", "num_classes": K, "in_channels": 1, "width": 4}
+
+
+def student(seed, members=1):
+    """A frozen student in eval mode whose batch normalisation is not the identity."""
     torch.manual_seed(seed)
-    made = build_network("resnet8", K, in_channels=1, ensemble_size=members, width=4)
+    made = build_student("batch_ensemble" if members > 1 else "single", ARCHITECTURE, members)
     for module in made.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3)
@@ -39,7 +47,7 @@ def network(seed, members=1):
 
 @pytest.fixture(scope="module")
 def teachers():
-    return [network(seed) for seed in range(3)]
+    return [student(seed).network for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +58,20 @@ def images():
 
 @pytest.fixture(scope="module")
 def arrays(teachers, images):
-    return perturbed_logits(teachers, images, eta=ETA, **SETTINGS)
+    return perturbed_logits(teachers, images, perturbations=PERTURBED, **SETTINGS)
 
 
 def drawn(name, teachers, images):
     """x and ε of each batch, source and direction drawn as in training."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator, host = (torch.Generator().manual_seed(SEED) for _ in range(2))
     for batch in BATCHES:
         x = images[batch].float() / 255
-        source = teachers[torch.randint(len(teachers), (), generator=generator).item()]
-        yield x, PERTURBATIONS[name](source, x, TAU, generator=generator)
+        source = teachers[torch.randint(len(teachers), (), generator=host).item()]
+        if name == "gaussian":
+            yield x, torch.empty_like(x).normal_(generator=generator)
+        else:
+            direction = {"ods": ods_direction, "conf_ods": conf_ods_direction}[name]
+            yield x, direction(source, x, TAU, generator=generator)
 
 
 def answers(networks, x):
@@ -83,8 +95,9 @@ def test_every_set_is_the_images_moved_by_one_source_per_batch(arrays, teachers,
 
 
 def test_the_seed_decides(arrays, teachers, images):
-    again = perturbed_logits(teachers, images, eta=ETA, **SETTINGS)
-    other = perturbed_logits(teachers, images, eta=ETA, **{**SETTINGS, "seed": SEED + 1})
+    again = perturbed_logits(teachers, images, perturbations=PERTURBED, **SETTINGS)
+    settings = {**SETTINGS, "seed": SEED + 1}
+    other = perturbed_logits(teachers, images, perturbations=PERTURBED, **settings)
     for name in SETS:
         key = f"{name}/logits"
         np.testing.assert_array_equal(arrays[key], again[key])
@@ -93,9 +106,9 @@ def test_the_seed_decides(arrays, teachers, images):
 
 def test_a_sweep_moves_images_along_the_same_directions_at_every_size(arrays, teachers, images):
     etas = [0.01, ETA, 0.3]
-    swept = sweep_logits(teachers, images, etas=etas, **SETTINGS)
-    assert list(swept) == [f"{name}/logits" for name in PERTURBATIONS]
-    for name in PERTURBATIONS:
+    swept = sweep_logits(teachers, images, etas=etas, perturbations=PERTURBED, **SETTINGS)
+    assert list(swept) == [f"{name}/logits" for name in PERTURBED]
+    for name in PERTURBED:
         x, epsilon = map(torch.cat, zip(*drawn(name, teachers, images), strict=True))
         for eta, logits in zip(etas, swept[f"{name}/logits"], strict=True):
             close(logits, answers(teachers, torch.clamp(x + eta * epsilon, 0, 1)))
@@ -104,7 +117,7 @@ def test_a_sweep_moves_images_along_the_same_directions_at_every_size(arrays, te
 
 
 def test_transfer_asks_every_network_where_every_source_leads(teachers, images):
-    made = transfer_logits(teachers, images, eta=ETA, **SETTINGS)
+    made = transfer_logits(teachers, images, eta=ETA, temperature=TAU, **SETTINGS)
     x = images.float() / 255
     generator = torch.Generator().manual_seed(SEED)
     w, noise = [], []
@@ -136,10 +149,10 @@ def test_random_directions_are_nearly_orthogonal_to_ods(teachers):
     assert np.square(cosines).mean() == pytest.approx(1 / 64, rel=0.3)
 
 
-def jacobian(network, image):
+def jacobian(student, image):
     """(M, K, D) of one image by one backward pass per member and class."""
     image = image[None].clone().requires_grad_()
-    logits = member_logits(network, image)
+    logits = student(image)
     return torch.stack(
         [
             torch.stack(
@@ -158,7 +171,7 @@ def jacobian(network, image):
 def test_jacobians_equal_one_backward_pass_per_logit(monkeypatch, members, elements):
     # 4 images of 64 pixels: with 700 elements two classes at a time (one, for 3 members).
     monkeypatch.setattr(analysis, "JACOBIAN_ELEMENTS", elements)
-    made = network(7, members).double()
+    made = student(7, members).double()
     x = torch.rand(4, 1, 8, 8, dtype=torch.float64)
     expected = torch.stack([jacobian(made, image) for image in x])
     assert expected.abs().amax((0, 2, 3)).min() > 1e-2
@@ -169,15 +182,15 @@ def test_jacobians_equal_one_backward_pass_per_logit(monkeypatch, members, eleme
 def test_jacobian_distances_equal_loops_over_images_and_members(monkeypatch, images, elements):
     # Images all at once, two at a time, and one at a time.
     monkeypatch.setattr(analysis, "JACOBIAN_ELEMENTS", elements)
-    teachers = [network(seed) for seed in range(3)]
-    students = {"be/0": network(4, members=3), "single/0": network(5), "teacher/0": teachers[1]}
+    teachers = [student(seed) for seed in range(3)]
+    students = {"be/0": student(4, members=3), "single/0": student(5), "teacher/0": teachers[1]}
     found = jacobian_distances(teachers, students, images[:5])
     assert set(found) == {f"{name}/{kind}" for name in students for kind in ("error", "cosine")}
 
     exact = {id(made): deepcopy(made).double() for made in [*teachers, *students.values()]}
     for n, image in enumerate(images[:5].double() / 255):
-        for name, student in students.items():
-            own = jacobian(exact[id(student)], image).numpy()
+        for name, made in students.items():
+            own = jacobian(exact[id(made)], image).numpy()
             for j, teacher in enumerate(teachers):
                 a = own[j if len(own) > 1 else 0]
                 b = jacobian(exact[id(teacher)], image)[0].numpy()
@@ -187,7 +200,8 @@ def test_jacobian_distances_equal_loops_over_images_and_members(monkeypatch, ima
                 assert found[f"{name}/cosine"][n, j] == pytest.approx(cosine, abs=1e-4)
 
 
-def test_a_student_equal_to_its_teacher_has_its_jacobian(teachers, images):
+def test_a_student_equal_to_its_teacher_has_its_jacobian(images):
+    teachers = [student(seed) for seed in range(3)]
     found = jacobian_distances(teachers, {"0": teachers[0]}, images[:4])
     np.testing.assert_array_equal(found["0/error"][:, 0], 0)
     np.testing.assert_allclose(found["0/cosine"][:, 0], 1, rtol=1e-6)

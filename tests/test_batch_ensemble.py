@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ensdistill.batch_ensemble import SCALED, BatchEnsembleConv2d, BatchEnsembleLinear
-from ensdistill.networks import build_network, member_logits
+from ensdistill.networks import build_network
+from ensdistill.students import build_student
 
 M, B = 3, 2
 
@@ -113,9 +114,12 @@ def test_network_equals_explicit_members_forward_and_backward(name, training, fo
 @pytest.mark.parametrize("name", ["resnet8", "wrn10x2"])
 def test_each_member_is_a_plain_network_with_its_own_weights(name):
     torch.manual_seed(0)
-    ensemble = build_network(name, 5, ensemble_size=M, width=4).double().eval()
+    architecture = {"name": name, "num_classes": 5, "width": 4}
+    student = build_student("batch_ensemble", architecture, M).double().eval()
+    ensemble = student.network
     x = torch.rand(B, 3, 8, 8, dtype=torch.float64)
-    together = member_logits(ensemble, x)
+    own = torch.rand(M, B, 3, 8, 8, dtype=torch.float64)
+    together, each = student(x), student(own)
     for j in range(M):
         plain = build_network(name, 5, width=4).double()
         state = plain.state_dict()
@@ -128,9 +132,9 @@ def test_each_member_is_a_plain_network_with_its_own_weights(name):
             elif key == "head.bias":
                 state[key] = value[j]
         plain.load_state_dict(state)
-        torch.testing.assert_close(
-            member_logits(plain.eval(), x)[0], together[j], rtol=1e-10, atol=1e-10
-        )
+        plain.eval()
+        torch.testing.assert_close(together[j], plain(x), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(each[j], plain(own[j]), rtol=1e-10, atol=1e-10)
 
 
 def test_activations_are_scaled_where_they_are_few(monkeypatch):

@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from ensdistill.downloads import ARCHIVES_OF
-from ensdistill.networks import build_network, count_parameters
-from ensdistill.objectives import cross_entropy, student_objective
+from ensdistill.learning import learning
+from ensdistill.students import build_student, count_parameters
 from ensdistill.studies import read_configuration
 from ensdistill.training import fit
 from tests.project import FIGURES, REPOSITORY, Project
@@ -62,30 +62,30 @@ def test_a_few_steps_on_synthetic_images_of_the_right_shape(name):
     images = torch.from_numpy(rng.integers(0, 256, (6, channels, side, side), dtype=np.uint8))
     split = images, torch.from_numpy(rng.integers(0, classes, 6))
 
-    def train(role, ensemble_size, objective):
-        recipe = getattr(study, role).model_dump()
-        recipe |= {"epochs": 1, "batch_size": 3, "warmup_epochs": 1}
+    def train(method, teachers):
+        recipe, parts = study.recipe(method) if method else study.teacher, study.parts(method)
+        changes = {"epochs": 1, "batch_size": 3, "warmup_epochs": 1}
+        settings = {**recipe.model_dump(), **changes, **study.augmentation.model_dump()}
         torch.manual_seed(0)
-        network = build_network(
-            **study.network.model_dump(),
-            num_classes=classes,
-            in_channels=channels,
-            ensemble_size=ensemble_size,
+        architecture = {**parts["architecture"], "num_classes": classes, "in_channels": channels}
+        student = build_student(
+            **parts["student"], architecture=architecture, members=parts["members"]
         )
-        before = [parameter.clone() for parameter in network.parameters()]
-        settings = {**recipe, **study.augmentation.model_dump(), "precision": study.precision}
-        (row,) = fit(network, objective, split, split, seed=0, **settings)
+        before = [parameter.clone() for parameter in student.parameters()]
+        how = learning(teachers, parts["objective"], parts["perturbation"])
+        student, (row,) = fit(
+            student, how, split, split, seed=0, precision=study.precision, **settings
+        )
         assert np.isfinite(list(row.values())).all()
         assert all(
-            not torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True)
+            not torch.equal(old, new) for old, new in zip(before, student.parameters(), strict=True)
         )
-        return network
+        return student
 
-    teacher = train("teacher", 1, cross_entropy)
+    teacher = train(None, []).network
     assert count_parameters(teacher) == parameters
     teacher.eval().requires_grad_(False)
-    method = study.method("kd_conf_ods")
-    student = train("student", study.members, student_objective([teacher] * 4, **method))
+    student = train("kd_conf_ods", [teacher] * study.members)
     # Each layer gets r, s and a bias per member, where only the last one had a bias, of K numbers.
     shapes = [
         module.weight.shape[:2]

@@ -360,71 +360,158 @@ def test_each_entry_has_a_digest_of_its_own_and_one_that_is_not_there_has_none(c
 
 # --- code digests of the real scripts --------------------------------------------------------
 
-# A definition, the scripts that a change of it must rerun, and those that it must not rerun.
+RESNET, WRN = {"ARCHITECTURES": ["resnet"]}, {"ARCHITECTURES": ["wrn"]}
+SINGLE, SHARED = {"STUDENTS": ["single"]}, {"STUDENTS": ["batch_ensemble", "single"]}
+
+
+def taught(objective, perturbation, architectures=("resnet",)):
+    """What train.py takes by name for a BatchEnsemble and its teachers."""
+    parts = {"OBJECTIVES": [objective], "PERTURBATIONS": [perturbation]}
+    return "train", {"ARCHITECTURES": architectures, **SHARED, **parts}
+
+
+# Jobs of one script that take other entries of the registries by name.
+JOBS = {
+    "teacher": ("train", {**taught("labels", "none")[1], **SINGLE}),
+    "kd_single": ("train", {**taught("ensemble_mean", "none")[1], **SINGLE}),
+    "be": taught("labels", "none"),
+    "kd": taught("one_to_one", "none"),
+    "kd_gaussian": taught("one_to_one", "gaussian"),
+    "kd_ods": taught("one_to_one", "ods"),
+    "kd_conf_ods": taught("one_to_one", "conf_ods"),
+    "kd_of_wrn": taught("one_to_one", "none", ("resnet", "wrn")),
+    "logits:single": ("logits", RESNET | SINGLE),
+    "logits:shared": ("logits", RESNET | {"STUDENTS": ["batch_ensemble"]}),
+    "logits:wrn": ("logits", WRN | SINGLE),
+}
+STUDENTS = "kd_single be kd kd_of_wrn"
+LOGITS = "logits:single logits:shared logits:wrn"
+
+# A definition, the jobs that a change of it must rerun, and those that it must not rerun.
 REACH = {
     "perturbations._ods": (
-        "student analyse:perturbed_logits",
-        "teacher logits evaluate:scores evaluate:reliability images",
+        "kd_ods kd_conf_ods analyse:perturbed_logits",
+        f"teacher kd_single be kd kd_gaussian {LOGITS} evaluate:scores evaluate:reliability images",
     ),
     "perturbations.conf_ods_direction": (
-        "student analyse:perturbed_logits",
-        "teacher logits evaluate:scores",
+        "kd_conf_ods analyse:perturbed_logits",
+        f"teacher kd_single be kd kd_gaussian kd_ods {LOGITS} evaluate:scores",
+    ),
+    "perturbations.gaussian": (
+        "kd_gaussian analyse:perturbed_logits",
+        f"teacher be kd kd_ods kd_conf_ods {LOGITS} evaluate:scores",
+    ),
+    "perturbations.none": (
+        "teacher kd_single be kd analyse:perturbed_logits",
+        f"kd_gaussian kd_ods kd_conf_ods {LOGITS}",
+    ),
+    "perturbations._moved": (
+        "kd_gaussian kd_ods kd_conf_ods analyse:perturbed_logits",
+        f"teacher kd_single be kd {LOGITS}",
     ),
     "objectives.distillation_loss": (
-        "student",
-        "teacher logits analyse:perturbed_logits evaluate:scores",
+        "kd_single kd kd_gaussian kd_ods kd_conf_ods",
+        f"teacher be {LOGITS} analyse:perturbed_logits evaluate:scores",
     ),
-    "objectives.cross_entropy": (
-        "teacher student",
-        "logits analyse:perturbed_logits evaluate:scores",
+    "objectives.one_to_one": ("kd kd_ods", f"teacher be kd_single {LOGITS}"),
+    "objectives.ensemble_mean": ("kd_single", f"teacher be kd kd_ods {LOGITS}"),
+    "objectives.labels": (
+        "teacher be",
+        f"kd_single kd kd_ods {LOGITS} analyse:perturbed_logits evaluate:scores",
     ),
-    "training.fit": ("teacher student", "logits analyse:perturbed_logits evaluate:scores images"),
+    "objectives.member_cross_entropy": (
+        f"teacher {STUDENTS}",
+        f"{LOGITS} analyse:perturbed_logits evaluate:scores",
+    ),
+    "students.Single": (
+        f"teacher {STUDENTS} logits:single logits:wrn",
+        "logits:shared evaluate:scores table images",
+    ),
+    "students.BatchEnsemble": (
+        "be kd kd_ods logits:shared",
+        "teacher kd_single logits:single logits:wrn evaluate:scores table images",
+    ),
+    "students.teacher_logits": (
+        "kd_single kd kd_ods analyse:perturbed_logits analyse:transfer_logits",
+        f"teacher be {LOGITS} distances",
+    ),
+    "students.predict": (
+        f"teacher {STUDENTS} {LOGITS}",
+        "analyse:perturbed_logits distances evaluate:scores images",
+    ),
+    "weights.load_student": (
+        f"teacher {STUDENTS} {LOGITS} analyse:perturbed_logits distances",
+        "evaluate:scores images table",
+    ),
+    "training.fit": (
+        f"teacher {STUDENTS}",
+        f"{LOGITS} analyse:perturbed_logits evaluate:scores images",
+    ),
+    "learning.learning_rate_factor": (
+        f"teacher {STUDENTS}",
+        f"{LOGITS} analyse:perturbed_logits evaluate:scores images",
+    ),
     "metrics.ece": (
         "evaluate:scores evaluate:reliability evaluate:corruptions",
-        "teacher student logits analyse:perturbed_logits images table",
+        f"teacher {STUDENTS} {LOGITS} analyse:perturbed_logits images table",
     ),
-    "metrics.nll": ("evaluate:scores teacher student", "logits analyse:perturbed_logits images"),
+    "metrics.nll": (
+        f"evaluate:scores teacher {STUDENTS}",
+        f"{LOGITS} analyse:perturbed_logits images",
+    ),
     "metrics.pairwise_kl": (
         "evaluate:scores evaluate:diversity_students",
-        "teacher student logits evaluate:reliability",
+        f"teacher {STUDENTS} {LOGITS} evaluate:reliability",
     ),
     "batch_ensemble.BatchEnsembleConv2d": (
-        "student logits",
+        f"{STUDENTS} {LOGITS}",
         "evaluate:scores evaluate:reliability table images",
     ),
     "networks.PreActivationBlock": (
-        "teacher student logits analyse:perturbed_logits",
+        f"teacher {STUDENTS} {LOGITS} analyse:perturbed_logits",
         "evaluate:scores table images",
     ),
-    "studies.parse_network_name": (
-        "teacher student logits",
+    "networks.wrn": (
+        "kd_of_wrn logits:wrn",
+        "teacher be kd_single kd logits:single logits:shared evaluate:scores images",
+    ),
+    "networks.resnet": (
+        f"teacher {STUDENTS} logits:single logits:shared",
+        "logits:wrn evaluate:scores images",
+    ),
+    "methods.parse_architecture": (
+        f"teacher {STUDENTS} {LOGITS}",
         "evaluate:scores evaluate:reliability images table",
     ),
+    "methods.Method": ("", f"teacher {STUDENTS} {LOGITS} analyse:perturbed_logits images"),
     "studies.Study": (
         "",
-        "teacher student logits analyse:perturbed_logits evaluate:scores images download",
+        f"teacher {STUDENTS} {LOGITS} analyse:perturbed_logits evaluate:scores images download",
     ),
     "sources.folder": (
         "images shifted",
-        "download teacher student logits analyse:perturbed_logits evaluate:scores",
+        f"download teacher {STUDENTS} {LOGITS} analyse:perturbed_logits evaluate:scores",
     ),
-    "downloads.download": ("download", "images shifted teacher student logits evaluate:scores"),
-    "shift.corrupt": ("shifted", "images download teacher student logits evaluate:scores"),
+    "downloads.download": (
+        "download",
+        f"images shifted teacher {STUDENTS} {LOGITS} evaluate:scores",
+    ),
+    "shift.corrupt": ("shifted", f"images download teacher {STUDENTS} {LOGITS} evaluate:scores"),
     "figures._panels": (
         "figure:reliability",
-        "figure:examples table evaluate:scores teacher student",
+        f"figure:examples table evaluate:scores teacher {STUDENTS}",
     ),
-    "tables.to_latex": ("table", "figure:de_curve evaluate:scores teacher student"),
+    "tables.to_latex": ("table", f"figure:de_curve evaluate:scores teacher {STUDENTS}"),
     "files.write_hdf5": (
         "",
-        "images logits analyse:perturbed_logits teacher student evaluate:scores table",
+        f"images {LOGITS} analyse:perturbed_logits teacher {STUDENTS} evaluate:scores table",
     ),
     "analysis.transfer_logits": ("analyse:transfer_logits", "analyse:sweep_logits distances"),
     "analysis.logit_jacobians": ("distances", "analyse:transfer_logits evaluate:jacobians"),
     "bootstrap.interval": ("claims evaluate:sweep", "evaluate:scores analyse:sweep_logits table"),
     "jobs.job": (
         "",
-        "images logits analyse:perturbed_logits teacher student evaluate:scores table",
+        f"images {LOGITS} analyse:perturbed_logits teacher {STUDENTS} evaluate:scores table",
     ),
 }
 
@@ -442,14 +529,16 @@ MODULE_OF = {"evaluate": "evaluation", "analyse": "analysis", "figure": "figures
 
 
 def digests_of(names):
-    """Digests by `script` or, where a script takes a function by name, `script:function`."""
-    parts = {name: name.partition(":") for name in names}
+    """Digests by a name of `JOBS`, `script`, or `script:function` if it takes one by name."""
+
+    def job(name):
+        script, _, function = name.partition(":")
+        return script, {MODULE_OF[script]: [function]} if function else {}
+
+    jobs = {name: JOBS[name] if name in JOBS else job(name) for name in names}
     return {
-        name: code_digest(
-            ROOT / f"workflow_scripts/{script}.py",
-            **({MODULE_OF[script]: [function]} if function else {}),
-        )
-        for name, (script, _, function) in parts.items()
+        name: code_digest(ROOT / f"workflow_scripts/{script}.py", **chosen)
+        for name, (script, chosen) in jobs.items()
     }
 
 
@@ -466,7 +555,7 @@ def real(tmp_path_factory):
 
 
 @pytest.mark.parametrize("definition", REACH)
-def test_a_change_reruns_the_scripts_that_use_it_and_no_others(real, definition):
+def test_a_change_reruns_the_jobs_that_use_it_and_no_others(real, definition):
     package, before = real
     must, must_not = (set(scripts.split()) for scripts in REACH[definition])
     module, name = definition.split(".")

@@ -6,13 +6,8 @@ import torch
 from torch import nn
 
 from ensdistill.networks import build_network
-from ensdistill.perturbations import (
-    PERTURBATIONS,
-    conf_ods_direction,
-    gaussian_direction,
-    ods_direction,
-    perturb,
-)
+from ensdistill.perturbations import PERTURBATIONS, conf_ods_direction, ods_direction
+from ensdistill.students import Step
 
 TEMPERATURE = 2.5
 
@@ -128,7 +123,7 @@ def test_zero_gradient_gives_zero_not_nan(direction):
     assert torch.equal(epsilon, torch.zeros(2, 3, 2, 2))
 
 
-def test_w_is_uniform_in_minus_one_to_one(linear, monkeypatch):
+def test_w_is_uniform_in_minus_one_to_one():
     # With one-dimensional inputs and two classes only the sign of w₁ − w₂ shows: half and half.
     teacher = LinearTeacher(torch.tensor([[1.0], [-1.0]]), torch.zeros(2))
     epsilon = ods_direction(
@@ -138,27 +133,60 @@ def test_w_is_uniform_in_minus_one_to_one(linear, monkeypatch):
     assert epsilon.mean().item() == pytest.approx(0, abs=0.05)
 
 
-def test_gaussian_has_unit_variance():
-    epsilon = gaussian_direction(None, torch.zeros(10, 3, 50, 50), 1.0)
-    assert epsilon.std().item() == pytest.approx(1, abs=0.01)
+def step_at(x, teachers, seed=5):
+    generators = (torch.Generator().manual_seed(seed) for _ in range(2))
+    return Step(None, teachers, x, None, 0.0, *generators)
 
 
-@pytest.mark.parametrize("name", PERTURBATIONS)
-def test_perturb_clips_and_steps_by_eta(name, linear):
-    teachers = [linear, linear]
+ETA = {"eta": 0.05}
+OPTIONS = {
+    "none": {},
+    "gaussian": ETA,
+    "ods": {**ETA, "temperature": TEMPERATURE},
+    "conf_ods": {**ETA, "temperature": TEMPERATURE},
+}
+
+
+def test_gaussian_steps_have_standard_deviation_eta(linear):
+    x = torch.full((10, 3, 50, 50), 0.5)
+    moved = PERTURBATIONS["gaussian"](step_at(x, [linear]), eta=0.02)
+    assert ((moved - x) / 0.02).std().item() == pytest.approx(1, abs=0.01)
+    assert (moved - x).mean().item() == pytest.approx(0, abs=0.001)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_perturbation_clips_and_steps_by_eta(name, linear):
+    other = LinearTeacher(linear.weight.flip(0, 1), linear.bias)
     x = torch.rand(8, 3, 2, 2, dtype=torch.float64)
     x[0], x[1] = 0, 1
-    settings = {"eta": 0.05, "temperature": TEMPERATURE}
-    ours = perturb(name, teachers, x, generator=torch.Generator().manual_seed(5), **settings)
-    generator = torch.Generator().manual_seed(5)
-    torch.randint(2, (), generator=generator)
-    epsilon = PERTURBATIONS[name](linear, x, TEMPERATURE, generator=generator)
+    step = step_at(x, [linear, other])
+    ours = PERTURBATIONS[name](step, **OPTIONS[name])
+    if name == "none":
+        assert ours is x
+        return
+    generator, host = (torch.Generator().manual_seed(5) for _ in range(2))
+    source = [linear, other][torch.randint(2, (), generator=host).item()]
+    if name == "gaussian":
+        epsilon = torch.empty_like(x).normal_(generator=generator)
+    else:
+        w = torch.empty(8, 5, dtype=x.dtype).uniform_(-1, 1, generator=generator)
+        directions, confidences = closed_form(source, x, w, TEMPERATURE)
+        epsilon = torch.tensor(directions)
+        if name == "conf_ods":
+            epsilon *= torch.tensor(confidences)[:, None, None, None]
     torch.testing.assert_close(ours, torch.clamp(x + 0.05 * epsilon, 0, 1))
+    assert (ours - x).abs().max() > 0.05
     assert ours.min() >= 0
     assert ours.max() <= 1
 
 
-def test_perturb_draws_every_teacher_as_source_anew_each_time(x):
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_step_of_size_0_gives_the_images_themselves(name, linear, x):
+    options = {key: 0.0 if key == "eta" else value for key, value in OPTIONS[name].items()}
+    assert PERTURBATIONS[name](step_at(x, [linear]), **options) is x
+
+
+def test_every_teacher_is_the_source_anew_each_time(x):
     used = []
 
     class Spy(LinearTeacher):
@@ -167,9 +195,9 @@ def test_perturb_draws_every_teacher_as_source_anew_each_time(x):
             return super().forward(x)
 
     teachers = [Spy(torch.randn(5, 12).double(), torch.zeros(5).double()) for _ in range(3)]
-    generator = torch.Generator().manual_seed(0)
+    step = step_at(x, teachers)
     for _ in range(300):
-        perturb("ods", teachers, x, eta=0.1, temperature=1.0, generator=generator)
+        PERTURBATIONS["ods"](step, eta=0.1, temperature=1.0)
     counts = [used.count(teacher) for teacher in teachers]
     assert sum(counts) == 300
     assert min(counts) > 70

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from benchmarks import plain
 from benchmarks.measurements import steps
 from benchmarks.rows import Bench, table
-from benchmarks.workloads import DISTILLATION, RECIPE, Shape, Workload
+from benchmarks.workloads import CONF_ODS, DISTILLATION, FROM_LABELS, RECIPE, Shape, Workload, sgd
+from ensdistill.learning import learning, train_step
 from ensdistill.networks import fold_batch_norms
-from ensdistill.objectives import cross_entropy, student_objective
-from ensdistill.training import sgd, train_step
+from ensdistill.students import Step
 
 CPU = torch.device("cpu")
 SHAPES = {
@@ -47,25 +47,24 @@ def plain_sgd(network):
 def test_steps_of_a_student_equal_the_plain_ones(workload, dtype, form):
     networks = workload.networks
     student, plain_student = (
-        networks[name].to(dtype).train() for name in ("student", "plain_student")
+        networks[name].to(dtype).train() for name in ("batch_ensemble", "plain_student")
     )
     plain_teachers = [it.to(dtype) for it in networks["plain_teachers"]]
     teachers = []
     for teacher in plain_teachers:  # folded in the precision in which they are compared
-        network = workload.build().to(dtype).eval().requires_grad_(False)
+        network = workload.build("single").network.to(dtype).eval().requires_grad_(False)
         network.load_state_dict(teacher.state_dict())
         teachers.append(fold_batch_norms(network))
-    objective = student_objective(
-        teachers, objective="one_to_one", perturbation="conf_ods", **DISTILLATION
-    )
-    optimizer, plain_optimizer = sgd(student, **RECIPE), plain_sgd(plain_student)
-    ours, theirs = (torch.Generator().manual_seed(5) for _ in range(2))
+    how = learning(teachers, **CONF_ODS)
+    optimizer, plain_optimizer = sgd(student), plain_sgd(plain_student)
+    ours, theirs, host, its_host = (torch.Generator().manual_seed(5) for _ in range(4))
     batches = workload.batches(6)
     for _ in range(3):
         x, y = next(batches)
         x = x.to(dtype)
-        measured = train_step(student, objective, optimizer, x, y, ours, "fp32")
-        source = torch.randint(len(teachers), (), generator=theirs).item()
+        step = Step(student, teachers, x, y, 0.0, ours, host)
+        measured = train_step(step, how, optimizer, "fp32")
+        source = torch.randint(len(teachers), (), generator=its_host).item()
         w = torch.empty(len(x), 10, dtype=dtype).uniform_(-1, 1, generator=theirs)
         loss, logits = plain.student_loss(
             plain_student, plain_teachers, source, w, x, y, **DISTILLATION
@@ -73,28 +72,30 @@ def test_steps_of_a_student_equal_the_plain_ones(workload, dtype, form):
         plain_loss, _ = plain.train_step(loss, logits, y, plain_optimizer)
         close(measured["loss"].item(), plain_loss, dtype)
         for key, value in plain_student.state_dict().items():
-            close(student.state_dict()[key], value, dtype)
+            close(student.network.state_dict()[key], value, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_steps_of_a_teacher_equal_the_plain_ones(workload, dtype):
-    network, other = (workload.networks[it].to(dtype).train() for it in ("single", "plain_single"))
-    optimizer, plain_optimizer = sgd(network, **RECIPE), plain_sgd(other)
+    single, other = (workload.networks[it].to(dtype).train() for it in ("single", "plain_single"))
+    optimizer, plain_optimizer = sgd(single), plain_sgd(other)
     batches = workload.batches(6)
     for _ in range(3):
         x, y = next(batches)
         x = x.to(dtype)
-        measured = train_step(network, cross_entropy, optimizer, x, y, workload.generator, "fp32")
+        step = Step(single, [], x, y, 0.0, workload.generator, workload.host)
+        measured = train_step(step, learning([], **FROM_LABELS), optimizer, "fp32")
         logits = other(x)
         loss, accuracy = plain.train_step(F.cross_entropy(logits, y), logits, y, plain_optimizer)
         close(measured["loss"].item(), loss, dtype)
         assert measured["accuracy"].item() == pytest.approx(100 * accuracy)
         for key, value in other.state_dict().items():
-            close(network.state_dict()[key], value, dtype)
+            close(single.network.state_dict()[key], value, dtype)
 
 
 def test_folded_batch_norms_change_no_logits_and_no_input_gradients(workload):
-    network, other = (workload.networks[it].double().eval() for it in ("single", "plain_single"))
+    single, other = (workload.networks[it].double().eval() for it in ("single", "plain_single"))
+    network = single.network
     torch.manual_seed(1)
     for norm in (it for it in network.modules() if isinstance(it, torch.nn.BatchNorm2d)):
         for tensor in (norm.weight, norm.bias, norm.running_mean):

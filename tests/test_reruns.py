@@ -78,6 +78,28 @@ def all_but_one_method(project):
     project.change("studies", "tiny", "methods", value=methods)
 
 
+def own_architecture_and_recipe(project):
+    student = {"name": "batch_ensemble", "architecture": {"name": "resnet14", "width": 4}}
+    setting("methods", "kd", "student", value=student)(project)
+    setting("methods", "be", "recipe", value={"epochs": 4})(project)
+
+
+def one_more_of_each(project):
+    """An entry in every registry, with the code that it names."""
+    for file, registry, name in (
+        ("students", "STUDENTS: dict[str, type[Student]] = {", "build_student"),
+        ("objectives", "OBJECTIVES: dict[str, Callable[..., Parts]] = {", "distillation"),
+        ("perturbations", "PERTURBATIONS: dict[str, Callable[..., Tensor]] = {", "ods_direction"),
+        ("networks", "ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {", "BasicBlock"),
+    ):
+        function = f"def another(*arguments):\n    return {name}(*arguments)\n\n\n"
+        entry = f'{function}{registry}"another": another, '
+        project.edit(f"ensdistill/{file}.py", registry, entry)
+    project.edit(
+        "ensdistill/methods.py", "ARCHITECTURES = {", 'ARCHITECTURES = {"another": ("another", 2),'
+    )
+
+
 def another_study(project):
     project.change("studies", "other", value=TINY)
     project.change("run", value=["tiny", "other"])
@@ -102,18 +124,20 @@ def other_environment(project):
     conda.chmod(0o755)
 
 
+OWN = {*of_method("kd"), *of_method("be"), *OF_STUDENTS}
 WEIGHTS = "teachers/0/weights.safetensors"
 NOTHING = set()
 ROWS = {
     # config.yaml
     "η of one method": (
-        setting("methods", "kd_conf_ods", "eta", value="20/255"),
+        setting("methods", "kd_conf_ods", "perturbation", value={"name": "conf_ods", "eta": 0.1}),
         of_method("kd_conf_ods") | OF_STUDENTS,
     ),
     "τ of one method": (
-        setting("methods", "kd", "temperature", value=3.0),
+        setting("methods", "kd", "objective", value={"name": "one_to_one", "temperature": 3.0}),
         of_method("kd") | OF_STUDENTS,
     ),
+    "a method's own `architecture` or `recipe`": (own_architecture_and_recipe, OWN),
     "η of the study": (
         setting("distillation", "eta", value="20/255"),
         of_method("kd_conf_ods") | OF_STUDENTS | OF_TEACHERS,
@@ -130,7 +154,7 @@ ROWS = {
         setting("student", value={**RECIPE, "epochs": 4}),
         STUDENTS | AFTER_STUDENTS | REDRAWN,
     ),
-    "`network`, `augmentation`, `precision`": (setting("precision", value="bf16"), TRAINING),
+    "`architecture`, `augmentation`, `precision`": (setting("precision", value="bf16"), TRAINING),
     "more `student_seeds`": (
         setting("student_seeds", value=3),
         {*OF_STUDENTS, *REDRAWN}.union(*(of_method(m, (1, 2)) for m in METHODS)),
@@ -181,8 +205,13 @@ ROWS = {
     ),
     "a perturbation's formula": (
         code("ensdistill/perturbations.py", "** 0.5 /", "** 0.25 /"),
-        {*STUDENTS, *AFTER_STUDENTS, *OF_TEACHERS},
+        of_method("kd_conf_ods") | OF_STUDENTS | OF_TEACHERS,
     ),
+    "an objective's formula": (
+        code("ensdistill/objectives.py", "return probs.mean(0)", "return 1.0 * probs.mean(0)"),
+        of_method("kd_single") | OF_STUDENTS,
+    ),
+    "an objective, a student, a perturbation or an architecture more": (one_more_of_each, NOTHING),
     "how networks are trained": (
         code("ensdistill/training.py", "peaks = [", "peaks = [1.0 * "),
         TRAINING,
@@ -205,7 +234,7 @@ ROWS = {
         NOTHING,
     ),
     "a checkout of the same code": (
-        lambda project: os.utime(project.folder / "workflow_scripts/teacher.py"),
+        lambda project: os.utime(project.folder / "workflow_scripts/train.py"),
         NOTHING,
     ),
     "the version of ensdistill": (
@@ -232,6 +261,30 @@ ROWS = {
 }
 WITHOUT = [row for row, (_, reruns) in ROWS.items() if reruns == NOTHING]
 MACHINE = ["--sdm", "conda", "--set-threads", "student=2", "--set-resources", "student:gpu=2"]
+
+
+ENTRIES = {  # what is changed, and what learns by it
+    "labels": (
+        code("ensdistill/objectives.py", "loss = member_", "loss = 1.0 * member_"),
+        TRAINING,
+    ),
+    "conf_ods": (
+        code("ensdistill/perturbations.py", "epsilon * probs.amax", "epsilon / probs.amax"),
+        of_method("kd_conf_ods") | OF_STUDENTS | OF_TEACHERS,
+    ),
+    "one_to_one": (
+        code("ensdistill/objectives.py", "lambda probs: probs,", "lambda probs: 1.0 * probs,"),
+        of_method("kd") | of_method("kd_conf_ods") | OF_STUDENTS,
+    ),
+    "wrn": (code("ensdistill/networks.py", "2 * width * widen", "3 * width * widen"), NOTHING),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_changed_entry_reruns_what_uses_it(entry, changed):
+    change, reruns = ENTRIES[entry]
+    change(changed)
+    assert changed.planned() == reruns
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row not in WITHOUT])

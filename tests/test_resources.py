@@ -8,8 +8,9 @@ import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ensdistill.learning import learning
 from ensdistill.networks import build_network
-from ensdistill.objectives import cross_entropy, student_objective
+from ensdistill.students import Step, build_student
 from ensdistill.studies import read_configuration
 from tests.project import REPOSITORY, Project
 
@@ -61,24 +62,26 @@ class Operations(TorchDispatchMode):
         return out
 
 
-def operations(objective, ensemble_size):
+def operations(parts, teachers):
     """Of a training step, per image."""
-    network = build_network("resnet32", 10, ensemble_size=ensemble_size)
+    architecture = {**parts["architecture"], "num_classes": 10}
+    student = build_student(**parts["student"], architecture=architecture, members=parts["members"])
     x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
+    step = Step(student, teachers, x, y, 0.0, torch.Generator(), torch.Generator())
+    how = learning(teachers, parts["objective"], parts["perturbation"])
     with Operations() as operations:
-        objective(network, x, y, torch.Generator())["loss"].backward()
+        how.objective(step, how.perturbation(step))["loss"].backward()
     return operations.count / len(x)
 
 
 def test_time_for_training_follows_the_operations_that_pytorch_counts(jobs):
     teachers = [build_network("resnet32", 10).eval().requires_grad_(False) for _ in range(4)]
-    steps = {"teachers/0": (cross_entropy, 1)}
-    for method in ("be", "kd_single", "kd", "kd_conf_ods"):
-        members = 1 if method == "kd_single" else 4
-        steps[f"students/{method}/0"] = student_objective(teachers, **STUDY.method(method)), members
-    for network, step in steps.items():
+    steps = {"teachers/0": STUDY.parts()}
+    for method in ("be", "kd_single", "kd", "kd_gaussian", "kd_conf_ods"):
+        steps[f"students/{method}/0"] = STUDY.parts(method)
+    for network, parts in steps.items():
         _, minutes = jobs[network]
-        counted = operations(*step) * IMAGES * 300 / 4e12 / 60
+        counted = operations(parts, teachers) * IMAGES * 300 / 4e12 / 60
         assert minutes == pytest.approx(20 + counted, rel=0.15), network
 
 

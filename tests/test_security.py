@@ -30,10 +30,11 @@ from ensdistill import InputError, sources
 from ensdistill.files import write_hdf5
 from ensdistill.images import read_description, read_images
 from ensdistill.logits import read_attributes, read_logits, splits_of
-from ensdistill.networks import build_network, load_network, read_header, save_network
 from ensdistill.shift import KINDS, write_shifted
 from ensdistill.sources import SOURCES, folder
+from ensdistill.students import build_student
 from ensdistill.studies import read_configuration
+from ensdistill.weights import load_student, read_header, save_student
 from tests.builders import (
     encode,
     fails,
@@ -115,7 +116,7 @@ def read_one(data, tmp_path, name="0.png", size=None):
 # --- code in files ---------------------------------------------------------------------------
 
 READERS = {
-    "weights.safetensors": [load_network, read_header],
+    "weights.safetensors": [load_student, read_header],
     "images.h5": [lambda path: read_images(path, "test"), read_description],
     "logits.h5": [lambda path: read_logits(path, "test"), splits_of, read_attributes],
     "images.tar": [lambda path: folder(path=str(path), size=None)],
@@ -245,8 +246,7 @@ def test_no_code_of_this_repository_runs_what_it_reads():
 # --- weights ---------------------------------------------------------------------------------
 
 ARCHITECTURE = {
-    "name": "resnet8", "num_classes": 4, "in_channels": 1, "ensemble_size": 2, "width": 4,
-    "mean": [0.3], "std": [0.2],
+    "name": "resnet8", "num_classes": 4, "in_channels": 1, "width": 4, "mean": [0.3], "std": [0.2]
 }  # fmt: skip
 
 
@@ -260,7 +260,7 @@ ARCHITECTURE = {
         {"width": 10**9},
         {"num_classes": 10**8},
         {"num_classes": 10**12},
-        {"ensemble_size": 10**9},
+        {"ensemble_size": 2},
         {"in_channels": 10**9, "mean": None},
         {"in_channels": 10**12},
         {"num_classes": -1},
@@ -269,11 +269,49 @@ ARCHITECTURE = {
         {"device": "cuda"},
     ],
 )
-def test_weights_that_ask_for_another_network_take_no_memory(tmp_path, change):
-    path = tmp_path / "weights.safetensors"
+def test_weights_that_ask_for_another_architecture_take_no_memory(tmp_path, change):
     architecture = {k: v for k, v in {**ARCHITECTURE, **change}.items() if v is not None}
-    save_network(path, build_network(**ARCHITECTURE), architecture, {})
-    assert refusal(load_network, path).startswith(f"{path}: its weights fit no network")
+    assert_unfitting(tmp_path / "weights.safetensors", {"architecture": architecture})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"members": 10**9},
+        {"members": 10**20},
+        {"members": -1},
+        {"members": "2"},
+        {"members": None},
+        {"members": 1},
+        {"name": "single"},
+        {"name": "forest"},
+        {"name": ["batch_ensemble"]},
+        {"name": "__class__"},
+        {"device": "cuda"},
+        {"architecture": "resnet8"},
+        {"architecture": []},
+        {"architecture": None},
+        {"architecture": {}},
+    ],
+)
+def test_weights_that_ask_for_another_student_take_no_memory(tmp_path, change):
+    assert_unfitting(tmp_path / "weights.safetensors", change)
+
+
+@pytest.mark.parametrize("spec", [None, [], "batch_ensemble", 3, {}])
+def test_weights_whose_spec_is_none_are_refused(tmp_path, spec):
+    path = tmp_path / "weights.safetensors"
+    student = build_student("batch_ensemble", ARCHITECTURE, members=2)
+    student.spec = spec
+    save_student(path, student, {})
+    assert refusal(load_student, path).startswith(f"{path}: its weights fit no network")
+
+
+def assert_unfitting(path, change):
+    student = build_student("batch_ensemble", ARCHITECTURE, members=2)
+    student.spec = {**student.spec, **change}
+    save_student(path, student, {})
+    assert refusal(load_student, path).startswith(f"{path}: its weights fit no network")
 
 
 def safetensors(header, data=b"", length=None):
@@ -303,7 +341,7 @@ def tensor(start, end, shape, dtype="F32"):
 def test_a_header_that_lies_is_refused(tmp_path, content):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(content)
-    for read in (load_network, read_header):
+    for read in (load_student, read_header):
         assert refusal(read, path).startswith(f"{path}: damaged, or not weights of this package")
 
 

@@ -9,7 +9,8 @@ import yaml
 from pydantic import ValidationError
 
 from ensdistill import InputError
-from ensdistill.studies import Configuration, Study, parse_network_name, read_configuration
+from ensdistill.methods import OLD_KEYS, Recipe, parse_architecture
+from ensdistill.studies import Configuration, Study, read_configuration
 
 ROOT = Path(__file__).parent.parent
 GOOD = {
@@ -24,7 +25,7 @@ GOOD = {
 
 
 def changed(place, value):
-    """The good configuration with one value, at a place such as "network.name", set."""
+    """The good configuration with one value, at a place such as "architecture.name", set."""
     config = copy.deepcopy(GOOD)
     *path, last = place.split(".")
     node = config["studies"]["digits"]
@@ -73,7 +74,8 @@ def test_the_module_prints_the_exported_schema():
 def test_every_key_and_section_of_the_schema_is_described():
     schema = Configuration.model_json_schema()
     sections = {"Configuration": schema, **schema["$defs"]}
-    assert set(sections) >= {"Study", "Images", "Network", "Recipe", "Method", "Distillation"}
+    assert set(sections) >= {"Study", "Images", "Architecture", "Recipe", "Method", "ODS"}
+    assert set(sections) >= {"Distillation", "RecipeChanges", "Single", "OneToOne"}
     bare = [
         f"{section}.{key}"
         for section, content in sections.items()
@@ -102,14 +104,15 @@ def test_reading_a_configuration_needs_no_torch():
 # --- complaints ------------------------------------------------------------------------------
 
 UNKNOWN_KEYS = [
-    ("network.nmae", "resnet8", "unknown key 'network.nmae'; did you mean 'name'?"),
+    ("architecture.nmae", "resnet8", "unknown key 'architecture.nmae'; did you mean 'name'?"),
     ("memebers", 4, "unknown key 'memebers'; did you mean 'members'?"),
     ("teacher.learningrate", 0.1, "'teacher.learningrate'; did you mean 'learning_rate'?"),
     ("student.epoch", 3, "unknown key 'student.epoch'; did you mean 'epochs'?"),
     ("methods.kd.perturbaton", "ods", "'methods.kd.perturbaton'; did you mean 'perturbation'?"),
     ("methods.ods.lable", "KD", "'methods.ods.lable'; did you mean 'label'?"),
     ("images.colour", "red", "unknown key 'images.colour'; known are source, path, size, train"),
-    ("zzz", 1, "unknown key 'zzz'; known are images, corruptions, out_of_distribution, network"),
+    ("zzz", 1, "unknown key 'zzz'; known are images, corruptions, out_of_distribution, archit"),
+    ("methods.kd.recipe.epoch", 3, "'methods.kd.recipe.epoch'; did you mean 'epochs'?"),
 ]
 WRONG_TYPES = [
     ("members", "4"),
@@ -127,8 +130,10 @@ WRONG_TYPES = [
     ("distillation.temperature", "4"),
     ("distillation.eta", True),
     ("distillation.eta", [1, 255]),
-    ("network", "resnet8"),
-    ("network.name", 8),
+    ("architecture", 8),
+    ("architecture", None),
+    ("architecture.name", 8),
+    ("student_architecture", ["resnet8"]),
     ("images", None),
     ("images.path", 5),
     ("images.path", [5]),
@@ -137,6 +142,12 @@ WRONG_TYPES = [
     ("methods.kd", "KD"),
     ("methods.kd.label", 5),
     ("methods.kd.label", ["x" * 1000]),
+    ("methods.kd.student", None),
+    ("methods.kd.objective", 5),
+    ("methods.kd.perturbation", ["ods"]),
+    ("methods.kd.recipe", "cosine"),
+    ("methods.kd.recipe", None),
+    ("methods.kd.recipe.learning_rate", "fast"),
 ]
 OUT_OF_RANGE = [
     ("members", 1),
@@ -148,7 +159,8 @@ OUT_OF_RANGE = [
     ("images.size", 0),
     ("images.seed", -1),
     ("images.seed", 2**32),
-    ("network.width", 0),
+    ("architecture.width", 0),
+    ("student_architecture.width", -1),
     ("augmentation.crop_padding", -1),
     ("teacher.epochs", 0),
     ("teacher.batch_size", 0),
@@ -167,19 +179,21 @@ OUT_OF_RANGE = [
     ("distillation.eta", float("inf")),
     ("distillation.eta", float("nan")),
     ("methods", {}),
-    ("methods.kd.alpha", 2),
-    ("methods.kd.temperature", -1.0),
-    ("methods.kd.eta", -0.1),
+    ("methods.kd.recipe.epochs", 0),
+    ("methods.kd.recipe.momentum", 1),
 ]
 NO_SUCH_CHOICE = [
     ("images.source", "mnist", "'svhn', 'tinyimagenet' or 'folder', not \"mnist\""),
     ("out_of_distribution.source", "mnist", "'tinyimagenet' or 'folder', not \"mnist\""),
     ("corruptions.source", "c", "'copies' or 'official', not \"c\""),
-    ("methods.kd.perturbation", "odz", "'none', 'gaussian', 'ods' or 'conf_ods', not \"odz\""),
-    ("methods.kd.objective", "mse", "'cross_entropy', 'one_to_one' or 'ensemble_mean'"),
-    ("methods.kd.network", "big", "'batch_ensemble' or 'single'"),
+    ("methods.kd.perturbation", "odz", 'name "odz"; known are none, gaussian, ods, conf_ods'),
+    ("methods.kd.objective", "mse", 'name "mse"; known are one_to_one, ensemble_mean, labels'),
+    ("methods.kd.student", "big", 'unknown name "big"; known are batch_ensemble, single'),
+    ("methods.kd.student", {"name": "big"}, 'unknown name "big"; known are batch_ensemble, single'),
+    ("methods.kd.paper", "kd_odz", "'kd_gaussian', 'kd_ods' or 'kd_conf_ods', not \"kd_odz\""),
+    ("methods.kd.recipe.schedule", "step", "'warmup_linear' or 'cosine'"),
     ("student.schedule", "step", "'warmup_linear' or 'cosine'"),
-    ("precision", "fp16", "'fp32' or 'bf16'"),
+    ("precision", "fp16", "'fp32', 'tf32' or 'bf16', not \"fp16\""),
 ]
 
 
@@ -192,7 +206,96 @@ def test_an_unknown_key_is_named_with_what_may_be_meant(place, value, expected):
 
 @pytest.mark.parametrize(("place", "value"), WRONG_TYPES + OUT_OF_RANGE)
 def test_a_wrong_value_is_named_with_study_and_key(place, value):
-    assert complaint(changed(place, value)).startswith(f"config.yaml, study 'digits': {place}: ")
+    message = complaint(changed(place, value))
+    assert message.startswith(f"config.yaml, study 'digits': {place}: ")
+    assert "object to" not in message
+    assert "instance" not in message
+
+
+OF_A_METHOD = [
+    ({"objective": {"name": "one_to_one", "alpha": 2}}, "objective.alpha: input should be less"),
+    ({"objective": {"name": "ensemble_mean", "temperature": -1.0}}, "objective.temperature: "),
+    ({"objective": {"name": "one_to_one", "temperature": "4"}}, "objective.temperature: input sh"),
+    ({"perturbation": {"name": "ods", "eta": -0.1}}, "perturbation.eta: input should be greater"),
+    ({"perturbation": {"name": "ods", "eta": "1/0"}}, "perturbation.eta: '1/0' is neither"),
+    ({"perturbation": {"name": "conf_ods", "temperature": 0}}, "perturbation.temperature: input"),
+    ({"perturbation": {"eta": 0.1}}, "perturbation: the key 'name' is missing"),
+    ({"objective": {}}, "objective: the key 'name' is missing"),
+    (
+        {"student": {"name": "single", "architecture": "resnet31"}},
+        "student.architecture.name: 'resnet31' does not exist",
+    ),
+    (
+        {"student": {"name": "batch_ensemble", "architecture": {"width": 0}}},
+        "student.architecture.width: input should be greater",
+    ),
+]
+UNKNOWN_OPTIONS = [
+    ({"objective": {"name": "one_to_one", "alfa": 0.5}}, "objective.alfa'; did you mean 'alpha'?"),
+    ({"objective": {"name": "labels", "alpha": 0.5}}, "objective.alpha'; known are name"),
+    ({"perturbation": {"name": "ods", "etta": 0.1}}, "perturbation.etta'; did you mean 'eta'?"),
+    ({"perturbation": {"name": "none", "eta": 0.1}}, "perturbation.eta'; known are name"),
+    (
+        {"perturbation": {"name": "gaussian", "temperature": 2.0}},
+        "perturbation.temperature'; known are name, eta",
+    ),
+    (
+        {"student": {"name": "single", "archtecture": "resnet8"}},
+        "student.archtecture'; did you mean 'architecture'?",
+    ),
+    (
+        {"student": {"name": "single", "architecture": {"nmae": "resnet8"}}},
+        "student.architecture.nmae'; did you mean 'name'?",
+    ),
+]
+
+
+@pytest.mark.parametrize(("own", "expected"), OF_A_METHOD)
+def test_a_wrong_option_of_a_methods_part_is_named(own, expected):
+    message = complaint(changed("methods.kd", {"label": "KD", **own}))
+    assert message.startswith(f"config.yaml, study 'digits': methods.kd.{expected}")
+
+
+@pytest.mark.parametrize(("own", "expected"), UNKNOWN_OPTIONS)
+def test_an_option_that_a_part_does_not_have_is_named_with_those_it_has(own, expected):
+    message = complaint(changed("methods.kd", {"label": "KD", **own}))
+    assert message == f"config.yaml, study 'digits': unknown key 'methods.kd.{expected}"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "expected"),
+    [
+        ("network", {"name": "resnet8"}, "'network' is now 'architecture'"),
+        ("network", "resnet8", "'network' is now 'architecture'"),
+        ("methods.kd.network", "single", "methods.kd: 'network' is now 'student'"),
+        ("methods.kd.alpha", 0.5, "methods.kd: 'alpha' is now an option of the objective: {name:"),
+        ("methods.kd.temperature", 2.0, "methods.kd: 'temperature' is now an option of the obj"),
+        ("methods.kd.eta", "1/255", "methods.kd: 'eta' is now an option of the perturbation: {n"),
+        (
+            "methods.kd.objective",
+            "cross_entropy",
+            "methods.kd: objective 'cross_entropy' is now 'l",
+        ),
+        (
+            "methods.kd.objective",
+            {"name": "cross_entropy"},
+            "methods.kd: objective 'cross_entropy' is now 'labels'",
+        ),
+    ],
+)
+def test_a_key_of_an_earlier_version_is_answered_with_the_new_one(place, value, expected):
+    message = complaint(changed(place, value))
+    assert message.startswith(f"config.yaml, study 'digits': {expected}")
+
+
+def test_the_new_places_of_old_keys_can_be_written_as_told():
+    """The examples in those answers are valid, and mean what they say."""
+    examples = [yaml.safe_load(told.partition(": ")[2]) for told in OLD_KEYS.values()]
+    (student, alpha, tau, eta) = examples
+    assert student is None  # 'student' itself
+    assert read_one("methods.kd.objective", alpha).parts("kd")["objective"]["alpha"] == 0.9
+    assert read_one("methods.kd.objective", tau).parts("kd")["objective"]["temperature"] == 4.0
+    assert read_one("methods.kd.perturbation", eta).parts("kd")["perturbation"]["eta"] == 1 / 255
 
 
 @pytest.mark.parametrize(("place", "value", "expected"), NO_SUCH_CHOICE)
@@ -214,10 +317,16 @@ def test_an_eta_that_is_no_number_is_named(eta):
 @pytest.mark.parametrize(
     "name", ["resnet31", "resnet2", "wrn28", "wrn27x10", "vgg16", "", "wrn28x0"]
 )
-def test_an_impossible_network_is_named(name):
-    message = complaint(changed("network.name", name))
-    assert message.startswith("config.yaml, study 'digits': network: ")
-    assert repr(name) in message
+def test_an_impossible_architecture_is_named(name):
+    for place, value in (
+        ("architecture.name", name),
+        ("architecture", name),
+        ("student_architecture", name),
+    ):
+        message = complaint(changed(place, value))
+        key = place.removesuffix(".name")
+        assert message.startswith(f"config.yaml, study 'digits': {key}.name: ")
+        assert repr(name) in message
 
 
 TOGETHER = [
@@ -243,12 +352,28 @@ TOGETHER = [
     ({"methods": {"a": {}}}, "the key 'methods.a.label' is missing"),
     ({"methods": {"1a": {"label": "X"}}}, "methods.1a: string should match pattern"),
     (
-        {"methods": {"a": {"label": "X", "objective": "cross_entropy", "perturbation": "ods"}}},
-        "methods.a: objective 'cross_entropy' uses no perturbation",
+        {"methods": {"a": {"label": "X", "objective": "labels", "perturbation": "ods"}}},
+        "methods.a: objective 'labels' asks no teachers, so perturbation 'ods' has no use",
     ),
     (
-        {"methods": {"a": {"label": "X", "network": "single"}}},
-        "methods.a: objective 'one_to_one' needs network 'batch_ensemble'",
+        {"methods": {"a": {"label": "X", "student": "single"}}},
+        "methods.a: objective 'one_to_one' needs a student with members, such as 'batch_ensemble',"
+        " not 'single'",
+    ),
+    (
+        {"methods": {"a": {"label": "X", "paper": "kd"}, "b": {"label": "Y", "paper": "kd"}}},
+        "two of 'methods' have paper: kd",
+    ),
+    (
+        {"methods": {"a": {"label": "X", "recipe": {"epochs": 3}}}},
+        "methods.a.recipe: 'warmup_epochs' is larger than 'epochs'",
+    ),
+    (
+        {
+            "student": {"epochs": 4, "warmup_epochs": 4},
+            "methods": {"b": {"label": "Y"}, "a": {"label": "X", "recipe": {"warmup_epochs": 5}}},
+        },
+        "methods.a.recipe: 'warmup_epochs' is larger than 'epochs'",
     ),
 ]
 
@@ -305,12 +430,15 @@ def test_eta_is_a_number_or_a_fraction(given, meant):
     eta = read_one("distillation.eta", given).distillation.eta
     assert eta == meant
     assert isinstance(eta, float)
-    assert read_one("methods.kd.eta", given).methods["kd"].eta == meant
+    own = read_one("methods.kd.perturbation", {"name": "ods", "eta": given})
+    assert own.methods["kd"].perturbation.eta == meant
+    assert own.parts("kd")["perturbation"]["eta"] == meant
 
 
 def test_the_defaults_are_the_papers():
     study = Study()
-    assert (study.network.name, study.members, study.distillation.alpha) == ("resnet32", 4, 0.9)
+    assert study.architecture.model_dump() == {"name": "resnet32", "width": 16}
+    assert (study.members, study.distillation.alpha) == (4, 0.9)
     assert study.distillation.eta == 1 / 255
     assert (study.teacher.batch_size, study.teacher.learning_rate) == (256, 0.2)
     assert (study.student.batch_size, study.student.learning_rate) == (64, 0.05)
@@ -337,71 +465,167 @@ def test_a_study_cannot_be_changed():
 
 
 DISTILLATION = {"alpha": 0.5, "temperature": 2.0, "eta": "2/255"}
-ALL_OWN = {"alpha": 0.0, "temperature": 3.0, "eta": 0}
+SHARED = {"alpha": 0.5, "temperature": 2.0}
+MOVED = {"eta": 2 / 255, "temperature": 2.0}
 METHODS = [
+    ({}, {"name": "one_to_one", **SHARED}, {"name": "none"}),
+    ({"objective": "labels"}, {"name": "labels"}, {"name": "none"}),
     (
-        {"perturbation": "ods"},
-        {"perturbation": "ods", "alpha": 0.5, "temperature": 2.0, "eta": 2 / 255},
+        {"objective": "ensemble_mean", "student": "single"},
+        {"name": "ensemble_mean", **SHARED},
+        {"name": "none"},
     ),
     (
-        {"perturbation": "gaussian", **ALL_OWN},
-        {"perturbation": "gaussian", "alpha": 0.0, "temperature": 3.0, "eta": 0.0},
+        {"perturbation": "gaussian"},
+        {"name": "one_to_one", **SHARED},
+        {"name": "gaussian", "eta": 2 / 255},
+    ),
+    ({"perturbation": "ods"}, {"name": "one_to_one", **SHARED}, {"name": "ods", **MOVED}),
+    (
+        {"perturbation": {"name": "ods", "eta": 0}},
+        {"name": "one_to_one", **SHARED},
+        {"name": "ods", "eta": 0.0, "temperature": 2.0},
     ),
     (
-        {"perturbation": "conf_ods", "temperature": 3.0},
-        {"perturbation": "conf_ods", "alpha": 0.5, "temperature": 3.0, "eta": 2 / 255},
+        {"objective": {"name": "one_to_one", "alpha": 0.0}, "perturbation": "gaussian"},
+        {"name": "one_to_one", "alpha": 0.0, "temperature": 2.0},
+        {"name": "gaussian", "eta": 2 / 255},
     ),
-    ({}, {"alpha": 0.5, "temperature": 2.0}),
-    (ALL_OWN, {"alpha": 0.0, "temperature": 3.0}),
-    (
-        {"objective": "ensemble_mean", "network": "single"},
-        {"objective": "ensemble_mean", "alpha": 0.5, "temperature": 2.0},
+    (  # the perturbation's τ is the objective's
+        {"objective": {"name": "one_to_one", "temperature": 3.0}, "perturbation": "conf_ods"},
+        {"name": "one_to_one", "alpha": 0.5, "temperature": 3.0},
+        {"name": "conf_ods", "eta": 2 / 255, "temperature": 3.0},
     ),
-    ({"objective": "cross_entropy"}, {"objective": "cross_entropy"}),
-    ({"objective": "cross_entropy", **ALL_OWN}, {"objective": "cross_entropy"}),
+    (  # unless told
+        {
+            "objective": {"name": "one_to_one", "temperature": 3.0},
+            "perturbation": {"name": "conf_ods", "temperature": 5.0},
+        },
+        {"name": "one_to_one", "alpha": 0.5, "temperature": 3.0},
+        {"name": "conf_ods", "eta": 2 / 255, "temperature": 5.0},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("own", "expected"), METHODS)
-def test_a_method_has_its_own_settings_or_the_studys_and_only_those_it_uses(own, expected):
+@pytest.mark.parametrize(("own", "objective", "perturbation"), METHODS)
+def test_a_method_has_its_own_options_or_the_studys_and_only_those_it_uses(
+    own, objective, perturbation
+):
     config = changed("distillation", DISTILLATION)
     config["studies"]["digits"]["methods"]["kd"].update(own)
-    settings = read_configuration(config).studies["digits"].method("kd")
-    assert settings == {"objective": "one_to_one", "perturbation": "none", **expected}
+    parts = read_configuration(config).studies["digits"].parts("kd")
+    assert parts["objective"] == objective
+    assert parts["perturbation"] == perturbation
+    assert parts["members"] == (1 if own.get("student") == "single" else 4)
+    assert parts["student"] == {"name": own.get("student", "batch_ensemble")}
 
 
-# --- networks --------------------------------------------------------------------------------
+@pytest.mark.parametrize("axis", ["student", "objective", "perturbation"])
+def test_a_name_alone_is_a_section_without_options(axis):
+    names = {"student": "batch_ensemble", "objective": "ensemble_mean", "perturbation": "ods"}
+    ways = names[axis], {"name": names[axis]}
+    alone, section = (read_one(f"methods.kd.{axis}", way) for way in ways)
+    assert alone == section
+    assert getattr(alone.methods["kd"], axis).name == names[axis]
+
+
+@pytest.mark.parametrize(
+    ("of_students", "of_method", "expected"),
+    [
+        (None, None, {"name": "resnet8", "width": 16}),
+        ("resnet14", None, {"name": "resnet14", "width": 16}),
+        (None, {"name": "wrn10x2", "width": 4}, {"name": "wrn10x2", "width": 4}),
+        ({"name": "resnet14", "width": 8}, "resnet20", {"name": "resnet20", "width": 16}),
+    ],
+)
+def test_the_architecture_is_the_methods_or_the_students_or_the_teachers(
+    of_students, of_method, expected
+):
+    config = changed("architecture", "resnet8")
+    study = config["studies"]["digits"]
+    study["student_architecture"] = of_students
+    if of_method:
+        study["methods"]["kd"]["student"] = {"name": "batch_ensemble", "architecture": of_method}
+    read = read_configuration(config).studies["digits"]
+    assert read.parts("kd")["architecture"] == expected
+    others = {"name": "resnet8", "width": 16} if of_students is None else None
+    assert others is None or read.parts("be")["architecture"] == others
+    assert read.parts()["architecture"] == {"name": "resnet8", "width": 16}
+
+
+def test_a_teacher_is_a_single_network_that_learns_from_labels():
+    assert Study().parts() == {
+        "student": {"name": "single"},
+        "members": 1,
+        "architecture": {"name": "resnet32", "width": 16},
+        "objective": {"name": "labels"},
+        "perturbation": {"name": "none"},
+        "prediction": "mixture",
+    }
+
+
+def test_a_methods_recipe_is_the_students_with_its_changes():
+    own = {"epochs": 7, "schedule": "cosine", "weight_decay": None}
+    config = changed("student", {"epochs": 50, "weight_decay": 1e-3})
+    config["studies"]["digits"]["methods"]["kd"]["recipe"] = own
+    study = read_configuration(config).studies["digits"]
+    expected = Recipe(epochs=7, schedule="cosine", weight_decay=1e-3)
+    assert study.recipe("kd") == expected
+    assert study.recipe("be") == Recipe(epochs=50, weight_decay=1e-3) == study.student
+
+
+def test_every_setting_of_a_recipe_can_be_a_methods_own():
+    changes = {
+        "epochs": 9, "batch_size": 3, "learning_rate": 0.5, "momentum": 0.1, "weight_decay": 0.2,
+        "schedule": "cosine", "warmup_epochs": 2, "validate_every": 4,
+    }  # fmt: skip
+    assert changes.keys() == Recipe.model_fields.keys()
+    assert read_one("methods.kd.recipe", changes).recipe("kd") == Recipe(**changes)
+
+
+def test_teachers_are_analysed_at_the_papers_perturbations_with_the_studys_options():
+    config = changed("distillation", DISTILLATION)
+    config["studies"]["digits"]["methods"]["kd"]["perturbation"] = {"name": "ods", "eta": "9/255"}
+    expected = {
+        "gaussian": {"name": "gaussian", "eta": 2 / 255},
+        "ods": {"name": "ods", **MOVED},
+        "conf_ods": {"name": "conf_ods", **MOVED},
+    }
+    assert read_configuration(config).studies["digits"].perturbations() == expected
+
+
+# --- architectures --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "parsed"),
     [
-        ("resnet8", ("resnet", 8, 1)),
-        ("resnet32", ("resnet", 32, 1)),
-        ("resnet-110", ("resnet", 110, 1)),
-        ("wrn10x1", ("wrn", 10, 1)),
-        ("wrn28x10", ("wrn", 28, 10)),
-        ("wrn-28-10", ("wrn", 28, 10)),
-        ("wrn16_4", ("wrn", 16, 4)),
+        ("resnet8", ("resnet", {"depth": 8})),
+        ("resnet32", ("resnet", {"depth": 32})),
+        ("resnet-110", ("resnet", {"depth": 110})),
+        ("wrn10x1", ("wrn", {"depth": 10, "widen": 1})),
+        ("wrn28x10", ("wrn", {"depth": 28, "widen": 10})),
+        ("wrn-28-10", ("wrn", {"depth": 28, "widen": 10})),
+        ("wrn16_4", ("wrn", {"depth": 16, "widen": 4})),
     ],
 )
-def test_a_network_name_gives_family_depth_and_factor(name, parsed):
-    assert parse_network_name(name) == parsed
+def test_a_name_gives_family_depth_and_factor(name, parsed):
+    assert parse_architecture(name) == parsed
 
 
 @pytest.mark.parametrize(
     "name",
     ["resnet31", "resnet2", "resnet", "resnet32x2", " resnet32", "wrn4x1", "wrn28x0", "wrn28"],
 )
-def test_a_network_that_does_not_exist_is_refused(name):
+def test_an_architecture_that_does_not_exist_is_refused(name):
     with pytest.raises(ValueError, match=name):
-        parse_network_name(name)
+        parse_architecture(name)
 
 
 def test_the_depths_that_exist_are_those_of_three_equal_stages():
     def exists(name):
         try:
-            return bool(parse_network_name(name))
+            return bool(parse_architecture(name))
         except ValueError:
             return False
 

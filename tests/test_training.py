@@ -12,32 +12,26 @@ from ensdistill import InputError, training
 from ensdistill.learning import learning, learning_rate_factor
 from ensdistill.methods import Recipe
 from ensdistill.networks import build_network
-from ensdistill.objectives import (
-    cross_entropy,
-    distillation,
-    distillation_loss,
-    student_objective,
-)
-from ensdistill.perturbations import PERTURBATIONS
-from ensdistill.students import Single, build_student
+from ensdistill.objectives import OBJECTIVES, distillation_loss
+from ensdistill.perturbations import PERTURBATIONS, conf_ods_direction, ods_direction
+from ensdistill.students import Single, Step, build_student
 from ensdistill.training import fit, is_validated, seeds
 
 M, ALPHA, TAU, ETA = 3, 0.7, 2.0, 0.05
+ARCHITECTURE = {"name": "resnet8", "num_classes": 5, "in_channels": 1, "width": 4}
+DISTILLATION = {"alpha": ALPHA, "temperature": TAU}
 
 
 @pytest.fixture
 def teachers():
     torch.manual_seed(0)
-    return [
-        build_network("resnet8", 5, in_channels=1, width=4).double().eval().requires_grad_(False)
-        for _ in range(M)
-    ]
+    return [build_network(**ARCHITECTURE).double().eval().requires_grad_(False) for _ in range(M)]
 
 
 @pytest.fixture
 def student():
     torch.manual_seed(1)
-    return build_network("resnet8", 5, in_channels=1, width=4, ensemble_size=M).double()
+    return build_student("batch_ensemble", ARCHITECTURE, M).double()
 
 
 @pytest.fixture
@@ -47,11 +41,16 @@ def batch():
     return x, torch.randint(0, 5, (4,), generator=generator)
 
 
+def step_of(student, teachers, x, y, seed=3):
+    generators = (torch.Generator().manual_seed(seed) for _ in range(2))
+    return Step(student, teachers, x, y, 0.0, *generators)
+
+
 def literal_loss(student, teachers, x, x_met, y, alpha, tau, mean_target=False):
     """SPEC-literal loops: member by member, image by image, class by class."""
-    members = student.ensemble_size
-    clean = student(torch.cat([x] * members))
-    met = clean if x_met is x else student(torch.cat([x_met] * members))
+    network, members = student.network, student.members
+    clean = network(torch.cat([x] * members))
+    met = clean if x_met is x else network(torch.cat([x_met] * members))
     total = 0.0
     for j in range(members):
         for n in range(len(x)):
@@ -66,22 +65,32 @@ def literal_loss(student, teachers, x, x_met, y, alpha, tau, mean_target=False):
     return total / (members * len(x))
 
 
-@pytest.mark.parametrize("perturbation", ["none", *PERTURBATIONS])
+PERTURBED = {
+    "none": {},
+    "gaussian": {"eta": ETA},
+    "ods": {"eta": ETA, "temperature": TAU},
+    "conf_ods": {"eta": ETA, "temperature": TAU},
+}
+
+
+@pytest.mark.parametrize("perturbation", PERTURBED)
 def test_distillation_and_its_gradient_equal_the_literal_loops(
     teachers, student, batch, perturbation
 ):
     x, y = batch
     twin = copy.deepcopy(student)
-    settings = {"alpha": ALPHA, "temperature": TAU, "eta": ETA}
-    objective = distillation(
-        teachers, objective="one_to_one", perturbation=perturbation, **settings
-    )
-    parts = objective(student, x, y, torch.Generator().manual_seed(3))
+    step = step_of(student, teachers, x, y)
+    x_distill = PERTURBATIONS[perturbation](step, **PERTURBED[perturbation])
+    parts = OBJECTIVES["one_to_one"](step, x_distill, **DISTILLATION)
     x_met = x
     if perturbation != "none":
-        generator = torch.Generator().manual_seed(3)
-        source = teachers[torch.randint(M, (), generator=generator).item()]
-        epsilon = PERTURBATIONS[perturbation](source, x, TAU, generator=generator)
+        generator, host = (torch.Generator().manual_seed(3) for _ in range(2))
+        source = teachers[torch.randint(M, (), generator=host).item()]
+        if perturbation == "gaussian":
+            epsilon = torch.empty_like(x).normal_(generator=generator)
+        else:
+            direction = {"ods": ods_direction, "conf_ods": conf_ods_direction}[perturbation]
+            epsilon = direction(source, x, TAU, generator=generator)
         x_met = torch.clamp(x + ETA * epsilon, 0, 1)
         assert not torch.equal(x_met, x)
     reference = literal_loss(twin, teachers, x, x_met, y, ALPHA, TAU)
@@ -95,22 +104,36 @@ def test_distillation_and_its_gradient_equal_the_literal_loops(
         torch.testing.assert_close(ours, theirs)
 
 
-def test_ensemble_mean_teaches_every_member_the_mean_prediction(teachers, batch):
+@pytest.mark.parametrize("kind", ["single", "batch_ensemble"])
+def test_ensemble_mean_teaches_every_member_the_mean_prediction(teachers, batch, kind):
     x, y = batch
     torch.manual_seed(4)
-    single = build_network("resnet8", 5, in_channels=1, width=4).double()
-    objective = student_objective(
-        teachers, "ensemble_mean", perturbation="none", alpha=ALPHA, temperature=TAU
-    )
-    ours = objective(copy.deepcopy(single), x, y, None)["loss"]
-    reference = literal_loss(single, teachers, x, x, y, ALPHA, TAU, mean_target=True)
+    taught = build_student(kind, ARCHITECTURE, M).double()
+    step = step_of(copy.deepcopy(taught), teachers, x, y)
+    ours = OBJECTIVES["ensemble_mean"](step, x, **DISTILLATION)["loss"]
+    reference = literal_loss(taught, teachers, x, x, y, ALPHA, TAU, mean_target=True)
     torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
+
+
+def test_the_parts_of_a_loss_are_what_it_is_made_of(teachers, student, batch):
+    """And the accuracy is that of the mean of the members' probabilities at the clean images."""
+    x, y = batch
+    moved = (x + 0.1).clamp(0, 1)
+    parts = OBJECTIVES["one_to_one"](step_of(student, teachers, x, y), moved, **DISTILLATION)
+    from_labels = literal_loss(copy.deepcopy(student), teachers, x, moved, y, 0.0, TAU)
+    from_teachers = literal_loss(copy.deepcopy(student), teachers, x, moved, y, 1.0, TAU)
+    assert parts["cross_entropy"].item() == pytest.approx(from_labels.item(), rel=1e-10)
+    assert parts["distillation"].item() == pytest.approx(from_teachers.item(), rel=1e-10)
+    probs = [student.network(torch.cat([x] * M))[j * 4 : j * 4 + 4].softmax(1) for j in range(M)]
+    right = (sum(probs).argmax(1) == y).tolist()
+    assert parts["accuracy"].item() == pytest.approx(100 * sum(right) / 4)
+    assert [name for name, value in parts.items() if value.requires_grad] == ["loss"]
 
 
 def test_batch_ensemble_from_scratch_is_the_mean_cross_entropy_of_the_members(student, batch):
     x, y = batch
-    parts = student_objective([], "cross_entropy", perturbation="none")(student, x, y, None)
-    logits = student(torch.cat([x] * M))
+    parts = OBJECTIVES["labels"](step_of(student, [], x, y), x)
+    logits = student.network(torch.cat([x] * M))
     reference = np.mean([-F.log_softmax(logits[i], 0)[y[i % 4]].item() for i in range(4 * M)])
     assert parts["loss"].item() == pytest.approx(reference, rel=1e-10)
 
@@ -128,13 +151,13 @@ def test_tau_squared_keeps_the_gradient_scale(teachers, student, batch):
 def test_one_optimiser_step_equals_sgd_written_out(student, batch):
     x, y = batch
     twin = copy.deepcopy(student)
-    optimizer = torch.optim.SGD(parameter_groups(student, 0.2, 5e-4), momentum=0.9)
+    optimizer = torch.optim.SGD(student.parameter_groups(0.2, 5e-4), momentum=0.9)
     velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
     for _ in range(3):
         optimizer.zero_grad()
-        cross_entropy(student, x, y)["loss"].backward()
+        OBJECTIVES["labels"](step_of(student, [], x, y), x)["loss"].backward()
         optimizer.step()
-        loss = F.cross_entropy(twin(torch.cat([x] * M)), torch.cat([y] * M))
+        loss = F.cross_entropy(twin.network(torch.cat([x] * M)), torch.cat([y] * M))
         grads = torch.autograd.grad(loss, list(twin.parameters()))
         with torch.no_grad():
             for (name, parameter), gradient in zip(twin.named_parameters(), grads, strict=True):
@@ -147,7 +170,7 @@ def test_one_optimiser_step_equals_sgd_written_out(student, batch):
 
 
 def test_every_parameter_is_in_one_group_and_only_factors_are_special(student):
-    others, factors = parameter_groups(student, 0.2, 5e-4)
+    others, factors = student.parameter_groups(0.2, 5e-4)
     assert (others["lr"], others["weight_decay"]) == (0.2, 5e-4)
     assert (factors["lr"], factors["weight_decay"]) == (0.1, 0)
     layers = [m for m in student.modules() if hasattr(m, "r")]

@@ -85,7 +85,7 @@ def test_files_say_what_made_them(finished):
     for key in ("study", "method", "seed", "digest", "torch", "ensdistill", "device", "precision"):
         assert key in known, key
     assert known["method"] == "kd_conf_ods"
-    assert json.loads(known["network"])["name"] == "resnet8"
+    assert json.loads(known["architecture"])["name"] == "resnet8"
 
 
 def test_the_same_configuration_gives_the_same_bytes(finished, tmp_path):

@@ -1,0 +1,167 @@
+"""The contract of students: images (B, C, H, W) in [0, 1] → member logits (M, B, K)."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ensdistill.students import STUDENTS, Student, build_student, predict
+from ensdistill.weights import load_student, save_student
+
+ARCHITECTURE = {
+    "name": "resnet8", "num_classes": 5, "in_channels": 3, "width": 4,
+    "mean": [0.2, 0.4, 0.6], "std": [0.1, 0.2, 0.3],
+}  # fmt: skip
+MEMBERS = 3
+
+
+def student_of(name: str, members: int = MEMBERS, seed: int = 0) -> Student:
+    """In eval mode, with batch normalisations that are not the identity."""
+    torch.manual_seed(seed)
+    student = build_student(name, ARCHITECTURE, members)
+    for norm in (it for it in student.modules() if isinstance(it, nn.BatchNorm2d)):
+        nn.init.normal_(norm.running_mean, 0, 0.3)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    return student.eval()
+
+
+@pytest.fixture(params=STUDENTS)
+def student(request):
+    return student_of(request.param)
+
+
+@pytest.fixture
+def saved(student, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_student(path, student, {})
+    return path
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_says_how_it_is_built_again(student):
+    name = next(name for name, kind in STUDENTS.items() if type(student) is kind)
+    assert student.spec == {"name": name, "architecture": ARCHITECTURE, "members": MEMBERS}
+    again = build_student(**student.spec)
+    assert again.state_dict().keys() == student.state_dict().keys()
+    again.load_state_dict(student.state_dict())
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(again.eval()(x), student(x))
+    assert student.predictor() is student
+    assert student.members == (1 if name == "single" else MEMBERS)
+
+
+def test_every_image_is_answered_alone_by_every_member(student):
+    x = torch.rand(4, 3, 8, 8)
+    together = student(x)
+    assert together.shape == (student.members, 4, 5)
+    assert together.dtype == torch.float32
+    assert len(torch.unique(together)) == together.numel()
+    for n in range(4):
+        close(together[:, n], student(x[n : n + 1])[:, 0])
+
+
+def test_members_are_asked_at_the_same_images_or_each_at_its_own(student):
+    own = torch.rand(student.members, 2, 3, 8, 8)
+    each = student(own)
+    assert each.shape == (student.members, 2, 5)
+    for j, x in enumerate(own):
+        close(each[j], student(x)[j])
+    close(student(own[0].expand_as(own)), student(own[0]))
+
+
+def test_a_single_network_is_its_network(tmp_path):
+    student, x = student_of("single"), torch.rand(4, 3, 8, 8)
+    assert torch.equal(student(x), student.network(x)[None])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_images_that_are_not_in_0_to_1_are_refused(student, dtype):
+    for shape in ((2, 3, 8, 8), (student.members, 2, 3, 8, 8)):
+        with pytest.raises(TypeError, match=rf"point in \[0, 1\], not {dtype}: convert them"):
+            student(torch.ones(shape, dtype=dtype))
+
+
+def test_an_empty_batch_has_no_logits(student):
+    assert student(torch.zeros(0, 3, 8, 8)).shape == (student.members, 0, 5)
+    assert student(torch.zeros(student.members, 0, 3, 8, 8)).shape == (student.members, 0, 5)
+
+
+def test_logits_under_autocast_are_float32_and_rounded(student):
+    x = torch.rand(2, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = student(x)
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, rounded.bfloat16().float()), "computed in bfloat16"
+    torch.testing.assert_close(rounded, student(x), rtol=0.05, atol=0.05)
+
+
+def test_double_precision_is_kept(student):
+    student, x = student.double(), torch.rand(2, 3, 8, 8)
+    assert student(x.double()).dtype == torch.float64
+
+
+def test_a_loaded_student_can_be_copied_and_learn_on(saved, student):
+    x = torch.rand(4, 3, 8, 8)
+    loaded = load_student(saved)
+    mine = copy.deepcopy(loaded).train().requires_grad_(True)
+    optimizer = torch.optim.SGD(mine.parameter_groups(0.1, 0.0))
+    mine(x).square().mean().backward()
+    optimizer.step()
+    changed = [
+        not torch.equal(a, b) for a, b in zip(mine.parameters(), loaded.parameters(), strict=True)
+    ]
+    assert all(changed)
+    close(loaded(x), student(x))
+
+
+def test_a_loaded_student_can_be_traced(saved):
+    loaded = load_student(saved)
+    traced = torch.jit.trace(loaded, torch.rand(2, 3, 8, 8))
+    for size in (2, 5):
+        x = torch.rand(size, 3, 8, 8)
+        close(traced(x), loaded(x))
+
+
+def test_a_loaded_student_can_be_exported(tmp_path):
+    save_student(tmp_path / "weights.safetensors", student_of("batch_ensemble"), {})
+    loaded, x = load_student(tmp_path / "weights.safetensors"), torch.rand(5, 3, 8, 8)
+    shapes = {"x": {0: torch.export.Dim.AUTO}}
+    exported = torch.export.export(loaded, (torch.rand(2, 3, 8, 8),), dynamic_shapes=shapes)
+    close(exported.module()(x), loaded(x))
+
+
+# --- predict ---------------------------------------------------------------------------------
+
+
+def test_predict_does_not_depend_on_the_batch_size_and_restores_the_mode(student, monkeypatch):
+    student.train()
+    images = torch.randint(0, 256, (11, 3, 8, 8), dtype=torch.uint8)
+    whole = predict(student, images)
+    sizes = []
+    student.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
+    monkeypatch.setattr("ensdistill.students.ROWS", 4 * student.members)
+    parts = predict(student, images)
+    assert sizes == [4, 4, 3]
+    np.testing.assert_allclose(whole, parts, rtol=1e-4, atol=1e-5)
+    assert whole.shape == (11, student.members, 5)
+    assert whole.dtype == np.float32
+    assert all(module.training for module in student.modules())
+    with torch.no_grad():
+        expected = student.eval()(images.float() / 255).transpose(0, 1)
+    np.testing.assert_allclose(whole, expected.numpy(), rtol=1e-4, atol=1e-5)
+    predict(student, images)
+    assert not student.training
+
+
+def test_predict_takes_fewer_images_at_once_where_they_are_larger(monkeypatch):
+    student, sizes = student_of("batch_ensemble", members=2), []
+    student.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
+    monkeypatch.setattr("ensdistill.students.ROWS", 16)
+    predict(student, torch.zeros(9, 3, 32, 32, dtype=torch.uint8))
+    predict(student, torch.zeros(3, 3, 64, 64, dtype=torch.uint8))
+    assert sizes == [8, 1, 2, 1]
