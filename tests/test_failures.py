@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,11 +212,45 @@ def test_a_damaged_state_is_set_aside_and_training_begins_anew(untrained, finish
     state = untrained.file("teachers/0/state.pt")
     torch.save({"epoch": 3}, state)
     cut(state)
-    told(
-        untrained.snakemake(TEACHER),
-        "results/tiny/teachers/0/state.pt: damaged.*; set aside as .*/state.pt.damaged",
+    harmed = state.read_bytes()
+    done = untrained.run(TEACHER)
+    assert re.search(
+        r"teachers/0/state.pt: damaged, .*; set aside as .*/state.pt.damaged, this training begins",
+        done.stderr,
     )
+    assert state.with_name("state.pt.damaged").read_bytes() == harmed
+    assert_as(untrained, finished, "teachers/0/weights.safetensors")
+
+
+def test_a_file_that_a_notebook_has_open_for_writing_is_left_alone(untrained, finished):
+    untrained.edit("ensdistill/files.py", "PATIENCE = 10", "PATIENCE = 1")
+    before = contents(untrained)
+    with h5py.File(untrained.file("images.h5"), "r+"):
+        told(
+            untrained.snakemake(TEACHER),
+            "results/tiny/images.h5: another program, perhaps a notebook, has it open for writing; "
+            "close it there and run again",
+        )
+        assert contents(untrained) == before
     untrained.run(TEACHER)
+    assert_as(untrained, finished, "teachers/0/weights.safetensors")
+
+
+WITHOUT_LOCKS = """
+#include <errno.h>
+int flock(int file, int operation) { errno = ENOLCK; return -1; }
+"""
+
+
+def test_a_file_system_without_locks_is_used_without(untrained, finished):
+    if not (compiler := shutil.which("cc")):
+        pytest.skip("what stands for such a file system must be compiled")
+    library = untrained.folder / "locks.so"
+    command = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", library]
+    subprocess.run(command, input=WITHOUT_LOCKS, text=True, check=True)
+    environment = {"LD_PRELOAD": str(library), "PYTHONPATH": str(untrained.folder)}
+    done = untrained.snakemake(TEACHER, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
     assert_as(untrained, finished, "teachers/0/weights.safetensors")
 
 
