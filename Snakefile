@@ -5,6 +5,8 @@
 # `snakemake --cores all` makes the studies named under `run` in config.yaml;
 # `snakemake --cores all results/<study>/figures/de_curve.png` makes just what that file needs.
 import os
+import shlex
+import sys
 from glob import glob
 from pathlib import Path
 
@@ -15,6 +17,11 @@ from snakemake.utils import min_version
 from ensdistill.devices import visible_cards
 
 min_version("9.0")
+
+# Snakemake writes the path of its Python into shell commands as it is: a space in it, or another
+# sign that shells take for something else, would fail every job.
+if os.path.exists(sys.executable):  # not quoted yet
+    sys.executable = shlex.quote(sys.executable)
 
 
 configfile: "config.yaml"

@@ -199,6 +199,11 @@ def test_without_nvidia_smi_there_are_no_cards(monkeypatch, tmp_path):
 
 
 EIGHT_JOBS = """
+import shlex
+import sys
+
+sys.executable = shlex.quote(sys.executable)
+
 rule all:
     input: expand("{job}", job=range(8))
 

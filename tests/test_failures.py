@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
+import venv
 from contextlib import contextmanager
 
 import h5py
@@ -405,3 +407,21 @@ def test_two_runs_at_once(untrained):
             "teachers/0: another process is training this network; wait for it or end it",
         )
         assert first.poll() is None
+
+
+def test_the_checkout_and_its_environment_lie_where_a_path_has_spaces(finished, tmp_path):
+    project = finished.copy(tmp_path / "my (own) projects" / "it's & more")
+    project.file("tables/results.csv").unlink()
+    venv.create(project.folder / ".venv", symlinks=True)
+    installed = sysconfig.get_path("purelib")
+    folder = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    (project.folder / ".venv" / folder / "installed.pth").write_text(installed)
+    done = subprocess.run(
+        [".venv/bin/python", "-m", "snakemake", "--cores", "1", "results/tiny/tables/results.csv"],
+        cwd=project.folder,
+        env={**os.environ, "PYTHONPATH": str(project.folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_as(project, finished, "tables/results.csv")
