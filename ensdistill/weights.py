@@ -51,7 +51,7 @@ def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu
         # The file is whole: it may be the code that has changed.
         reason = str(error).partition("\n")[0]
         raise InputError(
-            f"{path}: its weights fit no network of this package ({reason}); delete it to train anew"
+            f"{path}: its weights fit no network ({reason}); delete it to train it"
         ) from error
     student.to(memory_format=torch.channels_last)
     return student.to(device).eval().requires_grad_(False)
