@@ -14,6 +14,8 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 from snakemake.utils import min_version
 
+from ensdistill import InputError
+from ensdistill.config_errors import check_files
 from ensdistill.devices import visible_cards
 
 min_version("9.0")
@@ -22,6 +24,12 @@ min_version("9.0")
 # sign that shells take for something else, would fail every job.
 if os.path.exists(sys.executable):  # not quoted yet
     sys.executable = shlex.quote(sys.executable)
+
+if workflow.is_main_process:
+    try:
+        check_files([*workflow.configfiles, "config.yaml"])
+    except InputError as error:
+        raise WorkflowError(str(error)) from None
 
 
 configfile: "config.yaml"
