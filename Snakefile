@@ -5,6 +5,8 @@
 # `snakemake --cores all` makes the studies named under `run` in config.yaml;
 # `snakemake --cores all results/<study>/figures/de_curve.png` makes just what that file needs.
 import os
+import shlex
+import sys
 from glob import glob
 from pathlib import Path
 
@@ -12,9 +14,22 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 from snakemake.utils import min_version
 
+from ensdistill import InputError
+from ensdistill.config_errors import check_files
 from ensdistill.devices import visible_cards
 
 min_version("9.0")
+
+# Snakemake writes the path of its Python into shell commands as it is: a space in it, or another
+# sign that shells take for something else, would fail every job.
+if os.path.exists(sys.executable):  # not quoted yet
+    sys.executable = shlex.quote(sys.executable)
+
+if workflow.is_main_process:
+    try:
+        check_files([*workflow.configfiles, "config.yaml"])
+    except InputError as error:
+        raise WorkflowError(str(error)) from None
 
 
 configfile: "config.yaml"

@@ -2,12 +2,73 @@
 
 import difflib
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
+
+from ensdistill import InputError
+
+TAG = "tag:yaml.org,2002:"
+READ_AS = {"bool": "true or false", "int": "a number", "float": "a number", "null": "nothing"}
+READ_AS |= {"timestamp": "a date"}
+"""What YAML takes some words for."""
+
+
+def check_files(paths: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse YAML files that would be misread without a word: Snakemake lets the last key win.
+
+    Files that do not exist are passed over. Nothing in a file is run, and aliases are not followed,
+    so that a small file stays small. `<<` and the keys that override what it brings are allowed.
+
+    Raises:
+        InputError: a file is no YAML, has a key twice in one section, or a key that is no text; one
+            sentence with the lines.
+    """
+    for path in filter(os.path.exists, paths):
+        try:
+            document = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            hint = "; indent by spaces" if "'\\t'" in str(error.problem) else ""
+            raise InputError(f"{path}, line {line}: {error.problem}{hint}") from None
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"{path}: not to be read as YAML ({reason})") from None
+        _check_keys(path, document)
+
+
+def _check_keys(path: str | os.PathLike[str], document: yaml.Node | None) -> None:
+    """Look at every section of a file once."""
+    waiting, seen = [document], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += reversed(node.value)
+            continue
+        waiting += [value for _, value in reversed(node.value)]
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line, kind = key.start_mark.line + 1, key.tag.removeprefix(TAG)
+            if kind == "merge":
+                continue
+            if kind != "str":
+                read_as = READ_AS.get(kind, "no text")
+                hint = f": write {json.dumps(key.value)}" if kind in READ_AS else ""
+                given = f"{key.value!r} " if kind in READ_AS else ""
+                raise InputError(f"{path}, line {line}: the key {given}is read as {read_as}{hint}")
+            if key.value in lines:
+                both = f"in lines {lines[key.value]} and {line}"
+                raise InputError(f"{path}: the key {key.value!r} is given twice, {both}")
+            lines[key.value] = line
 
 
 def sentence(error: ValidationError, schema: Mapping[str, Any]) -> str:
@@ -40,7 +101,12 @@ def sentence(error: ValidationError, schema: Mapping[str, Any]) -> str:
         message = str(first["ctx"]["error"])
     else:
         message = re.split(" or (?:instance of|object to) | after validation", first["msg"])[0]
-        message = f"{message[0].lower()}{message[1:]}, not {_short(first['input'])}"
+        given = _short(first["input"])
+        if first["type"] == "string_type" and not isinstance(first["input"], list | dict):
+            given = given.strip('"') + "; write it in quotes"  # of a date, which JSON does not have
+        message = f"{message[0].lower()}{message[1:]}, not {given}"
+        if first["type"] == "bool_type":
+            message += "; write true or false"
     return f"{place}: {key + ': ' if key else ''}{message}"
 
 

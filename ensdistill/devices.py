@@ -11,8 +11,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-from filelock import FileLock, Timeout
+from ensdistill import InputError
+from ensdistill.locks import try_lock
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +23,10 @@ logger = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
-_held: list[FileLock] = []
+UUIDS = ("GPU-", "MIG-")
+"""How names of cards begin that are the same everywhere."""
+
+_held: list[int] = []
 
 
 def prepare(threads: int, resources: Mapping[str, Any]) -> "torch.device":
@@ -61,41 +66,72 @@ def lease_card(jobs_per_gpu: int = 1) -> str | None:
     """Make one card this process's only one, and keep others from it until the process ends.
 
     Snakemake counts GPUs but does not assign them. The lease is a file lock, which the kernel
-    releases however the process dies. Must run before CUDA starts. Inside a SLURM job the
-    scheduler has chosen already.
+    releases however the process dies; it holds for all users with the same temporary folder. Must
+    run before CUDA starts.
 
     Args:
         jobs_per_gpu: processes that may hold one card at a time.
 
     Returns:
         The card's index or UUID; None where there is nothing to choose.
+
+    Raises:
+        InputError: the temporary folder has no locks.
     """
-    if "SLURM_JOB_ID" in os.environ:
-        return os.environ.get("CUDA_VISIBLE_DEVICES")
     cards = visible_cards()
     if not cards:
         return None
-    folder = Path(tempfile.gettempdir(), f"ensdistill-gpus-{os.getuid()}")
-    folder.mkdir(exist_ok=True)
     waiting = False
     while True:
         # Every card's first place before any card's second.
         for place in range(jobs_per_gpu):
             for card, name in cards.items():
-                lock = FileLock(folder / f"{name}.{place}.lock")
-                try:
-                    lock.acquire(timeout=0)
-                except Timeout:
-                    continue
-                os.environ["CUDA_VISIBLE_DEVICES"] = card
-                _held.append(lock)
-                return card
+                if _take(_lease(name, len(cards), place)):
+                    os.environ["CUDA_VISIBLE_DEVICES"] = card
+                    return card
         if not waiting:
             sentence = f"waiting for a GPU: other jobs hold {', '.join(cards)}"
             logger.info(sentence)
             print(sentence, file=sys.stderr)
             waiting = True
         time.sleep(1)
+
+
+def _lease(name: str, count: int, place: int) -> Path:
+    """The file that is locked by who holds a place on a card, one of `count` that are visible.
+
+    SLURM may count cards within its job, and may give one card to several jobs. So a card that
+    has only an index, or that is the only one, is shared out among the processes of a job alone.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job and (count == 1 or not name.startswith(UUIDS)):
+        name = f"job {job}, {name}"
+    return Path(tempfile.gettempdir(), f"ensdistill-{quote(name, safe='')}.{place}.lock")
+
+
+def _take(path: Path) -> bool:
+    """Lock a file until this process ends; False if another process has locked it.
+
+    Any user may have made it, so it is only locked, never written, and no link is followed.
+    """
+    careful = os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | careful)
+        os.fchmod(file, 0o644)
+    except FileExistsError:
+        mine = os.access(path, os.W_OK)  # what only NFS asks for
+        file = os.open(path, (os.O_RDWR if mine else os.O_RDONLY) | careful)
+    locked = try_lock(file)
+    if locked:
+        _held.append(file)
+        return True
+    os.close(file)
+    if locked is None:
+        raise InputError(
+            f"{path.parent}: files cannot be locked there, which is how jobs share out the GPUs; "
+            "set TMPDIR to a folder on this machine's own disk"
+        )
+    return False
 
 
 def visible_cards() -> dict[str, str]:
@@ -112,7 +148,7 @@ def visible_cards() -> dict[str, str]:
     known = dict(line.split(", ") for line in listing.splitlines())
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        return {uuid: uuid for uuid in known.values()}
+        return {uuid: uuid for uuid in _assigned(known)}
     cards: dict[str, str] = {}
     for card in filter(None, map(str.strip, chosen.split(","))):
         if card == "-1":  # CUDA ignores what follows
@@ -120,6 +156,16 @@ def visible_cards() -> dict[str, str]:
         whole = [uuid for uuid in known.values() if uuid.startswith(card)]
         cards[card] = known.get(card, whole[0] if len(whole) == 1 else card)
     return cards
+
+
+def _assigned(known: Mapping[str, str]) -> list[str]:
+    """Of the machine's cards, UUID by index, those that SLURM has assigned; all without it.
+
+    Where SLURM hides the others, its indices do not count the rest.
+    """
+    indices = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS") or ""
+    assigned = [known[index] for index in indices.split(",") if index in known]
+    return assigned if 0 < len(assigned) < len(known) else list(known.values())
 
 
 def _log_peak_memory(device: "torch.device") -> None:

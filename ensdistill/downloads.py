@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock
-
 from ensdistill import DamagedFile, InputError
+from ensdistill.locks import try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +72,14 @@ def verify(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of an official archive, known by its file's name and its MD5.
 
     Raises:
-        DamagedFile: the file is missing or not the official one.
+        InputError: the file is missing, or the system cannot read it.
+        DamagedFile: it is not the official one.
     """
     path = Path(path)
-    if not path.is_file() or (digests := _digests(path))[0] != ARCHIVES[path.name].md5:
+    md5, sha256 = _digests(path)
+    if md5 != ARCHIVES[path.name].md5:
         raise DamagedFile(path, f"not the official {path.name}")
-    return digests[1]
+    return sha256
 
 
 def download(name: str, path: str | os.PathLike[str]) -> None:
@@ -99,7 +100,9 @@ def download(name: str, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with path.with_name(f".{path.name}.lock").open("ab") as lock:
+        while try_lock(lock) is False:
+            time.sleep(1)
         if path.exists() and _digests(path)[0] == md5:  # by the process that was waited for
             return
         for attempt in range(1, ATTEMPTS + 1):
@@ -164,8 +167,10 @@ def _reason(error: BaseException) -> str:
 
 def _digests(path: Path) -> tuple[str, str]:
     """MD5 and SHA-256 in one reading."""
+    from ensdistill.files import reading
+
     md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
-    with path.open("rb") as file:
+    with reading(path, "readable") as file:
         while block := file.read(BLOCK):
             md5.update(block)
             sha256.update(block)

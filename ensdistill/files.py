@@ -3,14 +3,17 @@
 Nothing here changes a number, so this module is no part of any stage's code digest.
 """
 
+import errno
+import fcntl
 import glob
 import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +22,25 @@ import h5py
 from numpy.typing import ArrayLike
 
 from ensdistill import DamagedFile, InputError
+from ensdistill.locks import try_lock
 
 if TYPE_CHECKING:
     import pandas
+
+MEMORY_IS_FULL = (
+    "can't allocate memory",  # PyTorch on a CPU
+    "could not create a primitive",  # oneDNN
+    "out of memory",  # pandas
+)
+"""What libraries say of it without a MemoryError."""
+PATIENCE = 10
+"""Seconds to wait for another program that has a file open for writing."""
+ENOUGH = 1 << 26
+"""Bytes: if so many are left, it is not for want of memory that a file cannot be read."""
+SETTLED = 1
+"""Seconds in which a file that nobody writes does not change."""
+
+_complete: set[tuple[int, ...]] = set()  # HDF5 files that hold all that they show
 
 
 @contextmanager
@@ -32,7 +51,8 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     is on the disk: a power failure leaves the old file or the new one.
 
     Raises:
-        OSError: the disk is full, whatever the writer made of that.
+        OSError: the disk is full, whatever the writer made of that, or it cannot be written;
+            `filename` is `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +72,8 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     except Exception as error:
         _check_space(path, error)
+        if isinstance(error, OSError) and error.errno:
+            error.filename = str(path)  # fsync names none
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -85,18 +107,11 @@ def write_csv(path: str | os.PathLike[str], frame: "pandas.DataFrame") -> None:
 
 
 def read_csv(path: str | os.PathLike[str], **options: Any) -> "pandas.DataFrame":
-    """Read a table; `options` are those of pandas.
-
-    Raises:
-        DamagedFile: it is none.
-    """
+    """Read a table; `options` are those of pandas. Errors as in `reading`."""
     import pandas
 
-    try:
-        return pandas.read_csv(path, **options)
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise DamagedFile(path, f"damaged, or no table ({reason})") from error
+    with reading(path, "a table", lambda error: isinstance(error, ValueError)) as file:
+        return pandas.read_csv(io.BytesIO(file.read()), **options)
 
 
 def write_hdf5(
@@ -122,9 +137,12 @@ def write_hdf5(
 
 
 class _PatientFile(io.FileIO):
-    """A file that tells of a failed write when asked: HDF5 crashes if a write fails."""
+    """A file that notes what the system answered when it could not be read or written.
 
-    failure: OSError | None = None
+    Libraries hide that: HDF5 crashes if a write fails, others call the file damaged.
+    """
+
+    failure: BaseException | None = None
 
     def write(self, data: Any) -> int:
         rest = memoryview(data)
@@ -135,9 +153,126 @@ class _PatientFile(io.FileIO):
                 self.failure = error
         return len(data)
 
+    def readinto(self, buffer: Any) -> int:
+        rest = memoryview(buffer).cast("B")
+        try:
+            while rest and (count := super().readinto(rest)):
+                rest = rest[count:]
+        except BaseException as error:  # a signal's too: HDF5 would hide it
+            self.failure = self.failure or error
+            rest = memoryview(buffer).cast("B")
+        rest[:] = bytes(len(rest))
+        return len(buffer) - len(rest)
+
+    def read(self, size: int | None = -1) -> bytes:
+        try:
+            return super().read(size)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+
     def check(self, path: str | os.PathLike[str]) -> None:
-        if self.failure:
+        """Raise what was noted of a write."""
+        if isinstance(self.failure, OSError):
             raise OSError(self.failure.errno, self.failure.strerror, str(path))
+
+
+@contextmanager
+def reading(
+    path: str | os.PathLike[str],
+    what: str,
+    about: Callable[[Exception], bool] = lambda error: True,
+) -> Iterator[_PatientFile]:
+    """Open a file, and call it damaged only if it is its content that cannot be understood.
+
+    All reading must go through the file that is yielded: then what the system could not do (too
+    many open files, an error of the disk, no memory) is told from what stands in the file.
+
+    Args:
+        path: the file.
+        what: it should be, for the sentence.
+        about: whether an error inside the block is about the content; all are unless told.
+
+    Raises:
+        InputError: the file is missing, or the system cannot read it.
+        MemoryError: the memory is full.
+        DamagedFile: the content is damaged, or not what it should be.
+    """
+    try:
+        file = _PatientFile(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    with file:
+        try:
+            yield file
+        except Exception as error:
+            _raise_noted(path, file)
+            if isinstance(error, InputError):
+                raise
+            _check_memory(error)
+            if not about(error):
+                raise
+            reason = " ".join(str(error).strip("'\"").split())
+            raise DamagedFile(path, f"damaged, or not {what} ({reason})") from error
+        _raise_noted(path, file)
+
+
+def _check_memory(error: Exception) -> None:
+    """Libraries report a full memory in many ways: ask for some."""
+    if is_of_memory(error):
+        raise MemoryError(str(error)) from error
+    try:
+        bytes(ENOUGH)
+    except MemoryError:
+        raise MemoryError(str(error)) from error
+
+
+def _raise_noted(path: str | os.PathLike[str], file: _PatientFile) -> None:
+    if isinstance(file.failure, OSError):
+        raise _unreadable(path, file.failure) from file.failure
+    if file.failure:
+        raise file.failure
+
+
+def _unreadable(path: str | os.PathLike[str], error: OSError) -> Exception:
+    """What to raise if the system cannot read a file."""
+    if is_of_memory(error):
+        return MemoryError(error.strerror)
+    if error.errno == errno.ENOENT:
+        return InputError(f"{path}: no such file")
+    return InputError(explain(OSError(error.errno, error.strerror, str(path))))
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory is full, in the words of one of the libraries."""
+    full = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return full or isinstance(error, MemoryError) or any(it in str(error) for it in MEMORY_IS_FULL)
+
+
+def explain(error: OSError) -> str:
+    """One sentence about a file that the system could not read or write; `filename` says which."""
+    advice = ""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        advice = "; raise the limit (ulimit -n) or run fewer jobs at a time"
+    return f"{error.filename}: {error.strerror}{advice}"
+
+
+def set_aside(path: str | os.PathLike[str]) -> bool:
+    """Rename a damaged file to `<path>.damaged`, so that it is made anew.
+
+    Returns:
+        False if it was left alone, because it is being written just now.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    before = os.stat(path)
+    time.sleep(SETTLED)
+    after = os.stat(path)
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        return False
+    os.replace(path, f"{path}.damaged")
+    return True
 
 
 @contextmanager
@@ -145,27 +280,83 @@ def open_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     """Open an HDF5 file for reading.
 
     Raises:
-        InputError: the file is missing.
+        InputError: the file is missing, the system cannot read it, or another program has it open
+            for writing.
+        MemoryError: the memory is full.
         DamagedFile: it is damaged, shows what is not stored in it, or lacks what is read inside
             the block.
     """
-    if not os.path.exists(path):
-        raise InputError(f"{path}: no such file")
-    try:
-        known = os.stat(path)
-        with h5py.File(path) as file:
-            _check_stored(path, known.st_ino, known.st_size, known.st_mtime_ns)
+    with reading(path, "what it should be", partial(_is_damage, path)) as disk:
+        _wait_for_writer(path, disk)
+        known = os.fstat(disk.fileno())
+        identity = known.st_dev, known.st_ino, known.st_size, known.st_mtime_ns
+        with h5py.File(disk, "r") as file:
+            if identity not in _complete:  # of many splits each is read by itself
+                _check_stored(file)
+                _complete.add(identity)
             yield file
-    except PermissionError:
-        raise
-    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).strip("'\"").split())
-        raise DamagedFile(path, f"damaged or not what it should be ({reason})") from error
 
 
-@cache  # of many splits each is read by itself
-def _check_stored(path: str | os.PathLike[str], *_: int) -> None:
-    """Refuse links, the data of other files, and values that would be made up on reading."""
+def _wait_for_writer(path: str | os.PathLike[str], disk: _PatientFile) -> None:
+    """Keep others from writing in a file that is read, as HDF5 does with files that it opens.
+
+    Raises:
+        InputError: another program has it open for writing, and does not close it.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while try_lock(disk, fcntl.LOCK_SH) is False:
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"{path}: another program, perhaps a notebook, has it open for writing; "
+                "close it there and run again"
+            )
+        time.sleep(0.1)
+
+
+def _is_damage(path: str | os.PathLike[str], error: Exception) -> bool:
+    """Whether an error while an HDF5 file was open is about what stands in it."""
+    place = error.__traceback__
+    while place and place.tb_next:
+        place = place.tb_next
+    raised_by = place.tb_frame.f_globals["__name__"].partition(".")[0] if place else ""
+    if raised_by == "h5py" and not isinstance(error, KeyError):
+        if _is_whole(path):  # what the system and other programs do is known otherwise
+            raise MemoryError(str(error)) from error
+        return True
+    return raised_by in ("h5py", "json") or isinstance(error, _NotStoredError)
+
+
+def _is_whole(path: str | os.PathLike[str]) -> bool:
+    """Read all of an HDF5 file again, in small parts.
+
+    HDF5 says "filter returned failure" of a wrong checksum, and of too little memory.
+    """
+    with _PatientFile(path) as disk:
+        try:
+            with h5py.File(disk, "r") as file:
+                names: list[str] = []
+                file.visit(names.append)
+                for dataset in map(file.get, names):
+                    if isinstance(dataset, h5py.Dataset):
+                        for part in dataset.iter_chunks() if dataset.chunks else [()]:
+                            dataset[part]
+        except Exception as error:
+            _raise_noted(path, disk)
+            _check_memory(error)
+            return False
+    return True
+
+
+class _NotStoredError(ValueError):
+    """An HDF5 file shows what does not stand in it."""
+
+
+def _check_stored(file: h5py.File) -> None:
+    """Refuse links, the data of other files, and values that would be made up on reading.
+
+    Raises:
+        _NotStoredError: there are such.
+    """
 
     def fault(name: str) -> str | None:
         if not isinstance(file.get(name, getlink=True), h5py.HardLink):
@@ -183,8 +374,7 @@ def _check_stored(path: str | os.PathLike[str], *_: int) -> None:
         sound = whole and not dataset.dtype.hasobject
         return None if sound else f"of {name!r} {dataset.shape} not all is stored"
 
-    with h5py.File(path) as file:
-        names: list[str] = []
-        file.visit_links(names.append)  # what fails within a visit is no OSError
-        if found := next(filter(None, map(fault, names)), None):
-            raise ValueError(found)
+    names: list[str] = []
+    file.visit_links(names.append)  # what fails within a visit is no OSError
+    if found := next(filter(None, map(fault, names)), None):
+        raise _NotStoredError(found)

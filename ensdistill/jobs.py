@@ -10,17 +10,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from ensdistill import DamagedFile, InputError
 from ensdistill.digests import attributes
+from ensdistill.files import explain, is_of_memory, reading, set_aside
 
 ENDINGS = (signal.SIGTERM, signal.SIGINT)
 """Signals that ask a process to end."""
-
-MEMORY_IS_FULL = ("can't allocate memory", "could not create a primitive")
-"""What PyTorch says of it on a CPU."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -83,7 +80,7 @@ def fingerprint(snakemake: Any) -> str:
     """A digest of all that decides what a job makes: its parameters and its inputs' contents."""
     contents = []
     for path in snakemake.input:
-        with Path(path).open("rb") as file:
+        with reading(path, "readable") as file:
             contents.append(hashlib.file_digest(file, "sha256").hexdigest())
     return attributes(inputs=contents, params=dict(snakemake.params.items()))["digest"]
 
@@ -119,12 +116,14 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 def _set_aside(path: str | os.PathLike[str]) -> str:
-    """Move a damaged file away, so that the next run makes it anew; what to tell the user."""
+    """Move a damaged file out of the way; what to tell the user."""
+    again = f"`snakemake --cores all {path}` makes it again"
     try:
-        os.replace(path, f"{path}.damaged")
+        if set_aside(path):
+            return f"set aside as {path}.damaged, {again}"
+        return "it is being written just now: run again when that has ended"
     except OSError as error:
-        return f"delete it ({error.strerror}) and make it again: snakemake --cores all {path}"
-    return f"set aside as {path}.damaged, `snakemake --cores all {path}` makes it again"
+        return f"delete it ({error.strerror}), {again}"
 
 
 def _sentence(error: Exception) -> str | None:
@@ -134,10 +133,10 @@ def _sentence(error: Exception) -> str | None:
     # PyTorch's own: of a GPU, which not every stage can name, and of the CPU.
     if type(error).__name__ == "OutOfMemoryError":
         return "the GPU's memory is full: use a smaller batch_size, or a larger GPU"
-    if isinstance(error, MemoryError) or any(text in str(error) for text in MEMORY_IS_FULL):
+    if is_of_memory(error):
         return "the memory is full: give the job more, or use fewer images or a smaller batch_size"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space is left on the disk that holds {error.filename or 'the results'}"
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+        return explain(error)
     return None

@@ -1,8 +1,8 @@
 """Training that goes on where it stopped."""
 
-import fcntl
 import logging
 import os
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ensdistill import DamagedFile, InputError
-from ensdistill.files import atomic
+from ensdistill.files import atomic, reading, set_aside
+from ensdistill.locks import try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -36,29 +37,44 @@ class TrainingState:
     def load(self) -> dict[str, Any] | None:
         """What was saved last, on the CPU; None if there is nothing of this fingerprint.
 
+        Nothing in the file is run: it may hold tensors, numbers and texts only. A damaged file is
+        set aside, and training begins anew.
+
         Raises:
-            DamagedFile: the file is no state. Nothing in it is run: it may hold tensors, numbers
-                and texts only.
+            InputError: the system cannot read the file, which says nothing about its content.
+            DamagedFile: it is damaged, and being written just now.
         """
         if not self.path.exists():
             return None
         try:
-            with zipfile.ZipFile(self.path) as archive:  # PyTorch does not look at its checksums
+            saved = self._read()
+        except DamagedFile as error:
+            if not set_aside(self.path):
+                raise
+            sentence = f"{error}; set aside as {self.path}.damaged, this training begins anew"
+            logger.warning(sentence)
+            print(sentence, file=sys.stderr)
+            return None
+        if saved["fingerprint"] != self.fingerprint:
+            logger.info("%s: of another configuration, not used", self.path)
+            return None
+        return saved["state"]
+
+    def _read(self) -> dict[str, Any]:
+        with reading(self.path, "a training state") as file:
+            with zipfile.ZipFile(file) as archive:  # PyTorch does not look at its checksums
                 if (part := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"wrong checksum of {part}")
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            if saved["fingerprint"] != self.fingerprint:
-                logger.info("%s: of another configuration, not used", self.path)
-                return None
-            return saved["state"]
-        except PermissionError:
-            raise
-        except Exception as error:  # torch raises nearly anything
-            reason = str(error).partition("\n")[0]
-            raise DamagedFile(self.path, f"damaged, or no training state ({reason})") from error
+            file.seek(0)
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            return {key: saved[key] for key in ("fingerprint", "state")}
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the file. Tensors may be on any device."""
+        """Replace the file. Tensors may be on any device.
+
+        It is forced to the disk, so that a power failure costs no more than a kill: for a WRN-28-10
+        (420 MiB) some seconds, which is little if it is saved every few minutes.
+        """
         with atomic(self.path) as temporary:
             torch.save({"fingerprint": self.fingerprint, "state": state}, temporary)
 
@@ -71,15 +87,11 @@ class TrainingState:
         """
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if try_lock(folder) is False:
                 raise InputError(
                     f"{self.path.parent}: another process is training this network; "
                     "wait for it or end it"
-                ) from None
-            except OSError as error:  # not every network file system locks folders
-                logger.info("%s: cannot be locked (%s)", self.path.parent, error.strerror)
+                )
             yield
         finally:
             os.close(folder)

@@ -20,6 +20,7 @@ from ensdistill.methods import (
     Method,
     NamedArchitecture,
     NoPerturbation,
+    Number,
     Positive,
     Recipe,
     Section,
@@ -136,7 +137,7 @@ class Published(Section):
 
     source: str
     """Where they stand."""
-    scores: Annotated[dict[str, dict[Literal[*SCORES], float]], Field(min_length=1)]
+    scores: Annotated[dict[str, dict[Literal[*SCORES], Number]], Field(min_length=1)]
     """By system (DE-m or a method's label) and metric."""
 
 

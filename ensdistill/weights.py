@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ensdistill import DamagedFile, InputError
-from ensdistill.files import atomic
+from ensdistill import InputError
+from ensdistill.files import atomic, reading
 from ensdistill.methods import parse_architecture
 from ensdistill.students import Student, build_student
 
@@ -49,8 +48,11 @@ def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu
         student = _unfilled(tensors, **header["spec"])
         student.network.load_state_dict(tensors, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = _first_line(error)
-        raise DamagedFile(path, f"its weights fit no network ({reason})") from error
+        # The file is whole: it may be the code that has changed.
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{path}: its weights fit no network ({reason}); delete it to train it"
+        ) from error
     student.to(memory_format=torch.channels_last)
     return student.to(device).eval().requires_grad_(False)
 
@@ -110,19 +112,9 @@ def _read(
     path: str | os.PathLike[str], device: torch.device | str | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and, where a device is named, tensors of a weights file."""
-    try:
-        with safe_open(path, "pt", device=str(device or "cpu")) as file:
-            header = json.loads((file.metadata() or {})["ensdistill"])
-            names = file.keys() if device else []
-            return header, {name: file.get_tensor(name) for name in names}
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except PermissionError:
-        raise
-    except (SafetensorError, KeyError, ValueError, OSError, RecursionError) as error:
-        reason = _first_line(error)
-        raise DamagedFile(path, f"damaged, or not weights of this package ({reason})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    with reading(path, "weights of this package") as file:
+        content = file.read()
+        tensors = load(content)  # checks the header, too
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["ensdistill"])
+    return header, {name: tensor.to(device) for name, tensor in tensors.items()} if device else {}

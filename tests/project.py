@@ -89,10 +89,9 @@ class Project:
         return subprocess.run(
             [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
             cwd=self.folder,
-            env=environment,
             capture_output=True,
             text=True,
-            **options,
+            **{"env": environment, **options},
         )
 
     def run(self, *arguments):

@@ -1,16 +1,20 @@
 """Leases of pretend cards: the file locks are real, the GPUs are not."""
 
+import errno
+import fcntl
 import logging
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
+from contextlib import ExitStack
 
 import pytest
 import torch
 
-from ensdistill import devices
+from ensdistill import InputError, devices
 from ensdistill.devices import visible_cards
 
 HOLD = """
@@ -28,6 +32,7 @@ def start(tmp_path):
 
     def begin(cards="4,GPU-a1b2", jobs_per_gpu=1, **extra):
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": cards, "TMPDIR": str(tmp_path)}
+        environment.pop("SLURM_JOB_ID", None)
         process = subprocess.Popen(
             [sys.executable, "-c", HOLD, str(jobs_per_gpu)],
             env={**environment, **extra},
@@ -80,10 +85,96 @@ def test_a_single_card_is_leased_too(start):
     assert start("0").stderr.readline() == "waiting for a GPU: other jobs hold 0\n"
 
 
-def test_without_cards_there_is_nothing_to_lease_and_a_scheduler_has_chosen(start):
+def test_without_cards_there_is_nothing_to_lease(start):
     assert [card_of(start(cards)) for cards in ("", "-1", "-1,0")] == ["None"] * 3
-    inside = [start("0,1", SLURM_JOB_ID="7") for _ in range(2)]
-    assert [card_of(process) for process in inside] == ["0,1", "0,1"]
+
+
+def test_jobs_of_snakemake_inside_an_allocation_of_several_cards_get_one_each(start):
+    first, second = (start("0,1", SLURM_JOB_ID="7") for _ in range(2))
+    assert {card_of(first), card_of(second)} == {"0", "1"}
+    assert start("0,1", SLURM_JOB_ID="7").stderr.readline().startswith("waiting for a GPU")
+
+
+def test_a_card_that_slurm_assigned_to_a_job_alone_is_free(start, two_cards):
+    # The same index may be another card, and one card may be given to several jobs on purpose.
+    for card, extra in (("0", {}), ("1", {"PATH": two_cards})):
+        for job in ("7", "8"):
+            assert card_of(start(card, SLURM_JOB_ID=job, **extra)) == card
+        same = start(card, SLURM_JOB_ID="8", **extra)
+        assert same.stderr.readline() == f"waiting for a GPU: other jobs hold {card}\n"
+
+
+def test_where_slurm_assigns_no_cards_its_jobs_share_them_out(start, two_cards):
+    inside = [start("0,1", PATH=two_cards, SLURM_JOB_ID=job) for job in ("7", "8")]
+    assert {card_of(process) for process in inside} == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("assigned", "cards"),
+    [
+        ({"SLURM_JOB_GPUS": "1"}, ["GPU-bbbb-2"]),
+        ({"SLURM_JOB_GPUS": "0,1", "SLURM_STEP_GPUS": "0"}, ["GPU-aaaa-1"]),
+        ({"SLURM_JOB_GPUS": "0,1"}, ["GPU-aaaa-1", "GPU-bbbb-2"]),
+        ({"SLURM_JOB_GPUS": "4,7"}, ["GPU-aaaa-1", "GPU-bbbb-2"]),  # which are all that is seen
+    ],
+)
+def test_what_slurm_assigned_is_visible(monkeypatch, two_cards, assigned, cards):
+    monkeypatch.setenv("PATH", two_cards)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, indices in assigned.items():
+        monkeypatch.setenv(name, indices)
+    assert list(visible_cards()) == cards
+
+
+def test_users_see_each_others_leases():
+    if os.geteuid() != 0:
+        pytest.skip("only root can be two users")
+    with tempfile.TemporaryDirectory() as shared, ExitStack() as stack:
+        os.chmod(shared, 0o1777)
+
+        def hold(user):
+            # What is imported may lie where only root may read.
+            code = f"import ensdistill.devices, os; os.setuid({user}){HOLD}"
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, "1"],
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": "0", "TMPDIR": shared},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                umask=0o077,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        first = hold(65534)
+        assert card_of(first) == "0"
+        waiting = hold(65533)
+        assert waiting.stderr.readline() == "waiting for a GPU: other jobs hold 0\n"
+        first.kill()
+        assert card_of(waiting) == "0"
+
+
+def test_a_link_in_a_leases_place_is_not_followed(start, tmp_path):
+    lease = devices._lease("0", 1, 0).name
+    (tmp_path / lease).symlink_to(tmp_path / "elsewhere")
+    process = start("0")
+    assert process.wait() != 0
+    assert "Too many levels of symbolic links" in process.stderr.read()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_temporary_folder_without_locks_is_named(monkeypatch, tmp_path):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(InputError, match=f"^{tmp_path}: files cannot be locked there.* set TMPDIR"):
+        devices.lease_card()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
 def test_an_index_and_a_uuid_of_one_card_are_one_card(start, two_cards):
@@ -108,6 +199,11 @@ def test_without_nvidia_smi_there_are_no_cards(monkeypatch, tmp_path):
 
 
 EIGHT_JOBS = """
+import shlex
+import sys
+
+sys.executable = shlex.quote(sys.executable)
+
 rule all:
     input: expand("{job}", job=range(8))
 

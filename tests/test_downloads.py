@@ -1,10 +1,12 @@
+import fcntl
 import http.server
+import io
 import subprocess
 import sys
 import threading
 import time
 from contextlib import contextmanager
-from errno import ENOSPC
+from errno import EIO, ENOLCK, ENOSPC
 from itertools import chain
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from torchvision import datasets
 
-from ensdistill import InputError, downloads
+from ensdistill import DamagedFile, InputError, downloads, files
 from ensdistill.downloads import ARCHIVES, ARCHIVES_OF, Archive, download, verify
 from tests.builders import md5
 
@@ -230,6 +232,15 @@ def test_of_several_that_want_a_file_one_fetches_it(target, server):
     assert left(target) == [NAME]
 
 
+def test_a_file_system_without_locks_is_downloaded_to(target, server, monkeypatch):
+    def refuse(*_):
+        raise OSError(ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    download(NAME, target)
+    assert target.read_bytes() == CONTENT
+
+
 def test_the_registry_is_the_publishers():
     """torchvision knows the same addresses and checksums."""
     for cls in (datasets.CIFAR10, datasets.CIFAR100):
@@ -246,6 +257,23 @@ def test_a_verified_archive_has_its_sha256(target, monkeypatch):
     monkeypatch.setitem(ARCHIVES, NAME, Archive("", "900150983cd24fb0d6963f7d28e17f72"))
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
     assert verify(target) == known
+
+
+def test_an_archive_that_the_system_cannot_read_is_no_damage(target, monkeypatch):
+    with pytest.raises(InputError, match=f"^{target}: no such file$") as caught:
+        verify(target)
+    assert not isinstance(caught.value, DamagedFile)
+    target.parent.mkdir()
+    target.write_bytes(b"abc")
+
+    class Sick(io.FileIO):
+        def read(self, size=-1):
+            raise OSError(EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "_PatientFile", type("", (files._PatientFile, Sick), {}))
+    with pytest.raises(InputError, match=f"^{target}: Input/output error$") as caught:
+        verify(target)
+    assert not isinstance(caught.value, DamagedFile)
 
 
 def test_the_registry_imports_nothing_slow():

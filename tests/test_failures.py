@@ -3,10 +3,13 @@
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
+import venv
 from contextlib import contextmanager
 
 import h5py
@@ -211,11 +214,45 @@ def test_a_damaged_state_is_set_aside_and_training_begins_anew(untrained, finish
     state = untrained.file("teachers/0/state.pt")
     torch.save({"epoch": 3}, state)
     cut(state)
-    told(
-        untrained.snakemake(TEACHER),
-        "results/tiny/teachers/0/state.pt: damaged.*; set aside as .*/state.pt.damaged",
+    harmed = state.read_bytes()
+    done = untrained.run(TEACHER)
+    assert re.search(
+        r"teachers/0/state.pt: damaged, .*; set aside as .*/state.pt.damaged, this training begins",
+        done.stderr,
     )
+    assert state.with_name("state.pt.damaged").read_bytes() == harmed
+    assert_as(untrained, finished, "teachers/0/weights.safetensors")
+
+
+def test_a_file_that_a_notebook_has_open_for_writing_is_left_alone(untrained, finished):
+    untrained.edit("ensdistill/files.py", "PATIENCE = 10", "PATIENCE = 1")
+    before = contents(untrained)
+    with h5py.File(untrained.file("images.h5"), "r+"):
+        told(
+            untrained.snakemake(TEACHER),
+            "results/tiny/images.h5: another program, perhaps a notebook, has it open for writing; "
+            "close it there and run again",
+        )
+        assert contents(untrained).keys() == before.keys()
     untrained.run(TEACHER)
+    assert_as(untrained, finished, "teachers/0/weights.safetensors")
+
+
+WITHOUT_LOCKS = """
+#include <errno.h>
+int flock(int file, int operation) { errno = ENOLCK; return -1; }
+"""
+
+
+def test_a_file_system_without_locks_is_used_without(untrained, finished):
+    if not (compiler := shutil.which("cc")):
+        pytest.skip("what stands for such a file system must be compiled")
+    library = untrained.folder / "locks.so"
+    command = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", library]
+    subprocess.run(command, input=WITHOUT_LOCKS, text=True, check=True)
+    environment = {"LD_PRELOAD": str(library), "PYTHONPATH": str(untrained.folder)}
+    done = untrained.snakemake(TEACHER, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
     assert_as(untrained, finished, "teachers/0/weights.safetensors")
 
 
@@ -370,3 +407,37 @@ def test_two_runs_at_once(untrained):
             "teachers/0: another process is training this network; wait for it or end it",
         )
         assert first.poll() is None
+
+
+def test_the_checkout_and_its_environment_lie_where_a_path_has_spaces(finished, tmp_path):
+    project = finished.copy(tmp_path / "my (own) projects" / "it's & more")
+    project.file("tables/results.csv").unlink()
+    venv.create(project.folder / ".venv", symlinks=True)
+    installed = sysconfig.get_path("purelib")
+    folder = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    (project.folder / ".venv" / folder / "installed.pth").write_text(installed)
+    done = subprocess.run(
+        [".venv/bin/python", "-m", "snakemake", "--cores", "1", "results/tiny/tables/results.csv"],
+        cwd=project.folder,
+        env={**os.environ, "PYTHONPATH": str(project.folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_as(project, finished, "tables/results.csv")
+
+
+def test_a_key_given_twice_is_refused_in_every_file_that_snakemake_reads(changed):
+    other = changed.folder / "other.yaml"
+    other.write_text("run: [tiny]\nrun: [tiny]\n")
+    done = changed.snakemake("--dry-run", "--configfile", other)
+    assert done.returncode != 0
+    assert f"{other}: the key 'run' is given twice, in lines 1 and 2" in done.stderr
+    assert "Traceback" not in done.stderr
+    other.write_text("run: [tiny]\n")
+    changed.run("--dry-run", "--configfile", other)
+    with (changed.folder / "config.yaml").open("a") as file:
+        file.write("run: [tiny]\n")
+    done = changed.snakemake("--dry-run")
+    assert done.returncode != 0
+    assert re.search(r"config.yaml: the key 'run' is given twice, in lines 1 and \d+", done.stderr)

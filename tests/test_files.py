@@ -1,6 +1,13 @@
+import errno
+import fcntl
+import io
 import json
 import os
+import resource
 import stat
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -8,9 +15,21 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from ensdistill import InputError
-from ensdistill.files import atomic, open_hdf5, write_csv, write_hdf5, write_text
+from ensdistill import DamagedFile, InputError, files
+from ensdistill.files import (
+    atomic,
+    open_hdf5,
+    read_csv,
+    set_aside,
+    write_csv,
+    write_hdf5,
+    write_text,
+)
+from ensdistill.state import TrainingState
+from ensdistill.students import build_student
+from ensdistill.weights import load_student, save_student
 
 # --- whole files -----------------------------------------------------------------------------
 
@@ -153,3 +172,217 @@ def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, harm):
         file["val/logits"][:]
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+
+
+# --- what is no damage -----------------------------------------------------------------------
+
+
+def read_hdf5(path):
+    with open_hdf5(path) as file:
+        return file["val/logits"][:]
+
+
+def write_weights(path):
+    architecture = {"name": "resnet8", "width": 2, "in_channels": 3, "num_classes": 2}
+    save_student(path, build_student("single", architecture, 1), {})
+
+
+WRITERS = {
+    "x.h5": lambda path: write_hdf5(path, ARRAYS, ATTRIBUTES),
+    "x.csv": lambda path: write_csv(path, pd.DataFrame({"nll": [0.5]})),
+    "x.safetensors": write_weights,
+    "x.pt": lambda path: TrainingState(path, "same").save({"weight": torch.arange(1000)}),
+}
+READERS = {
+    "x.h5": read_hdf5,
+    "x.csv": read_csv,
+    "x.safetensors": load_student,
+    "x.pt": lambda path: TrainingState(path, "same").load(),
+}
+
+
+@pytest.fixture(params=READERS)
+def healthy(request, tmp_path):
+    """A file that can be read, and how."""
+    path = tmp_path / request.param
+    WRITERS[request.param](path)
+    yield path, READERS[request.param]
+    assert list(tmp_path.iterdir()) == [path]
+    READERS[request.param](path)
+
+
+class Sick(io.FileIO):
+    """A file on a disk that answers with an error, after so many bytes."""
+
+    answer: BaseException
+    after: int
+
+    def _wait(self):
+        if self.tell() >= self.after:
+            raise self.answer
+
+    def readinto(self, buffer):
+        self._wait()
+        return super().readinto(buffer)
+
+    def read(self, size=-1):
+        self._wait()
+        return super().read(size)
+
+
+@pytest.fixture
+def sick(monkeypatch):
+    """Put files on such a disk."""
+
+    def become(answer, after=0):
+        own = {"answer": answer, "after": after}
+        # Below the class that notes the error, above the system.
+        monkeypatch.setattr(files, "_PatientFile", type("", (files._PatientFile, Sick), own))
+
+    return become
+
+
+def os_error(number):
+    return OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EAGAIN])
+def test_an_error_of_the_system_is_named_and_is_no_damage(healthy, sick, number):
+    path, read = healthy
+    sick(os_error(number), after=1 if path.suffix == ".h5" else 0)
+    with pytest.raises(InputError) as caught:
+        read(path)
+    assert not isinstance(caught.value, DamagedFile)
+    assert str(caught.value) == f"{path}: {os.strerror(number)}"
+
+
+def test_want_of_memory_is_no_damage(healthy, sick):
+    path, read = healthy
+    sick(os_error(errno.ENOMEM))
+    with pytest.raises(MemoryError):
+        read(path)
+
+
+def test_an_interruption_while_a_file_is_read_is_no_damage(healthy, sick):
+    path, read = healthy
+    sick(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        read(path)
+
+
+def test_too_many_open_files_are_no_damage_and_no_missing_file(healthy):
+    path, read = healthy
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    read(path)  # what is imported and opened once
+    resource.setrlimit(resource.RLIMIT_NOFILE, (os.dup(0), limits[1]))
+    try:
+        with pytest.raises(InputError) as caught:
+            read(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not isinstance(caught.value, DamagedFile)
+    assert str(caught.value) == (
+        f"{path}: Too many open files; raise the limit (ulimit -n) or run fewer jobs at a time"
+    )
+
+
+def test_an_error_of_what_is_computed_with_a_file_is_no_damage(tmp_path):
+    write_hdf5(tmp_path / "x.h5", ARRAYS, ATTRIBUTES)
+    for error in (ValueError, KeyError, TypeError, OSError, RuntimeError):
+        with pytest.raises(error) as caught, open_hdf5(tmp_path / "x.h5"):
+            raise error("of ours")
+        assert not isinstance(caught.value, InputError)
+
+
+HOLD = """
+import h5py, sys, time
+with h5py.File(sys.argv[1], "r+"):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    """Another process that has a file open for writing, for so many seconds."""
+    write_hdf5(tmp_path / "x.h5", ARRAYS, ATTRIBUTES)
+    started = []
+
+    def hold(seconds):
+        command = [sys.executable, "-c", HOLD, tmp_path / "x.h5", str(seconds)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+        assert started[-1].stdout.readline() == b"held\n"
+        return tmp_path / "x.h5"
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_file_that_is_open_for_writing_elsewhere_is_named_and_is_no_damage(notebook, monkeypatch):
+    path = notebook(60)
+    monkeypatch.setattr(files, "PATIENCE", 0.2)
+    with pytest.raises(InputError) as caught:
+        read_hdf5(path)
+    assert not isinstance(caught.value, DamagedFile)
+    assert str(caught.value) == (
+        f"{path}: another program, perhaps a notebook, has it open for writing; close it there and "
+        "run again"
+    )
+
+
+def test_a_short_write_elsewhere_is_waited_for(notebook):
+    np.testing.assert_array_equal(read_hdf5(notebook(0.5)), ARRAYS["val/logits"])
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, 524])
+def test_a_file_system_without_locks_is_read_without(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise os_error(number)
+
+    write_hdf5(tmp_path / "x.h5", ARRAYS, ATTRIBUTES)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    np.testing.assert_array_equal(read_hdf5(tmp_path / "x.h5"), ARRAYS["val/logits"])
+
+
+LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+from ensdistill.files import open_hdf5
+
+with open_hdf5(sys.argv[1]) as file:
+    dataset = file["x"]
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = used + dataset.nbytes + (6 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    dataset[:]
+"""
+
+
+def test_too_little_memory_to_unpack_a_sound_file_is_no_damage(tmp_path):
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        options = {"chunks": (12 << 20,), "compression": "gzip", "fletcher32": True}
+        file.create_dataset("x", data=np.zeros(96 << 20, np.uint8), **options)
+    command = [sys.executable, "-c", LITTLE_MEMORY, path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "MemoryError: Can't synchronously read data" in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_a_file_that_is_being_written_is_not_set_aside(tmp_path):
+    path = tmp_path / "x.h5"
+    path.write_bytes(b"half")
+
+    def write():
+        time.sleep(0.2)
+        with path.open("ab") as file:
+            file.write(b"whole")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert not set_aside(path)
+    writer.join()
+    assert path.read_bytes() == b"halfwhole"
+    assert set_aside(path)
+    assert [it.name for it in tmp_path.iterdir()] == ["x.h5.damaged"]

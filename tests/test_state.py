@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ensdistill import DamagedFile, InputError, training
+from ensdistill import InputError, files, training
 from ensdistill.jobs import Interrupted, fingerprint
 from ensdistill.learning import Learning, learning
 from ensdistill.methods import Recipe
@@ -232,7 +232,9 @@ class Harm:
 @pytest.mark.parametrize(
     "harm", ["truncated", "flipped", "text", "empty", "pickle", "torch pickle"]
 )
-def test_a_damaged_or_hostile_state_is_named_and_nothing_in_it_is_run(tmp_path, monkeypatch, harm):
+def test_a_damaged_or_hostile_state_is_set_aside_and_nothing_in_it_is_run(
+    tmp_path, monkeypatch, capsys, harm
+):
     path, canary = tmp_path / "state.pt", tmp_path / "canary"
     monkeypatch.setenv("CANARY", str(canary))
     state = TrainingState(path, "same")
@@ -250,15 +252,43 @@ def test_a_damaged_or_hostile_state_is_named_and_nothing_in_it_is_run(tmp_path, 
         path.write_bytes(damaged[harm])
     else:
         torch.save({"fingerprint": "same", "state": Harm()}, path)
-    with pytest.raises(DamagedFile) as caught:
-        state.load()
-    assert str(caught.value).startswith(f"{path}: damaged")
-    assert "\n" not in str(caught.value)
+    harmed, aside = path.read_bytes(), path.with_name("state.pt.damaged")
+    monkeypatch.setattr(files, "SETTLED", 0)
+    assert state.load() is None
+    [sentence] = capsys.readouterr().err.splitlines()
+    assert sentence.startswith(f"{path}: damaged, or not a training state (")
+    assert sentence.endswith(f"; set aside as {aside}, this training begins anew")
+    assert [aside] == list(tmp_path.iterdir())
+    assert aside.read_bytes() == harmed
     assert not canary.exists()
     if "pickle" in harm:  # the sample does what it threatens to
         with pytest.raises(Exception, match=r".*"):
-            torch.load(path, weights_only=False)["fingerprint"]["none"]
+            torch.load(aside, weights_only=False)["fingerprint"]["none"]
         assert canary.exists()
+
+
+PAGE = 4096
+"""Bytes that reach a disk together, or not at all."""
+
+
+def test_a_state_that_reached_the_disk_in_part_is_never_believed(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SETTLED", 0)
+    state = TrainingState(tmp_path / "state.pt", "same")
+    saved = {"weight": torch.arange(5000.0), "bias": torch.arange(3000), "epoch": 3}
+    state.save(saved)
+    whole = state.path.read_bytes()
+    torn = 0
+    for start in range(0, len(whole), PAGE):
+        rest = whole[start + PAGE :]
+        page = bytes(len(whole[start : start + PAGE]))
+        for content in (whole[:start], whole[:start] + page + rest):
+            state.path.write_bytes(content)
+            torn += state.load() is None
+    assert torn == 2 * -(-len(whole) // PAGE) > 20
+    state.path.write_bytes(whole)
+    loaded = state.load()
+    assert loaded.keys() == saved.keys()
+    assert torch.equal(loaded["weight"], saved["weight"])
 
 
 def test_one_network_is_trained_by_one_process_at_a_time(tmp_path):
