@@ -21,6 +21,7 @@ UNCOUNTED = {
     "ensdistill.digests",
     "ensdistill.files",
     "ensdistill.jobs",
+    "ensdistill.own_data",
     "ensdistill.state",
 }
 """Modules that say what ran, how it failed and goes on, but do not change what is computed."""
