@@ -100,13 +100,15 @@ class ImageFolder:
         """
         sources = [source for root in self.roots for source in _sources(root)]
         everything = not self.labelled and not any(
-            SPLITS & set(entry.parts) for source in sources for entry in entries(source)
+            SPLITS & set(entry.parts[:-1]) for source in sources for entry in entries(source)
         )
         for source in sources:
             seen: dict[tuple[str, ...], str] = {}
             for entry in entries(source):
                 split, label, treatment = self._treatment(entry, everything)
-                if treatment == "read":
+                if treatment == "read" and entry.kind == "link":
+                    self._dead.append(entry.place)
+                elif treatment == "read":
                     content = entry.read()
                     key = (split, label, hashlib.sha256(content).hexdigest())
                     if seen.setdefault(entry.parts, key[-1]) != key[-1]:
@@ -134,7 +136,7 @@ class ImageFolder:
         return hashlib.sha256(json.dumps(self.listing()).encode()).hexdigest()
 
     def _treatment(self, entry: Entry, everything: bool) -> tuple[str, str, str]:
-        """Split, class and treatment of an entry."""
+        """Split, class and treatment of an entry; `read` also of a link that would be read."""
         folder = entry.kind == "folder"
         if not entry.parts or any(map(is_hidden, entry.parts)):
             return "", "", "hidden" if entry.parts else ""
@@ -149,36 +151,32 @@ class ImageFolder:
             if len(inner) == 1:
                 self._classes.setdefault((entry.root, entry.parts, split), "missing")
             return "", "", ""
-        if self.labelled and len(inner) != 2:
-            if entry.kind == "link" and len(inner) < 2 and not _ending(entry.parts[-1]):
-                self._dead.append(entry.place)  # of a split or a class
-            treatment = self._of_image(entry, used=False)
-            depth = "deeper" if inner[1:] else "classless"
-            return "", "", depth if treatment == "read" else treatment
+        if entry.kind == "link" and len(inner) < 2:
+            return split, "", "read"  # would be a split or a class
         treatment = self._of_image(entry)
-        if treatment == "read":
+        if treatment == "read" and self.labelled and len(inner) != 2:
+            treatment = "deeper" if inner[1:] else "classless"
+        if treatment == "read" and entry.kind == "file":
             self._note_place(entry, at)
-        what = f"{TREATMENTS[treatment]} ({entry.place})"
-        key = (entry.root, entry.parts[:-1], split)
-        if self._classes.get(key, "missing") == "missing":
-            self._classes[key] = what
+        if inner[1:]:
+            key = (entry.root, entry.parts[: at + 2], split)
+            if self._classes.get(key, "missing") == "missing":
+                self._classes[key] = f"{TREATMENTS[treatment]} ({entry.place})"
         return split, inner[0] if inner[1:] else "", treatment
 
-    def _of_image(self, entry: Entry, used: bool = True) -> str:
-        """The treatment of a file that is where images are; `used` if it would be read there."""
+    def _of_image(self, entry: Entry) -> str:
+        """The treatment of what is where images are."""
         name = entry.parts[-1].lower()
         ending = _ending(name)
-        known, image = ending in _readable(), ending in _readable() or ending == ""
-        if entry.kind == "link":
-            if used and image:
-                self._dead.append(entry.place)
-            return "others"
-        if entry.kind == "special":
-            return "special" if image else "others"
+        image = ending in _readable() or not ending
+        if entry.kind != "file":
+            return "others" if not image else "read" if entry.kind == "link" else "special"
         if name.endswith(PACKED):
             return "archives"
-        if known or ending in UNREAD:
-            return "read" if known else "formats"
+        if ending in _readable():
+            return "read"
+        if ending in UNREAD:
+            return "formats"
         looks = _looks_like(entry.read(32))
         return "endings" if looks == "read" and ending else looks
 
@@ -237,7 +235,7 @@ class ImageFolder:
     def _skipped(self) -> str:
         """How many files were skipped, and why."""
         said = [
-            f"{self.counts[kind]:,} {what}"
+            f"{what} ({self.counts[kind]:,})"
             for kind, what in TREATMENTS.items()
             if kind != "read" and self.counts[kind]
         ]
@@ -252,7 +250,7 @@ class ImageFolder:
         said = f"{self.where}: images read: {self.counts['read']:,}{self._skipped()}"
         for kind, what in EQUAL.items():
             if self.counts[kind]:
-                said += f"; {what}: {self.counts[kind]:,}"
+                said += f"; {what} ({self.counts[kind]:,})"
         doubtful = any(self.counts[kind] for kind in (*MISSED, *EQUAL))
         logger.log(logging.WARNING if doubtful else logging.INFO, said)
 

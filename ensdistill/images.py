@@ -64,9 +64,6 @@ def write_images(
     if absent:
         name = data.classes[min(absent)]
         raise InputError(f"source {source!r}: no training image of class {name!r} is left")
-    pixels, values = _histograms(train_images), np.arange(256)[:, None] / 255
-    mean = (pixels * values).sum(0) / pixels.sum(0)
-    std = np.sqrt((pixels * (values - mean) ** 2).sum(0) / pixels.sum(0))
     arrays = {
         f"{split}/{name}": array
         for split, pair in splits.items()
@@ -81,8 +78,7 @@ def write_images(
             "sha256": data.sha256,
             **({"files": data.files} if data.files else {}),
             "classes": data.classes,
-            "mean": mean.tolist(),
-            "std": np.maximum(std, 1 / 255).tolist(),
+            **_mean_and_std(train_images),
         },
     )
     return data.sha256
@@ -112,6 +108,14 @@ def _subset(
         return images, labels
     chosen = stratified(labels, count, seed, what, classes, rest=False)
     return images[chosen], labels[chosen]
+
+
+def _mean_and_std(images: NDArray[np.uint8]) -> dict[str, list[float]]:
+    """Of each channel, in [0, 1]; the standard deviation is at least a step of 1/255."""
+    pixels, values = _histograms(images), np.arange(256)[:, None] / 255
+    mean = (pixels * values).sum(0) / pixels.sum(0)
+    std = np.sqrt((pixels * (values - mean) ** 2).sum(0) / pixels.sum(0))
+    return {"mean": mean.tolist(), "std": np.maximum(std, 1 / 255).tolist()}
 
 
 def _histograms(images: NDArray[np.uint8]) -> NDArray[np.int64]:
