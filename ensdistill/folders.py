@@ -37,8 +37,8 @@ Key = tuple[str, str, str]
 TREATMENTS = {
     "read": "read",
     "duplicates": "the same as another of their class",
-    "formats": "in formats that are not read",
-    "endings": "with the ending of no image format",
+    "formats": "formats that are not read",
+    "endings": "endings of no image format",
     "deeper": "in folders below a class",
     "classless": "in no class",
     "archives": "archives within a folder",
