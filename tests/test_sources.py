@@ -22,6 +22,7 @@ from tests.builders import (
     encode,
     fails,
     good_tree,
+    hash_of,
     make,
     md5,
     noise,
@@ -67,10 +68,6 @@ def colour_tree(ending="png"):
         for split in ("train", "test")
     ]
     return files, arrays
-
-
-def hash_of(*parts):
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
 
 
 def split_off(files, prefix):
