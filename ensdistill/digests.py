@@ -22,6 +22,7 @@ UNCOUNTED = {
     "ensdistill.files",
     "ensdistill.jobs",
     "ensdistill.locks",
+    "ensdistill.own_data",
     "ensdistill.state",
 }
 """Modules that say what ran, how it failed and goes on, but do not change what is computed."""

@@ -2,11 +2,13 @@
 
 images.h5 has `/train`, `/val` and `/test`, each with `images` uint8 (N, C, H, W) and `labels`
 int64 (N,); its attributes hold classes, mean and std of the training pixels (per channel, in
-[0, 1]), the source, and the SHA-256 of what was read.
+[0, 1]), the source, the SHA-256 of what was read, and for own data how many files were read and
+how many skipped, by why.
 """
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ def write_images(
     seed: int,
     attributes: dict[str, Any],
     **options: Any,
-) -> None:
+) -> str:
     """Read a source, split it and write images.h5.
 
     Args:
@@ -36,6 +38,9 @@ def write_images(
         train, validation, test: images per split; None for all there are. Subsets are
             stratified choices by `seed`; validation images never serve for training.
         attributes: what else the file should say of itself.
+
+    Returns:
+        the SHA-256 of what was read.
 
     Raises:
         InputError: the source is unusable or too small.
@@ -49,19 +54,16 @@ def write_images(
     if data.official_validation:
         held_out = np.arange(count) >= count - validation
     else:
-        held_out = stratified(labels, validation, seed, "validation")
+        held_out = stratified(labels, validation, seed, "validation", data.classes)
     splits = {"val": (images[held_out], labels[held_out])}
     images, labels = images[~held_out], labels[~held_out]
-    splits["train"] = _subset(images, labels, train, seed, "train")
-    splits["test"] = _subset(*data.test, test, seed, "test")
+    splits["train"] = _subset(images, labels, train, seed, "train", data.classes)
+    splits["test"] = _subset(*data.test, test, seed, "test", data.classes)
     train_images, train_labels = splits["train"]
     absent = set(range(classes)) - set(train_labels.tolist())
     if absent:
         name = data.classes[min(absent)]
         raise InputError(f"source {source!r}: no training image of class {name!r} is left")
-    pixels, values = _histograms(train_images), np.arange(256)[:, None] / 255
-    mean = (pixels * values).sum(0) / pixels.sum(0)
-    std = np.sqrt((pixels * (values - mean) ** 2).sum(0) / pixels.sum(0))
     arrays = {
         f"{split}/{name}": array
         for split, pair in splits.items()
@@ -74,11 +76,12 @@ def write_images(
             **attributes,
             "source": source,
             "sha256": data.sha256,
+            **({"files": data.files} if data.files else {}),
             "classes": data.classes,
-            "mean": mean.tolist(),
-            "std": np.maximum(std, 1 / 255).tolist(),
+            **_mean_and_std(train_images),
         },
     )
+    return data.sha256
 
 
 def read_images(path: str | os.PathLike[str], split: str) -> Split:
@@ -98,11 +101,21 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
         return {**known, "shape": file["train/images"].shape[1:]}
 
 
-def _subset(images, labels, count: int | None, seed: int, what: str) -> Split:
+def _subset(
+    images, labels, count: int | None, seed: int, what: str, classes: Sequence[str]
+) -> Split:
     if count is None or count == len(labels):
         return images, labels
-    chosen = stratified(labels, count, seed, what)
+    chosen = stratified(labels, count, seed, what, classes, rest=False)
     return images[chosen], labels[chosen]
+
+
+def _mean_and_std(images: NDArray[np.uint8]) -> dict[str, list[float]]:
+    """Of each channel, in [0, 1]; the standard deviation is at least a step of 1/255."""
+    pixels, values = _histograms(images), np.arange(256)[:, None] / 255
+    mean = (pixels * values).sum(0) / pixels.sum(0)
+    std = np.sqrt((pixels * (values - mean) ** 2).sum(0) / pixels.sum(0))
+    return {"mean": mean.tolist(), "std": np.maximum(std, 1 / 255).tolist()}
 
 
 def _histograms(images: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -37,6 +37,8 @@ class Interrupted(KeyboardInterrupt):
 def job(snakemake: Any) -> Iterator[None]:
     """Log to the rule's log file; end with one sentence and exit status 1 on a known failure.
 
+    Warnings of this package are printed too.
+
     On SIGTERM and SIGINT half-written files are removed, and the exit status is 128 more than the
     signal's number. An input that is found damaged is set aside. Anything unforeseen is raised on,
     its traceback in the log too.
@@ -46,14 +48,18 @@ def job(snakemake: Any) -> Iterator[None]:
         filemode="w",
         format="%(asctime)s %(levelname)s %(message)s",
     )
+    label = " ".join([snakemake.rule, *snakemake.wildcards])
+    terminal = logging.StreamHandler()
+    terminal.setLevel(logging.WARNING)
+    terminal.setFormatter(logging.Formatter(f"{label}: warning: %(message)s"))
     logging.getLogger("ensdistill").setLevel(logging.INFO)
+    logging.getLogger("ensdistill").addHandler(terminal)
     logging.captureWarnings(True)
     # What libraries print of their own while they give up.
     sys.unraisablehook = lambda it: logging.debug("%s", it.err_msg, exc_info=it.exc_value)
     sys.excepthook = lambda *error: logging.debug("", exc_info=error)
     for number in ENDINGS:
         signal.signal(number, _interrupt)
-    label = " ".join([snakemake.rule, *snakemake.wildcards])
     status = 1
     try:
         yield

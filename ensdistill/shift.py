@@ -53,7 +53,7 @@ def write_shifted(
     official: Sequence[str] = (),
     archives: Sequence[str] = (),
     attributes: dict[str, Any],
-) -> None:
+) -> str:
     """Write shifted.h5: corrupted test images, and images of other things.
 
     Args:
@@ -65,6 +65,9 @@ def write_shifted(
         archives: those of the source of images out of distribution.
         attributes: what else the file should say of itself.
 
+    Returns:
+        the SHA-256 of the images out of distribution that were read.
+
     Raises:
         InputError: a source is unusable, or the official corruptions are of other images.
     """
@@ -72,7 +75,7 @@ def write_shifted(
     with open_hdf5(images) as file:
         checksums = {"images": str(file.attrs["sha256"])}
     chosen = _choice(labels, corruptions["images"], seed)
-    others, checksums["out_of_distribution"] = _others(
+    others, checksums["out_of_distribution"], files = _others(
         **out_of_distribution, shape=clean.shape[1:], seed=seed, archives=archives
     )
     if corruptions["source"] == "official":
@@ -89,7 +92,10 @@ def write_shifted(
             yield from _named(f"corrupted/{kind}/{severity}", copies, labels[chosen])
         yield from _named("out_of_distribution", others, np.full(len(others), -1, dtype=np.int64))
 
+    if files:
+        attributes = {**attributes, "out_of_distribution_files": files}
     write_hdf5(output, arrays(), {**attributes, "kinds": KINDS, "sha256": checksums})
+    return checksums["out_of_distribution"]
 
 
 def _named(
@@ -217,13 +223,16 @@ def _others(
     shape: tuple[int, int, int],
     seed: int,
     archives: Sequence[str],
-) -> tuple[NDArray[np.uint8], str]:
-    """Images of `shape` (C, H, W) from another source, and the SHA-256 of what was read."""
+) -> tuple[NDArray[np.uint8], str, dict[str, int]]:
+    """Images of `shape` (C, H, W) from another source, the SHA-256 of what was read.
+
+    Of own data also how many files were read and skipped.
+    """
     channels, height, width = shape
     mode = "L" if channels == 1 else "RGB"
     if source == "photographs":
         photographs = load_sample_images().images
-        sha256 = hashlib.sha256(b"".join(photographs)).hexdigest()
+        sha256, files = hashlib.sha256(b"".join(photographs)).hexdigest(), {}
         whole = [Image.fromarray(photograph).convert(mode) for photograph in photographs]
         pictures = _pieces(whole, width, height, min(images or PIECES, PIECES), seed)
     else:
@@ -234,16 +243,17 @@ def _others(
             test=None,
             seed=seed,
             archives=archives,
+            labelled=False,
         )
         pixels, labels = data.test
-        sha256 = data.sha256
+        sha256, files = data.sha256, data.files
         pictures = (
             Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
             .convert(mode)
             .resize((width, height), Image.Resampling.BICUBIC)
             for image in pixels[_choice(labels, images, seed)]
         )
-    return as_array(pictures, mode), sha256
+    return as_array(pictures, mode), sha256, files
 
 
 def _pieces(

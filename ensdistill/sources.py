@@ -2,20 +2,14 @@
 
 import hashlib
 import io
-import json
-import lzma
 import os
 import re
-import stat
-import tarfile
 import tempfile
 import warnings
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from operator import itemgetter
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,22 +18,19 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ensdistill import InputError
 from ensdistill.downloads import verify
+from ensdistill.folders import ImageFolder
 
 Split = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images (N, C, H, W) and labels (N,)."""
 
-PACKED = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
-"""Endings of archives that a folder of your own images may hold."""
-UNPACKED_BY_THE_PIECE = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
-"""Compressions of which zipfile unpacks no more than the size that a member states."""
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
+"""Tags of TIFF."""
+POINTERS = (b"version https://git-lfs", b"/annex/objects/")
+"""How files of Git LFS and git-annex begin that stand for others."""
 GREY_MODES = {"1", "L", "LA", "La"}
 Image.init()
 FORMATS = [name for name in Image.ID if name != "EPS"]
 """What Pillow reads by itself; to read PostScript it would run Ghostscript, that is, a program."""
-LARGEST = 2**28
-"""Bytes of a file that is read as an image; as many has the largest that Pillow takes for one."""
-LONGEST = 2**20
-"""Bytes of a header of a tar archive."""
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 PER_PIXEL = 10
 """Bytes that a pixel of a folder takes at most: in Pillow's pictures, and in two arrays."""
@@ -56,6 +47,8 @@ class Dataset:
     """Of the files that were read, in whatever archives they came; of official archives, theirs."""
     official_validation: bool = False
     """Whether the last training images are the customary validation split."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Of own data: how many files were read, and how many were skipped, by why."""
 
 
 def digits(*, seed: int, test: int | None, **_: Any) -> Dataset:
@@ -68,11 +61,12 @@ def digits(*, seed: int, test: int | None, **_: Any) -> Dataset:
     data = load_digits()
     images = np.round(data.images * (255 / 16)).astype(np.uint8)[:, None]
     labels = data.target.astype(np.int64)
-    held_out = stratified(labels, test or len(labels) // 3, seed, "test")
+    classes = [str(name) for name in data.target_names]
+    held_out = stratified(labels, test or len(labels) // 3, seed, "test", classes)
     return Dataset(
         train=(images[~held_out], labels[~held_out]),
         test=(images[held_out], labels[held_out]),
-        classes=[str(name) for name in data.target_names],
+        classes=classes,
         sha256=hashlib.sha256(images.tobytes()).hexdigest(),
     )
 
@@ -152,58 +146,58 @@ def _tiny_images(archive: zipfile.ZipFile, listing: list[tuple[int, int, str]]) 
     return images, np.array([label for label, *_ in listing], dtype=np.int64)
 
 
-def folder(*, path: str | Sequence[str], size: int | None, **_: Any) -> Dataset:
+def folder(
+    *, path: str | Sequence[str], size: int | None, labelled: bool = True, **_: Any
+) -> Dataset:
     """Your own images: train/<class>/<name> and test/<class>/<name>, in folders or archives.
 
     Any format that Pillow reads by itself. If every image is grey there is one channel, else there
-    are three. Archives are read, never unpacked. Images are ordered by class and file name.
+    are three. Archives are read, never unpacked. Images are ordered by class and file name. What
+    is read, skipped or refused: `ensdistill.folders`.
 
     Args:
         path: a directory that holds train/ and test/, or tar/zip archives of them, or a
             directory of such archives.
         size: side to which images are resized and centre-cropped; None: all have one size.
+        labelled: whether to read training images and classes too, not only test images.
     """
-    roots = [Path(root) for root in ([path] if isinstance(path, str) else path)]
-    # Each image with what orders it: its class, its file's name and checksum.
-    pictures: dict[str, list[tuple[tuple[str, str, str], Image.Image]]] = {"train": [], "test": []}
+    found = ImageFolder(path, labelled=labelled)
+    pictures: dict[tuple[str, str, str], Image.Image] = {}
     pixels, most = 0, MEMORY // PER_PIXEL
-    for name, data in _files(roots):
-        split, label, file = _parts(name)[-3:]
-        key = (label, file, hashlib.sha256(data).hexdigest())
-        picture = _decode(name, data, size)
+    for name, key, data in found.read():
+        pictures[key] = picture = _decode(name, data, size)
         pixels += picture.width * picture.height
         if pixels > most:
             raise InputError(
                 f"{name}: with this image there are more than {most:,} pixels, too many for the "
                 "memory of this machine: set a smaller images.size"
             )
-        pictures[split].append((key, picture))
-    for found in pictures.values():
-        found.sort(key=itemgetter(0))
-    listing = {split: [key for key, _ in found] for split, found in pictures.items()}
-    classes = sorted({label for label, *_ in listing["train"]})
-    where = ", ".join(map(str, roots))
-    for split, found in pictures.items():
-        if not found:
-            raise InputError(f"{where}: holds no images in {split}/<class>/")
-    tested = {label for label, *_ in listing["test"]}
+    listing = found.listing()
+    labels = {split: [label for label, *_ in images] for split, images in listing.items()}
+    classes = sorted(set(labels["train" if labelled else "test"]))
+    if labelled:
+        _check_classes(found.where, set(classes), set(labels["test"]))
+    sizes = {picture.size for picture in pictures.values()}
+    if len(sizes) > 1:
+        some = ", ".join(f"{w}×{h}" for w, h in sorted(sizes)[:3])
+        raise InputError(f"{found.where}: images differ in size ({some} …): set images.size")
+    grey = all(picture.mode in GREY_MODES for picture in pictures.values())
+    empty = np.empty((0, 1 if grey else 3, *sizes.pop()[::-1]), dtype=np.uint8)
+    splits = []
+    for split, images in listing.items():
+        chosen = (pictures[split, label, sha256] for label, _, sha256 in images)
+        pixels = as_array(chosen, "L" if grey else "RGB") if images else empty
+        splits.append((pixels, np.array([classes.index(label) for label in labels[split]], int)))
+    return Dataset(*splits, classes, found.sha256(), files=dict(+found.counts))
+
+
+def _check_classes(where: str, trained: set[str], tested: set[str]) -> None:
     for missing, there, absent in (
-        (set(classes) - tested, "train", "test"),
-        (tested - set(classes), "test", "train"),
+        (trained - tested, "train", "test"),
+        (tested - trained, "test", "train"),
     ):
         if missing:
             raise InputError(f"{where}: class {min(missing)!r} is in {there}/ but not in {absent}/")
-    every = pictures["train"] + pictures["test"]
-    sizes = {picture.size for _, picture in every}
-    if len(sizes) > 1:
-        found = ", ".join(f"{w}×{h}" for w, h in sorted(sizes)[:3])
-        raise InputError(f"{where}: images differ in size ({found} …): set images.size")
-    mode = "L" if all(picture.mode in GREY_MODES for _, picture in every) else "RGB"
-    splits = []
-    for split, found in pictures.items():
-        images = as_array((picture for _, picture in found), mode)
-        splits.append((images, np.array([classes.index(label) for label, *_ in listing[split]])))
-    return Dataset(*splits, classes, hashlib.sha256(json.dumps(listing).encode()).hexdigest())
 
 
 SOURCES: dict[str, Callable[..., Dataset]] = {
@@ -216,125 +210,30 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
 }
 
 
-def _files(roots: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every image file below train/ and test/.
-
-    Archives are read from front to back: in a compressed tar every step back starts anew.
-    """
-    endings = tuple(Image.registered_extensions())
-
-    def wanted(name: str) -> bool:
-        parts = _parts(name)
-        in_split = len(parts) >= 3 and parts[-3] in ("train", "test")
-        hidden = any(part.startswith(".") for part in parts[-2:])
-        return in_split and not hidden and name.lower().endswith(endings)
-
-    for root in roots:
-        if not root.exists():
-            raise InputError(f"{root}: no such folder or archive")
-        if root.is_dir():
-            archives = sorted(p for p in root.iterdir() if p.name.lower().endswith(PACKED))
-            if (root / "train").is_dir() or not archives:
-                # Unlike `**`, `*` also enters linked folders: train/ and its classes may be links.
-                for file in sorted({*root.rglob("*/*"), *root.rglob("*/*/*")}):
-                    if wanted(str(file)) and file.is_file():
-                        _check_size(str(file), file.stat().st_size)
-                        yield str(file), file.read_bytes()
-            else:
-                yield from _files(archives)
-            continue
-        try:
-            if zipfile.is_zipfile(root):
-                with zipfile.ZipFile(root) as archive:
-                    for entry in archive.infolist():
-                        link = stat.S_ISLNK(entry.external_attr >> 16)
-                        if wanted(entry.filename) and not link:
-                            name = f"{root}/{entry.filename}"
-                            _check_size(name, entry.file_size)
-                            if (method := entry.compress_type) not in UNPACKED_BY_THE_PIECE:
-                                method = zipfile.compressor_names.get(method, "otherwise")
-                                raise zipfile.BadZipFile(
-                                    f"{entry.filename} is not deflated, but {method}"
-                                )
-                            with archive.open(entry) as file:
-                                yield name, file.read(entry.file_size)
-            else:
-                with tarfile.open(root, tarinfo=_Member) as archive:
-                    while member := archive.next():
-                        archive.members, archive.pax_headers = [], {}  # tarfile keeps them all
-                        if archive.offset <= member.offset:
-                            raise tarfile.ReadError("a member ends before it begins")
-                        if member.isfile() and wanted(member.name):
-                            name = f"{root}/{member.name}"
-                            _check_size(name, member.size)
-                            yield name, archive.extractfile(member).read()
-                    _check_end(archive)
-        except (
-            tarfile.TarError,
-            zipfile.BadZipFile,
-            zlib.error,
-            lzma.LZMAError,
-            EOFError,
-            OSError,
-            RuntimeError,  # a zip archive with a password
-            ValueError,  # of a tar header that is no number
-            OverflowError,
-        ) as error:
-            reason = str(error).partition(":\n")[0]
-            raise InputError(f"{root}: not a whole tar or zip archive ({reason})") from error
-
-
-class _Member(tarfile.TarInfo):
-    """A tar header, refused where tarfile would read all that it announces, however much."""
-
-    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        if self.size < 0 or (self.size > LONGEST and not self.isfile()):
-            raise tarfile.ReadError(
-                f"a header of {self.size:,} bytes; at most {LONGEST:,} are read"
-            )
-        if self.type == tarfile.GNUTYPE_SPARSE:
-            self._proc_gnusparse_10()
-        return super()._proc_member(archive)
-
-    def _proc_gnusparse_10(self, *_: Any) -> None:
-        raise tarfile.ReadError("it holds a sparse file")
-
-
-def _check_size(name: str, size: int) -> None:
-    if size > LARGEST:
-        raise InputError(f"{name}: has {size:,} bytes; images have at most {LARGEST:,}")
-
-
-def _check_end(archive: tarfile.TarFile) -> None:
-    """Refuse a tar that stops between two members, which tarfile takes for its end."""
-    stream = archive.fileobj
-    stream.seek(archive.offset)
-    if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("its end is missing")
-    while stream.read(1 << 20):  # to the checksum of what was compressed
-        pass
-
-
-def _parts(name: str) -> tuple[str, ...]:
-    return PurePosixPath(name.replace(os.sep, "/")).parts
-
-
 def _decode(name: str, data: bytes, size: int | None) -> Image.Image:
     """One image as L, LA or RGB, upright, of the size wanted."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+                format, tags = opened.format, getattr(opened, "tag_v2", {})
                 picture = ImageOps.exif_transpose(opened)
                 picture.load()
     except UnidentifiedImageError as error:
-        raise InputError(f"{name}: not an image of a known format") from error
+        pointer = data.startswith(POINTERS)
+        why = "only a pointer to a file that was not fetched" if pointer else "empty"
+        why = f" (it is {why})" if pointer or not data else ""
+        raise InputError(f"{name}: not an image of a known format{why}") from error
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers of damaged files raise nearly anything
         raise InputError(f"{name}: not a readable image ({error})") from error
-    if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    # Pillow gives 16-bit PGM, of whatever maximum, as 32-bit pixels 0 … 65,535.
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and format == "PPM"):
+        most = 4095 if tags.get(BITS_PER_SAMPLE) == (12,) else 65535
+        values = np.asarray(picture).astype(np.int64) * 255 // most
+        white = tags.get(PHOTOMETRIC) == 0  # TIFF's WhiteIsZero, which Pillow leaves as it is
+        picture = Image.fromarray((255 - values if white else values).astype(np.uint8))
     elif picture.mode in ("I", "F"):
         raise InputError(f"{name}: has 32-bit pixels, whose range is unknown; save it as 8-bit")
     elif picture.mode not in GREY_MODES:
@@ -350,22 +249,63 @@ def as_array(pictures: Iterable[Image.Image], mode: str) -> NDArray[np.uint8]:
     return images[:, None] if mode == "L" else images.transpose(0, 3, 1, 2)
 
 
-def stratified(labels: NDArray[np.int64], count: int, seed: int, what: str) -> NDArray[np.bool_]:
-    """A mask of `count` images, chosen by seed, with the classes' shares kept."""
+def stratified(
+    labels: NDArray[np.int64],
+    count: int,
+    seed: int,
+    what: str,
+    classes: Sequence[str],
+    *,
+    rest: bool = True,
+) -> NDArray[np.bool_]:
+    """A mask of `count` images, chosen by seed, with the classes' shares kept.
+
+    Every class is among them.
+
+    Args:
+        what: what the images are for, in messages.
+        classes: names of the classes.
+        rest: whether the other images are used too, so that every class must be among those.
+    """
     from sklearn.model_selection import train_test_split
 
-    classes = len(np.unique(labels))
-    if count >= len(labels):
-        raise InputError(f"{count} {what} images are wanted, but there are only {len(labels)}")
-    try:
-        _, chosen = train_test_split(
-            np.arange(len(labels)), test_size=count, random_state=seed, stratify=labels
-        )
-    except ValueError as error:
+    sizes = np.bincount(labels, minlength=len(classes))
+    total, least, parts = len(labels), int(sizes.argmin()), 1 + rest
+    there = (
+        f"there {'is' if sizes[least] == 1 else 'are'} only {sizes[least]} of {classes[least]!r}"
+    )
+    if count >= total:
+        raise InputError(f"{count} {what} images are wanted, but there are only {total}")
+    if sizes[least] < parts:
         raise InputError(
-            f"{count} {what} images cannot be chosen from {len(labels)} images of {classes} "
-            "classes with every class in both parts"
-        ) from error
-    mask = np.zeros(len(labels), dtype=bool)
-    mask[chosen] = True
+            f"{count} {what} images cannot be chosen from {total} with every class "
+            f"{'in both parts' if rest else 'among them'}: {there}"
+        )
+    if min(count, total - count if rest else count) < len(classes):
+        raise InputError(
+            f"{count} {what} images cannot be chosen from {total} images of {len(classes)} "
+            f"classes with every class {'in both parts' if rest else 'among them'}"
+        )
+    mask = np.zeros(total, dtype=bool)
+    if sizes[least] > 1 and total - count >= len(classes):
+        _, chosen = train_test_split(
+            np.arange(total), test_size=count, random_state=seed, stratify=labels
+        )
+        mask[chosen] = True
+        return mask
+    rng = np.random.default_rng(seed)
+    for label, number in enumerate(_shares(sizes, count)):
+        mask[rng.permutation(np.flatnonzero(labels == label))[:number]] = True
     return mask
+
+
+def _shares(sizes: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """How many of each class make `count`: proportional to sizes, at least one."""
+    exact = sizes * count / sizes.sum()
+    shares = np.maximum(exact.astype(int), 1)
+    while (lack := count - shares.sum()) != 0:
+        # The class that is furthest from its exact share takes one more, or gives one.
+        gaps = (exact - shares) * np.sign(lack)
+        gaps[(shares == sizes) if lack > 0 else (shares == 1)] = -np.inf
+        shares[gaps.argmax()] += np.sign(lack)
+    return shares

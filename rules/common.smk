@@ -9,6 +9,7 @@ from ensdistill import InputError
 from ensdistill.downloads import ARCHIVES, ARCHIVES_OF
 from ensdistill.digests import code_digest
 from ensdistill.methods import parse_architecture
+from ensdistill.own_data import known_state
 from ensdistill.studies import read_configuration
 
 try:
@@ -135,6 +136,17 @@ def method_of(wildcards):
 def archives_of(source):
     """The downloads that a source is read from, if any."""
     return [f"results/downloads/{archive}" for archive in ARCHIVES_OF.get(source, [])]
+
+
+@cache
+def own_data(study, section):
+    """A parameter that changes when a study's own images do, and where that is noted; else None."""
+    source = getattr(STUDIES[study], section)
+    if source.source != "folder":
+        return None
+    record = f".snakemake/own_data/{study}-{section}.json"
+    state = known_state(record, source.path, labelled=section == "images")
+    return {"record": record, "state": state}
 
 
 def official_corruptions(wildcards):

@@ -29,6 +29,7 @@ rule images:
         runtime=growing(60, 0.1),
     params:
         images=lambda wildcards: STUDIES[wildcards.study].images.model_dump(),
+        own_data=lambda wildcards: own_data(wildcards.study, "images"),
         code=code("images"),
     script:
         "../workflow_scripts/images.py"
@@ -50,6 +51,7 @@ rule shifted:
         runtime=growing(60, 0.1),
     params:
         settings=shift,
+        own_data=lambda wildcards: own_data(wildcards.study, "out_of_distribution"),
         code=code("shifted"),
     script:
         "../workflow_scripts/shifted.py"

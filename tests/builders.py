@@ -19,6 +19,11 @@ def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
+def hash_of(*parts):
+    """A seed for each combination of names and numbers."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
+
+
 def encode(pixels, ending="png", **options):
     picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     buffer = io.BytesIO()
@@ -62,13 +67,13 @@ def per_class(**classes):
 
 
 def good_tree():
-    """Two classes of four training images and one test image."""
-    files = per_class(cat=encode(noise(40, 30, seed=1)), dog=encode(noise(40, 30, seed=2)))
-    for i in (1, 2, 3):
-        files |= {
-            f"train/{label}/{i}.png": encode(noise(40, 30, seed=i)) for label in ("cat", "dog")
-        }
-    return files
+    """Two classes of four training images and one test image, no two of them equal."""
+    return {
+        f"{split}/{label}/{i}.png": encode(noise(40, 30, seed=100 * (split == "test") + 10 * k + i))
+        for k, label in enumerate(("cat", "dog"))
+        for split, count in (("train", 4), ("test", 1))
+        for i in range(count)
+    }
 
 
 def md5(data):

@@ -75,14 +75,15 @@ def test_mean_and_std_are_those_of_the_training_pixels(tmp_path):
 
 
 def test_mean_and_std_are_per_channel_and_std_is_never_zero(tmp_path):
-    picture = noise(6, 6, 3)
-    picture[..., 2] = 7
-    files = per_class(a=encode(picture), b=encode(picture)) | {
-        f"train/{label}/{i}.png": encode(picture) for label in "ab" for i in (1, 2)
-    }
+    pictures = noise(4, 6, 6, 3)
+    pictures[..., 2] = 7
+    files = {f"train/{'ab'[i % 2]}/{i}.png": encode(picture) for i, picture in enumerate(pictures)}
+    files |= {f"test/{label}/0.png": encode(noise(6, 6, 3, seed=1)) for label in "ab"}
     make(tmp_path / "images.h5", path=write_tree(tmp_path / "tree", files), validation=2)
     known = read_description(tmp_path / "images.h5")
-    scaled = picture.reshape(-1, 3) / 255
+    train, _ = read_images(tmp_path / "images.h5", "train")
+    scaled = train.transpose(0, 2, 3, 1).reshape(-1, 3) / 255
+    assert len(train) == 2
     np.testing.assert_allclose(known["mean"], scaled.mean(0), rtol=1e-12)
     np.testing.assert_allclose(known["std"], [*scaled.std(0)[:2], 1 / 255], rtol=1e-12)
 

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import yaml
 
+from tests.builders import encode, hash_of, noise, write_tree
 from tests.project import FIGURES, METHODS, ON_STUDENTS, ON_TEACHERS, RECIPE, REPOSITORY, TINY
 
 TEACHERS = {f"teacher {seed}" for seed in range(3)}
@@ -35,6 +36,8 @@ AFTER_TEACHERS = {"logits teachers/2", *logits("teachers/0", "teachers/1"), *OF_
 TRAINING = {*TEACHERS, *STUDENTS, *AFTER_TEACHERS, *AFTER_STUDENTS}
 EVERYTHING = {"images", "shifted", *TRAINING}
 SHIFTED = {job for job in EVERYTHING if job.startswith("shifted")}
+OF_SHIFTED = SHIFTED | {"corruptions", "out_of_distribution", "claims"}
+OF_SHIFTED |= {"figure_corruptions", "figure_out_of_distribution"}
 SHIFTED |= {"corruptions", "out_of_distribution", *REDRAWN, "claims"}  # captions say how many
 
 
@@ -113,6 +116,34 @@ def reordered(project):
         file.write("# A comment.\n")
 
 
+def own_images(section, **options):
+    """A finished study's images become own ones, for which its results stand; then one changes."""
+
+    def change(project):
+        splits = ("train", "test") if section == "images" else ("test",)
+        files = {
+            f"{split}/{label}/{i}.png": encode(noise(8, 8, seed=hash_of(split, label, i)))
+            for split in splits
+            for label in "ab"
+            for i in range(6)
+        }
+        write_tree(project.folder / "own", files)
+        project.change(
+            "studies", "tiny", section, value={"source": "folder", "path": "own", **options}
+        )
+        target = {"images": "images", "out_of_distribution": "shifted"}[section]
+        project.run(f"results/tiny/{target}.h5")
+        project.run("--touch")
+        assert project.planned() == NOTHING
+        own = project.folder / f"own/{splits[0]}/a/0.png"
+        own.write_bytes(own.read_bytes())
+        os.utime(own, ns=(10**18, 10**18))
+        assert project.planned() == NOTHING
+        own.write_bytes(encode(noise(8, 8)))
+
+    return change
+
+
 def other_environment(project):
     """A conda that knows itself, and another environment file."""
     code("envs/ensdistill.yaml", "python=3.11", "python=3.12")(project)
@@ -188,6 +219,11 @@ ROWS = {
         | {*INTERVALS, *figures(INTERVALS)},
     ),
     "`images`": (setting("images", "test", value=90), EVERYTHING),
+    "your own images (`source: folder`)": (own_images("images", validation=4), EVERYTHING),
+    "your own images out of distribution": (
+        own_images("out_of_distribution", images=5),
+        OF_SHIFTED,
+    ),
     "`corruptions`, `out_of_distribution`": (setting("corruptions", "images", value=10), SHIFTED),
     "`published`": (
         setting("published", value={"source": "a paper", "scores": {"KD": {"nll": 0.5}}}),

@@ -1,9 +1,9 @@
 import hashlib
 import io
 import pickle
+import struct
 import tarfile
 import warnings
-import zipfile
 from pathlib import Path
 
 import h5py
@@ -13,14 +13,16 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
 
-from ensdistill import InputError, sources
+from ensdistill import InputError
 from ensdistill.downloads import ARCHIVES_OF
+from ensdistill.folders import ImageFolder
 from ensdistill.images import read_description, read_images
 from ensdistill.sources import SOURCES, folder, tinyimagenet
 from tests.builders import (
     encode,
     fails,
     good_tree,
+    hash_of,
     make,
     md5,
     noise,
@@ -66,10 +68,6 @@ def colour_tree(ending="png"):
         for split in ("train", "test")
     ]
     return files, arrays
-
-
-def hash_of(*parts):
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
 
 
 def split_off(files, prefix):
@@ -161,11 +159,11 @@ def test_jpeg_is_read_to_within_its_loss(tmp_path):
     assert np.abs(read[0].astype(int) - ramp).max() <= 4
 
 
-def test_a_large_compressed_tar_in_any_order_is_read_in_one_go(tmp_path, monkeypatch):
+def test_a_large_compressed_tar_in_any_order_is_read_in_one_go(tmp_path):
     """A step back in a .tar.gz decompresses from its start: hours for a hundred thousand images."""
     files, expected = colour_tree()
     path = write_tar(tmp_path / "x.tar.gz", files, "w:gz")
-    names = [name.removeprefix(f"{path}/") for name, _ in sources._files([Path(path)])]
+    names = [place.removeprefix(f"{path}/") for place, *_ in ImageFolder(path).read()]
     assert names == list(files) != sorted(files)
     np.testing.assert_array_equal(read_folder(path)[0], expected[0])
 
@@ -206,22 +204,6 @@ def test_member_names_that_point_outside_write_nothing(tmp_path, write):
     np.testing.assert_array_equal(train, expected[0])
     assert sorted(tmp_path.parent.rglob("*")) == before
     assert not Path("/train").exists()
-
-
-def test_links_inside_archives_are_skipped(tmp_path):
-    files, expected = colour_tree()
-    write_tar(tmp_path / "x.tar", files)
-    with tarfile.open(tmp_path / "x.tar", "a") as archive:
-        link = tarfile.TarInfo("train/a/9.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
-        archive.addfile(link)
-    write_zip(tmp_path / "x.zip", files)
-    with zipfile.ZipFile(tmp_path / "x.zip", "a") as archive:
-        entry = zipfile.ZipInfo("train/a/9.png")
-        entry.external_attr = 0o120777 << 16
-        archive.writestr(entry, "/etc/hostname")
-    for name in ("x.tar", "x.zip"):
-        np.testing.assert_array_equal(read_folder(str(tmp_path / name))[0], expected[0])
 
 
 # --- pixel formats ---------------------------------------------------------------------------
@@ -276,13 +258,45 @@ def test_one_colour_image_in_the_test_split_gives_both_splits_three_channels(tmp
     np.testing.assert_array_equal(test[0], noise(6, 5, 3).transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize("ending", ["png", "tif"])
-def test_16_bit_grey_is_scaled_to_8_bits(tmp_path, ending):
-    wide = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
-    assert wide.min() == 0
-    assert wide.max() == 65535
-    read = only_image(encode(wide, ending), f"0.{ending}", tmp_path=tmp_path)
-    np.testing.assert_array_equal(read, [np.arange(256).reshape(16, 16)])
+def pgm(values, most, plain=False):
+    """A PGM of values 0 … most, 256 and more, in two bytes each or as text."""
+    header = f"P{2 if plain else 5} {values.shape[1]} {values.shape[0]} {most}\n".encode()
+    return header + (
+        " ".join(map(str, values.ravel())).encode() if plain else values.astype(">u2").tobytes()
+    )
+
+
+def packed_12_bit_tiff(values):
+    """A grey TIFF of 12 bits a pixel, two pixels in three bytes, as microscopes write it."""
+    bits = "".join(f"{value:012b}" for value in values.ravel())
+    data = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    height, width = values.shape
+    tags = [(256, width), (257, height), (258, 12), (259, 1), (262, 1), (273, 8 + 2 + 9 * 12 + 4)]
+    tags += [(277, 1), (278, height), (279, len(data))]
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + directory + bytes(4) + data
+
+
+RAMP = np.arange(256).reshape(16, 16)
+WIDE = {
+    "png": lambda: encode((RAMP * 257).astype(np.uint16)),
+    "tif": lambda: encode((RAMP * 257).astype(np.uint16), "tif"),
+    "white is zero.tif": lambda: encode(
+        ((255 - RAMP) * 257).astype(np.uint16), "tif", tiffinfo={262: 0}
+    ),
+    "12 bit.tif": lambda: packed_12_bit_tiff(
+        np.rint(RAMP * 4095 / 255 + 0.49).astype(int).clip(0, 4095)
+    ),
+    "pgm": lambda: pgm(RAMP * 257, 65535),
+    "plain.pgm": lambda: pgm(RAMP * 257, 65535, plain=True),
+    "12 bit.pgm": lambda: pgm(np.rint(RAMP * 4095 / 255 + 0.49).astype(int).clip(0, 4095), 4095),
+}
+
+
+@pytest.mark.parametrize("what", WIDE)
+def test_12_and_16_bit_grey_is_scaled_to_8_bits(tmp_path, what):
+    name = f"0.{what.rpartition('.')[2]}"
+    np.testing.assert_array_equal(only_image(WIDE[what](), name, tmp_path=tmp_path), [RAMP])
 
 
 def test_32_bit_images_are_refused(tmp_path):
@@ -344,15 +358,25 @@ UNUSABLE_TREES = {
         good_tree() | {"test/dog/0.png": b"hello"},
         "test/dog/0.png: not an image of a known format",
     ),
-    "empty file named png": (good_tree() | {"test/dog/0.png": b""}, "test/dog/0.png: not an image"),
+    "empty file named png": (
+        good_tree() | {"test/dog/0.png": b""},
+        "test/dog/0.png: not an image of a known format (it is empty)",
+    ),
     "class missing from test": (without("test/dog"), "class 'dog' is in train/ but not in test/"),
     "class missing from train": (without("train/cat"), "class 'cat' is in test/ but not in train/"),
     "no test images": (without("test/"), "tree: holds no images in test/<class>/"),
     "classes without images": (
         {f"{s}/cat/notes.txt": b"" for s in ("train", "test")},
-        "tree: holds no images in train/<class>/",
+        "tree: holds no images in train/<class>/; skipped: no images (2)",
     ),
-    "images without classes": ({"train/0.png": encode(noise(4, 4))}, "holds no images in train/"),
+    "images without classes": (
+        {"train/0.png": encode(noise(4, 4))},
+        "holds no images in train/<class>/; skipped: in no class (1)",
+    ),
+    "pointer of Git LFS": (
+        good_tree() | {"test/dog/0.png": b"version https://git-lfs.github.com/spec/v1\noid x\n"},
+        "test/dog/0.png: not an image of a known format (it is only a pointer to a file that was",
+    ),
 }
 
 
