@@ -65,8 +65,8 @@ def plasma(rng: Generator, count: int, side: int, decay: float) -> Images:
     amplitude = 1.0
 
     def midpoints(*neighbours: NDArray) -> NDArray:
-        noise = rng.uniform(-amplitude, amplitude, neighbours[0].shape)
-        return sum(neighbours) / 4 + noise
+        noise = 2 * rng.random(neighbours[0].shape, np.float32) - 1
+        return sum(neighbours) / 4 + amplitude * noise
 
     while step > 1:
         corners, half = heights[:, ::step, ::step], step // 2

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from ensdistill import InputError
 from ensdistill.downloads import ARCHIVES, Archive
@@ -17,6 +18,14 @@ from ensdistill.images import write_images
 
 def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def photographs(*shape, count=4):
+    """Pieces of a photograph (N, C, H, W)."""
+    channels, height, width = shape
+    whole = load_sample_images().images[1].transpose(2, 0, 1)[:channels]
+    corners = range(60, 60 + 20 * count, 20)
+    return np.stack([whole[:, i : i + height, i : i + width] for i in corners])
 
 
 def encode(pixels, ending="png", **options):
