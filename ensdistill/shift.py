@@ -6,16 +6,11 @@ images out of distribution have the label −1.
 """
 
 import hashlib
-import math
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,22 +18,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ensdistill import InputError
+from ensdistill.corruptions import KINDS, SEVERITIES, corrupt
 from ensdistill.downloads import verify
 from ensdistill.files import open_hdf5, write_hdf5
 from ensdistill.images import read_images
 from ensdistill.sources import SOURCES, as_array
 
-KINDS = [
-    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur",
-    "zoom_blur", "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate",
-    "jpeg_compression", "speckle_noise", "gaussian_blur", "spatter", "saturate",
-]  # fmt: skip
-"""Kinds of corruption: the benchmark's 15, then its 4 for validation."""
-SEVERITIES = range(1, 6)
-SMALLEST = 32
-"""Side in pixels below which `imagecorruptions` takes no image."""
-SEEDED = {"impulse_noise", "glass_blur"}
-"""Kinds with generators of their own; the others draw from numpy's global one, or nothing."""
 PIECES = 2000
 """How many pieces of photographs there are."""
 
@@ -83,7 +68,6 @@ def write_shifted(
         checksums["corruptions"] = verify(archive)
         corrupted = _official(archive, labels, chosen)
     else:
-        attributes = {**attributes, "imagecorruptions": version("imagecorruptions-imaug")}
         corrupted = _copies(clean[chosen], seed)
 
     def arrays() -> Iterator[tuple[str, NDArray[Any]]]:
@@ -125,66 +109,6 @@ def _copies(images: NDArray[np.uint8], seed: int) -> Iterator[tuple[str, int, ND
     for kind in KINDS:
         for severity in SEVERITIES:
             yield kind, severity, corrupt(images, kind, severity, seed)
-
-
-def corrupt(
-    images: NDArray[np.uint8], kind: str, severity: int, seed: int = 0
-) -> NDArray[np.uint8]:
-    """Corrupted copies of images (N, C, H, W), C being 1 or 3 [Hendrycks & Dietterich 2019].
-
-    Severities are ImageNet-C's, meant for 224 pixels, so copies of CIFAR-10's images are not
-    CIFAR-10-C, whose severities were chosen for 32. Images below 32 pixels are enlarged by a whole
-    factor, corrupted and reduced by averaging; grey ones become RGB and their channels' mean. So
-    `saturate` leaves grey ones as they are, and `pixelate` may leave small ones.
-
-    Args:
-        kind: one of `KINDS`.
-        severity: 1 … 5.
-        seed: of what is random about it; the same seed makes the same copies.
-    """
-    try:
-        import cv2
-    except ImportError as error:
-        raise InputError(
-            f"corrupted copies need OpenCV, which does not load ({error}); on Debian and Ubuntu "
-            "`apt-get install libgl1` gives what it lacks"
-        ) from error
-    _, channels, height, width = images.shape
-    factor = math.ceil(SMALLEST / min(height, width))
-    rng = np.random.default_rng([seed, KINDS.index(kind), severity])
-    copies = np.empty_like(images)
-    # `frost` reads one of six photographs for every image: each once is enough.
-    with _global_seed(rng.integers(2**32)), patch.object(cv2, "imread", cache(cv2.imread)):
-        for image, copy in zip(images, copies, strict=True):
-            large = image.repeat(factor, axis=1).repeat(factor, axis=2).transpose(1, 2, 0)
-            corrupted = _corrupt(large, kind, severity, rng)
-            blocks = corrupted.reshape(height, factor, width, factor, channels, 3 // channels)
-            copy[:] = np.rint(blocks.mean(axis=(1, 3, 5))).transpose(2, 0, 1)
-    return copies
-
-
-def _corrupt(
-    image: NDArray[np.uint8], kind: str, severity: int, rng: np.random.Generator
-) -> NDArray[np.uint8]:
-    """One image (H, W, 1 or 3) as corrupted RGB (H, W, 3)."""
-    import imagecorruptions
-
-    own = {"seed": int(rng.integers(2**32))} if kind in SEEDED else {}
-    invalid = "raise" if kind == "spatter" else "warn"
-    while True:  # an image on which no drop of spatter fell would turn black by 0/0: drawn anew
-        with suppress(FloatingPointError), np.errstate(invalid=invalid):
-            return imagecorruptions.corrupt(image, severity, kind, **own)
-
-
-@contextmanager
-def _global_seed(seed: int) -> Iterator[None]:
-    """Seed numpy's global generator, from which `imagecorruptions` draws, and give it back."""
-    before = np.random.get_state()  # noqa: NPY002
-    np.random.seed(seed)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        np.random.set_state(before)  # noqa: NPY002
 
 
 def _official(

@@ -1,5 +1,5 @@
 # Snakemake runs this in the new environment, from the folder where it was started: the repository.
 # It makes a new environment when this file changes, not when constraints.txt does; so keep here its
-# SHA-256: bd8ef9c7c6df641fdf24afc7775a8f3fcb07e5e3ca8e42ca44533d91fa3fe5a5
+# SHA-256: 0f29af407b3923d2bbb9fa6a48b526edce3a5e0dc3fda2d15b8bb3cd1c062e92
 set -eu
 python -m pip install --constraint constraints.txt --editable .

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from ensdistill import InputError
 from ensdistill.downloads import ARCHIVES, Archive
@@ -22,6 +23,14 @@ def noise(*shape, seed=0):
 def hash_of(*parts):
     """A seed for each combination of names and numbers."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
+
+
+def photographs(*shape, count=4):
+    """Pieces of a photograph (N, C, H, W)."""
+    channels, height, width = shape
+    whole = load_sample_images().images[1].transpose(2, 0, 1)[:channels]
+    corners = range(60, 60 + 20 * count, 20)
+    return np.stack([whole[:, i : i + height, i : i + width] for i in corners])
 
 
 def encode(pixels, ending="png", **options):

@@ -1,10 +1,8 @@
 import hashlib
 import io
 import json
-from importlib.metadata import version
 
 import h5py
-import imagecorruptions
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,19 +13,11 @@ from ensdistill import InputError, shift
 from ensdistill.files import write_hdf5
 from ensdistill.images import read_images
 from ensdistill.shift import KINDS, SEVERITIES, corrupt, write_shifted
-from tests.builders import encode, make, noise, publish, write_tar, write_tree
+from tests.builders import encode, make, noise, photographs, publish, write_tar, write_tree
 
 COPIES = {"source": "copies", "images": 4}
 PHOTOGRAPHS = {"source": "photographs", "path": None, "images": 5}
 SHAPES = [(1, 8, 8), (3, 32, 32), (3, 64, 64), (1, 28, 20)]
-
-
-def photographs(*shape, count=4):
-    """Pieces of a photograph (N, C, H, W)."""
-    channels, height, width = shape
-    whole = load_sample_images().images[1].transpose(2, 0, 1)[:channels]
-    corners = range(60, 60 + 20 * count, 20)
-    return np.stack([whole[:, i : i + height, i : i + width] for i in corners])
 
 
 def images_file(path, images, labels, **attributes):
@@ -50,86 +40,6 @@ def uncorrupted(monkeypatch):
     monkeypatch.setattr(shift, "corrupt", lambda images, *_: images)
 
 
-# --- corrupted copies ------------------------------------------------------------------------
-
-
-def test_the_kinds_are_those_of_the_package():
-    assert imagecorruptions.get_corruption_names("all") == KINDS
-
-
-def all_copies(shape):
-    """Mean squared distance from the images by kind and severity, and a digest of all copies."""
-    images, digest = photographs(*shape), hashlib.sha256()
-    distances = np.zeros((len(KINDS), len(SEVERITIES)))
-    for i, kind in enumerate(KINDS):
-        for j, severity in enumerate(SEVERITIES):
-            copies = corrupt(images, kind, severity)
-            assert copies.shape == images.shape
-            assert copies.dtype == np.uint8
-            digest.update(copies.tobytes())
-            distances[i, j] = ((copies.astype(float) - images) ** 2).mean()
-    return distances, digest.hexdigest()
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_copies_keep_the_shape_and_grow_apart_with_severity(shape):
-    distances, _ = all_copies(shape)
-    assert (np.diff(distances.mean(0)) > 0).all()
-    assert (np.diff(distances[:3]) > 0).all()  # noises
-    # What is grey has no saturation, and enlarged pixels survive pixelation.
-    exempt = ["saturate", "pixelate"] if shape[0] == 1 else []
-    assert ((distances > 0).all(1) | np.isin(KINDS, exempt)).all()
-
-
-def test_copies_are_made_by_the_seed_alone_and_numpys_generator_is_given_back():
-    np.random.seed(5)  # noqa: NPY002
-    wanted = np.random.normal(size=3)  # noqa: NPY002
-    np.random.seed(5)  # noqa: NPY002
-    _, first = all_copies((3, 32, 32))
-    np.testing.assert_array_equal(np.random.normal(size=3), wanted)  # noqa: NPY002
-    np.random.seed(6)  # noqa: NPY002
-    assert all_copies((3, 32, 32))[1] == first
-
-
-RANDOM = [
-    "gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "glass_blur", "motion_blur",
-    "snow", "frost", "fog", "elastic_transform", "spatter",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", RANDOM)
-def test_images_and_seeds_differ_in_what_is_random(kind):
-    same = photographs(3, 32, 32, count=1).repeat(2, axis=0)
-    first, second = corrupt(same, kind, 3)
-    assert (first != second).any()
-    assert (corrupt(same, kind, 3, seed=1)[0] != first).any()
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in RANDOM])
-@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8)])
-def test_copies_without_chance_are_the_packages_of_the_enlarged_images(kind, shape):
-    images = photographs(*shape, count=2)
-    factor = 32 // shape[1]
-    for image, copy in zip(images, corrupt(images, kind, 2), strict=True):
-        large = np.kron(image, np.ones((1, factor, factor), np.uint8)).transpose(1, 2, 0)
-        made = Image.fromarray(imagecorruptions.corrupt(large, 2, kind))
-        channels = np.asarray(made).astype(float).transpose(2, 0, 1)
-        if shape[0] == 1:
-            channels = channels.mean(0, keepdims=True)
-        wanted = [
-            np.asarray(Image.fromarray(channel).resize(shape[:0:-1], Image.Resampling.BOX))
-            for channel in channels
-        ]
-        np.testing.assert_allclose(copy, np.stack(wanted), atol=0.501)
-
-
-def test_spatter_without_a_drop_is_drawn_anew():
-    """The package divides by the largest drop, and makes a black image of none: 1 in 100."""
-    images = np.full((400, 3, 32, 32), 255, np.uint8)
-    copies = corrupt(images, "spatter", 1)
-    assert copies.mean((1, 2, 3)).min() > 200
-
-
 # --- shifted.h5 ------------------------------------------------------------------------------
 
 
@@ -144,7 +54,6 @@ def test_shifted_images_have_their_layout_and_attributes(tmp_path):
             assert list(file["corrupted"][kind]) == list("12345")
         assert json.loads(file.attrs["kinds"]) == KINDS
         assert file.attrs["study"] == "x"
-        assert file.attrs["imagecorruptions"] == version("imagecorruptions-imaug")
         checksums = json.loads(file.attrs["sha256"])
     with h5py.File(tmp_path / "images.h5") as file:
         assert checksums["images"] == file.attrs["sha256"]
@@ -235,7 +144,6 @@ def test_official_corruptions_are_the_archives_by_severity(tmp_path, monkeypatch
     with h5py.File(path) as file:
         checksum = hashlib.sha256((tmp_path / "CIFAR-10-C.tar").read_bytes()).hexdigest()
         assert json.loads(file.attrs["sha256"])["corruptions"] == checksum
-        assert "imagecorruptions" not in file.attrs
 
 
 @pytest.mark.parametrize("labels", [[3, 1, 1, 3], [3, 1, 1, 2, 3]])
