@@ -40,7 +40,10 @@ def prepare(threads: int, resources: Mapping[str, Any]) -> "torch.device":
     _keep_freed_memory()
     import torch
 
+    from ensdistill.numerics import set_float32
+
     torch.set_num_threads(threads)
+    set_float32("fp32")
     if not torch.cuda.is_available():
         logger.info("computing on the CPU, threads: %d", threads)
         return torch.device("cpu")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ensdistill.numerics import Precision, autocast
 from ensdistill.objectives import OBJECTIVES, Parts
 from ensdistill.perturbations import PERTURBATIONS
 from ensdistill.students import Step
@@ -17,7 +18,6 @@ SMALLEST_FACTOR = 0.01
 """Of the learning rate: at the first epoch, and at the end of `warmup_linear`."""
 
 Schedule = Literal["warmup_linear", "cosine"]
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def train_step(
     Returns:
         What the history keeps, still on the device: the loss and its parts, and the accuracy [%].
     """
-    with torch.autocast(step.x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(step.x.device, precision):
         parts = learning.objective(step, learning.perturbation(step))
     optimizer.zero_grad()
     parts["loss"].backward()

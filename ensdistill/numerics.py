@@ -86,6 +86,9 @@ def set_float32(precision: Precision) -> None:
     anything is computed, by jobs that only evaluate too (with `fp32`).
     """
     mode = "tf32" if precision == "tf32" else "ieee"
+    # The older flags too: PyTorch raises an error when they are read and say something else.
+    torch.backends.cudnn.allow_tf32 = mode == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = mode == "tf32"
     torch.backends.cuda.matmul.fp32_precision = mode
     # Each by name: setting `torch.backends.fp32_precision` leaves them as they are.
     torch.backends.cudnn.conv.fp32_precision = mode
@@ -159,7 +162,7 @@ class _EveryOperation(TorchDispatchMode):
         # By the memory of a parameter, or of what was computed from parameters alone.
         self.names = {_memory(tensor): name for name, tensor in model.named_parameters()}
         self.kept: list[Tensor] = []  # Or their memory could be given to other tensors.
-        self.name = "the first layer"
+        self.place = "next to the first layer"
         self.operations = self.skipped = 0
         self.largest = 0.0
 
@@ -181,7 +184,10 @@ class _EveryOperation(TorchDispatchMode):
     def _follow(self, inputs: list[Tensor], result: Any) -> None:
         """Keep track of the parameter that the operation belongs to."""
         names = [self.names.get(_memory(tensor)) for tensor in inputs]
-        self.name = next((name for name in reversed(names) if name), self.name)
+        if own := list(filter(None, names)):
+            self.place = f"at {own[-1]}"
+        else:
+            self.place = self.place.replace("at ", "next to ", 1)
         if names and all(names):
             for tensor in tree_leaves(result):
                 if isinstance(tensor, Tensor):
@@ -211,20 +217,16 @@ class _EveryOperation(TorchDispatchMode):
 
     def _sentence(self, operation, got: Tensor, factor: float) -> str:
         if got.device.type == "cuda":
-            where = f"{torch.cuda.get_device_name(got.device)}, cuDNN {_version()}"
+            library = f"cuDNN {torch.backends.cudnn.version()}"
+            where = f"{torch.cuda.get_device_name(got.device)}, {library}"
         else:
-            threads = torch.get_num_threads()
-            where = f"{processor_name()}, threads: {threads}"
+            where = f"{processor_name()}, threads: {torch.get_num_threads()}"
         return (
-            f"wrong gradients at {self.name}: {operation.name()} of PyTorch {torch.__version__} "
-            f"is off by {factor:.2g} times its norm on this processor ({where}), so nothing is "
+            f"wrong gradients {self.place}: {operation.name()} of PyTorch {torch.__version__} "
+            f"is off by {factor:.2g} times its norm ({where}), so nothing is "
             "trained; try another number of threads, another width of the network, or another "
             "precision"
         )
-
-
-def _version() -> str:
-    return str(torch.backends.cudnn.version())
 
 
 def _memory(tensor: Tensor) -> int:

@@ -24,7 +24,6 @@ from ensdistill.images import read_description, read_images
 from ensdistill.jobs import Interrupted, deferred_interrupts
 from ensdistill.learning import (
     Learning,
-    Precision,
     learning,
     learning_rate_factor,
     train_step,
@@ -32,6 +31,7 @@ from ensdistill.learning import (
 from ensdistill.methods import Recipe
 from ensdistill.metrics import accuracy, ensemble_probs, nll
 from ensdistill.networks import fold_batch_norms
+from ensdistill.numerics import Precision, check_gradients, choose_precision, set_float32
 from ensdistill.state import TrainingState
 from ensdistill.students import Step, Student, build_student, count_parameters, predict
 from ensdistill.weights import load_student, read_header, save_student
@@ -303,6 +303,9 @@ def train_student(
     Raises:
         InputError: another process trains the same student; or as `fit`.
     """
+    precision, reason = choose_precision(precision, device)
+    set_float32(precision)
+    logger.info("precision: %s", reason)
     torch.manual_seed(seed)
     student = _new_student(parts, read_description(images)).to(device)
     networks = [fold_batch_norms(load_student(path, device).network) for path in teachers]
@@ -317,18 +320,40 @@ def train_student(
         **settings,
         recipe=recipe,
         teachers=[read_header(path)["digest"] for path in teachers],
+        precision_reason=reason,
         device=device.type,
     )
-    # Random numbers differ by device, rounding by version too.
-    same = attributes(fingerprint=fingerprint, device=device.type, torch=torch.__version__)
+    # Random numbers differ by device, rounding by version and precision too.
+    here = {"device": device.type, "torch": torch.__version__, "precision": precision}
+    same = attributes(fingerprint=fingerprint, **here)
     state = TrainingState(Path(weights).parent / "state.pt", same["digest"])
     with state.exclusive():
         taught = learning(networks, parts["objective"], parts["perturbation"])
+        _check_first_step(student, taught, train, recipe["batch_size"], precision)
         predictor, rows = fit(
             student, taught, train, validation, Recipe(**recipe), state=state, **settings
         )
         write_csv(history, pd.DataFrame(rows))
         save_student(weights, predictor, made)
+
+
+def _check_first_step(
+    student: Student,
+    learning: Learning,
+    train: tuple[Tensor, Tensor],
+    batch_size: int,
+    precision: Precision,
+) -> None:
+    """Refuse to train on wrong gradients; see `check_gradients`. It changes nothing."""
+    images, y = (part[:batch_size] for part in train)
+    x = (images.float() / 255).contiguous(memory_format=torch.channels_last)
+
+    def loss(model: Student, x: Tensor, y: Tensor) -> Tensor:
+        generators = torch.Generator(x.device).manual_seed(0), torch.Generator().manual_seed(0)
+        step = Step(model, learning.teachers, x, y, 0.0, *generators)
+        return learning.objective(step, learning.perturbation(step))["loss"]
+
+    check_gradients(student, x, y, loss, precision)
 
 
 def _new_student(parts: Mapping[str, Any], images: Mapping[str, Any]) -> Student:

@@ -104,7 +104,7 @@ def origin(path: str | os.PathLike[str]) -> dict[str, Any]:
     that stands `weights`, the digest of the weights' header. Errors as `load_student`.
     """
     header = read_header(path)
-    own = {"digest", "ensdistill", "torch", "device", "precision"}
+    own = {"digest", "ensdistill", "torch", "device", "precision", "precision_reason"}
     return {key: header[key] for key in header.keys() - own} | {"weights": header["digest"]}
 
 
