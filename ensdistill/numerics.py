@@ -24,10 +24,11 @@ TOLERANCE, TOLERANCE_16_BITS = 0.01, 0.1
 """Largest relative error ‖result − reference‖₂ / ‖reference‖₂ of one operation that is accepted.
 
 The second one is for operations on 16-bit floats. Right operations were measured to stay below
-3e-5 (float32) and 0.01 (bfloat16); a sign, a factor of 81, zeros or NaN give 1 or more.
+4e-5 (float32) and 0.004 (bfloat16) unless they cancel, for which `_noise` allows; a wrong sign, a
+factor of 81, zeros or NaN give 1 or more.
 """
 
-MOST_WORK = 10**11
+MOST_WORK = 2 * 10**9
 """Bound of parameters × pixels of all images in `check_gradients`, a proxy for its time."""
 
 
@@ -166,6 +167,10 @@ class _EveryOperation(TorchDispatchMode):
         self.operations = self.skipped = 0
         self.largest = 0.0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or PyTorch would import its compiler, which takes seconds
+
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -209,9 +214,10 @@ class _EveryOperation(TorchDispatchMode):
                 tolerance = TOLERANCE_16_BITS
             error, norm = _difference(got, right)
             if not error <= tolerance * norm:  # NaN too
-                noise = _noise(operation, call, tolerance / 10, index, right)
+                noise = _noise(operation, call, tolerance, index, right)
                 if not error <= noise:
-                    raise InputError(self._sentence(operation, got, error / norm))
+                    factor = error / norm if norm else math.inf
+                    raise InputError(self._sentence(operation, got, factor))
             elif norm:
                 self.largest = max(self.largest, error / norm)
 

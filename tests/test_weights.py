@@ -81,7 +81,10 @@ def test_nothing_that_takes_long_is_imported_for_a_student_or_its_training(saved
     path, _ = saved
     code = (
         "import sys; from ensdistill.weights import load_student; import ensdistill.training; "
-        f"load_student({str(path)!r}); "
+        "import torch; from ensdistill.numerics import check_gradients; "
+        f"student = load_student({str(path)!r}).requires_grad_(); "
+        "loss = lambda student, x, y: student(x).square().mean(); "
+        "check_gradients(student, torch.rand(4, 1, 8, 8), torch.zeros(4), loss, 'fp32'); "
         "print({'torch._dynamo', 'torchvision', 'sklearn', 'matplotlib', 'scipy.optimize'}"
         " & {*sys.modules})"
     )
