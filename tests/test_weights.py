@@ -1,8 +1,11 @@
 """Weights files: round trips, damage, and a header that says all that made the weights."""
 
+import runpy
 import subprocess
 import sys
+from contextlib import nullcontext
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,10 +14,13 @@ import torch
 
 from ensdistill import InputError
 from ensdistill.files import write_hdf5
+from ensdistill.images import read_images
+from ensdistill.logits import read_attributes, read_logits
 from ensdistill.students import build_student, predict
 from ensdistill.studies import Study
 from ensdistill.training import train_student
 from ensdistill.weights import load_student, origin, read_header, save_student
+from tests.project import REPOSITORY
 
 ARCHITECTURE = {
     "name": "resnet8", "num_classes": 4, "in_channels": 1, "width": 4, "mean": [0.3], "std": [0.2]
@@ -151,7 +157,7 @@ def trained(tmp_path_factory):
     write_hdf5(folder / "images.h5", arrays, known)
     paths = {}
 
-    def train(name, method, seed, teachers=(), device="cpu"):
+    def train(name, method, seed, teachers=(), precision="fp32"):
         paths[name] = folder / name / "weights.safetensors"
         paths[name].parent.mkdir()
         recipe = STUDY.recipe(method) if method else STUDY.teacher
@@ -160,10 +166,15 @@ def trained(tmp_path_factory):
             paths[name],
             folder / name / "history.csv",
             teachers=[paths[teacher] for teacher in teachers],
-            device=torch.device(device),
+            device=torch.device("cpu"),
             seed=seed,
             parts=STUDY.parts(method),
-            recipe={**recipe.model_dump(), "crop_padding": 1, "flip": False, "precision": "fp32"},
+            recipe={
+                **recipe.model_dump(),
+                "crop_padding": 1,
+                "flip": False,
+                "precision": precision,
+            },
             origin={"study": "tiny", "method": method or "teacher", "replicate": seed},
             fingerprint=name,
         )
@@ -175,6 +186,7 @@ def trained(tmp_path_factory):
         train(method, method, 0, ["teacher0", "teacher1"] if needed else [])
     train("other_teachers", "one", 0, ["teacher0", "teacher2"])
     train("again", "one", 0, ["teacher0", "teacher1"])
+    train("rounded", "one", 0, ["teacher0", "teacher1"], precision="bf16")
     return paths
 
 
@@ -243,6 +255,27 @@ def test_the_header_of_what_is_computed_from_weights_repeats_all_but_the_steps_o
     own = {key: header.pop(key) for key in ("digest", "ensdistill", "torch", "device", "precision")}
     assert own["precision"] == "fp32"
     assert repeated == header
+
+
+def test_logits_name_the_precision_of_their_own_step_and_the_weights_they_are_of(
+    trained, tmp_path, monkeypatch
+):
+    """Weights that were trained in bfloat16 give logits in float32."""
+    monkeypatch.setattr("ensdistill.jobs.job", nullcontext)
+    monkeypatch.setattr("ensdistill.devices.prepare", lambda *_: torch.device("cpu"))
+    weights = trained["rounded"]
+    files = SimpleNamespace(images=weights.parents[1] / "images.h5", weights=weights)
+    job = SimpleNamespace(input=files, output=[tmp_path / "0.h5"], threads=1, resources={})
+    runpy.run_path(str(REPOSITORY / "workflow_scripts/logits.py"), {"snakemake": job})
+    known, header = read_attributes(job.output[0]), read_header(weights)
+    assert (header["precision"], header["recipe"]["precision"]) == ("bf16", "bf16")
+    assert (known["precision"], known["weights"]) == ("fp32", header["digest"])
+    images, labels = read_images(files.images, "test")
+    logits, stored_labels = read_logits(job.output[0], "test")
+    with torch.no_grad():
+        expected = load_student(weights)(torch.from_numpy(images) / 255).transpose(0, 1)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(stored_labels, labels)
 
 
 @pytest.mark.parametrize("name", ["own", "single", "labels", "teacher0"])
