@@ -169,12 +169,9 @@ def trained(tmp_path_factory):
             device=torch.device("cpu"),
             seed=seed,
             parts=STUDY.parts(method),
-            recipe={
-                **recipe.model_dump(),
-                "crop_padding": 1,
-                "flip": False,
-                "precision": precision,
-            },
+            recipe=recipe.model_dump(),
+            augmentation={"crop_padding": 1, "flip": False},
+            precision=precision,
             origin={"study": "tiny", "method": method or "teacher", "replicate": seed},
             fingerprint=name,
         )
@@ -257,6 +254,12 @@ def test_the_header_of_what_is_computed_from_weights_repeats_all_but_the_steps_o
     assert repeated == header
 
 
+class Named(dict):
+    """Files by name, as Snakemake gives them."""
+
+    __getattr__ = dict.__getitem__
+
+
 def test_logits_name_the_precision_of_their_own_step_and_the_weights_they_are_of(
     trained, tmp_path, monkeypatch
 ):
@@ -264,14 +267,17 @@ def test_logits_name_the_precision_of_their_own_step_and_the_weights_they_are_of
     monkeypatch.setattr("ensdistill.jobs.job", nullcontext)
     monkeypatch.setattr("ensdistill.devices.prepare", lambda *_: torch.device("cpu"))
     weights = trained["rounded"]
-    files = SimpleNamespace(images=weights.parents[1] / "images.h5", weights=weights)
-    job = SimpleNamespace(input=files, output=[tmp_path / "0.h5"], threads=1, resources={})
+    images = weights.parents[1] / "images.h5"
+    files = Named(images=images, shifted=images, weights=weights)
+    made = Named(images=tmp_path / "0.h5", shifted=tmp_path / "shifted.h5")
+    job = SimpleNamespace(input=files, output=made, threads=1, resources={})
     runpy.run_path(str(REPOSITORY / "workflow_scripts/logits.py"), {"snakemake": job})
-    known, header = read_attributes(job.output[0]), read_header(weights)
-    assert (header["precision"], header["recipe"]["precision"]) == ("bf16", "bf16")
+    known, header = read_attributes(made.images), read_header(weights)
+    assert header["precision"] == "bf16"
     assert (known["precision"], known["weights"]) == ("fp32", header["digest"])
+    assert read_attributes(made.shifted) == known
     images, labels = read_images(files.images, "test")
-    logits, stored_labels = read_logits(job.output[0], "test")
+    logits, stored_labels = read_logits(made.images, "test")
     with torch.no_grad():
         expected = load_student(weights)(torch.from_numpy(images) / 255).transpose(0, 1)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
