@@ -45,9 +45,6 @@ def test_a_clean_checkout_plans_the_right_jobs(project, name):
     }
     assert {job for job in jobs if job.startswith(("teacher", "student"))} == networks
     assert sum(job.startswith("logits") for job in jobs) == len(networks)
-    assert sum(job.startswith("shifted_logits") for job in jobs) == (
-        study.members + len(study.methods) * study.student_seeds
-    )
     assert jobs >= {"images", "shifted", "table", "claims"}
     assert jobs >= {"perturbed", "swept", "transferred", "distances"}
     assert {job for job in jobs if job.startswith("figure_")} == {f"figure_{x}" for x in FIGURES}
