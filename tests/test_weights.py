@@ -1,8 +1,11 @@
 """Weights files: round trips, damage, and a header that says all that made the weights."""
 
+import runpy
 import subprocess
 import sys
+from contextlib import nullcontext
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,10 +14,13 @@ import torch
 
 from ensdistill import InputError
 from ensdistill.files import write_hdf5
+from ensdistill.images import read_images
+from ensdistill.logits import read_attributes, read_logits
 from ensdistill.students import build_student, predict
 from ensdistill.studies import Study
 from ensdistill.training import train_student
 from ensdistill.weights import load_student, origin, read_header, save_student
+from tests.project import REPOSITORY
 
 ARCHITECTURE = {
     "name": "resnet8", "num_classes": 4, "in_channels": 1, "width": 4, "mean": [0.3], "std": [0.2]
@@ -154,7 +160,7 @@ def trained(tmp_path_factory):
     write_hdf5(folder / "images.h5", arrays, known)
     paths = {}
 
-    def train(name, method, seed, teachers=(), device="cpu"):
+    def train(name, method, seed, teachers=()):
         paths[name] = folder / name / "weights.safetensors"
         paths[name].parent.mkdir()
         recipe = STUDY.recipe(method) if method else STUDY.teacher
@@ -163,10 +169,12 @@ def trained(tmp_path_factory):
             paths[name],
             folder / name / "history.csv",
             teachers=[paths[teacher] for teacher in teachers],
-            device=torch.device(device),
+            device=torch.device("cpu"),
             seed=seed,
             parts=STUDY.parts(method),
-            recipe={**recipe.model_dump(), "crop_padding": 1, "flip": False, "precision": "fp32"},
+            recipe=recipe.model_dump(),
+            augmentation={"crop_padding": 1, "flip": False},
+            precision="fp32",
             origin={"study": "tiny", "method": method or "teacher", "replicate": seed},
             fingerprint=name,
         )
@@ -243,9 +251,40 @@ def test_the_header_of_what_is_computed_from_weights_repeats_all_but_the_steps_o
     header = read_header(trained["one"])
     repeated = origin(trained["one"])
     assert repeated.pop("weights") == header["digest"]
-    own = {key: header.pop(key) for key in ("digest", "ensdistill", "torch", "device", "precision")}
-    assert own["precision"] == "fp32"
+    own = {"digest", "ensdistill", "torch", "device", "precision", "precision_reason"}
+    header = {key: header[key] for key in header.keys() - own}
     assert repeated == header
+
+
+class Named(dict):
+    """Files by name, as Snakemake gives them."""
+
+    __getattr__ = dict.__getitem__
+
+
+def test_logits_name_the_precision_of_their_own_step_and_the_weights_they_are_of(
+    trained, tmp_path, monkeypatch
+):
+    """Weights that were trained in bfloat16 give logits in float32."""
+    monkeypatch.setattr("ensdistill.jobs.job", nullcontext)
+    monkeypatch.setattr("ensdistill.devices.prepare", lambda *_: torch.device("cpu"))
+    weights, images = tmp_path / "weights.safetensors", trained["one"].parents[1] / "images.h5"
+    of_training = {**read_header(trained["one"]), "precision": "bf16"}
+    save_student(weights, load_student(trained["one"]), of_training)
+    files = Named(images=images, shifted=images, weights=weights)
+    made = Named(images=tmp_path / "0.h5", shifted=tmp_path / "shifted.h5")
+    job = SimpleNamespace(input=files, output=made, threads=1, resources={})
+    runpy.run_path(str(REPOSITORY / "workflow_scripts/logits.py"), {"snakemake": job})
+    known, header = read_attributes(made.images), read_header(weights)
+    assert header["precision"] == "bf16"
+    assert (known["precision"], known["weights"]) == ("fp32", header["digest"])
+    assert read_attributes(made.shifted) == known
+    images, labels = read_images(files.images, "test")
+    logits, stored_labels = read_logits(made.images, "test")
+    with torch.no_grad():
+        expected = load_student(weights)(torch.from_numpy(images) / 255).transpose(0, 1)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(stored_labels, labels)
 
 
 @pytest.mark.parametrize("name", ["own", "single", "labels", "teacher0"])

@@ -16,6 +16,7 @@ from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ensdistill.devices import visible_cards
+from ensdistill.weights import read_header
 from tests.project import FIGURES, METHODS, Project
 
 
@@ -80,12 +81,44 @@ def test_metrics_recomputed_from_the_logits_by_other_libraries_agree(finished):
 
 
 def test_files_say_what_made_them(finished):
-    with h5py.File(finished.file("logits/students/kd_conf_ods/0.h5")) as file:
-        known = dict(file.attrs)
-    for key in ("study", "method", "seed", "digest", "torch", "ensdistill", "device", "precision"):
-        assert key in known, key
-    assert known["method"] == "kd_conf_ods"
-    assert json.loads(known["architecture"])["name"] == "resnet8"
+    teachers = [header(finished, f"teachers/{seed}")["digest"] for seed in range(2)]
+    kd = {"name": "one_to_one", "alpha": 0.9, "temperature": 2.0}
+    conf_ods = {"name": "conf_ods", "eta": 13 / 255, "temperature": 2.0}
+    made = {  # objective, perturbation, and who taught
+        "teachers/0": ({"name": "labels"}, {"name": "none"}, []),
+        "students/be/0": ({"name": "labels"}, {"name": "none"}, []),
+        "students/kd_single/0": ({**kd, "name": "ensemble_mean"}, {"name": "none"}, teachers),
+        "students/kd/0": (kd, {"name": "none"}, teachers),
+        "students/kd_conf_ods/0": (kd, conf_ods, teachers),
+    }
+    digests = set()
+    for name, parts in made.items():
+        of_weights = header(finished, name)
+        for stored in (f"logits/{name}.h5", f"logits/shifted/{name}.h5"):
+            with h5py.File(finished.file(stored)) as file:
+                known = {key: parsed(value) for key, value in file.attrs.items()}
+            for said in (known, of_weights):
+                assert (said["objective"], said["perturbation"], said["teachers"]) == parts
+                assert said["architecture"] == {"name": "resnet8", "width": 4}
+                assert (said["study"], said["replicate"], said["precision"]) == ("tiny", 0, "fp32")
+                assert said["method"] == (name.split("/")[1] if "students" in name else "teacher")
+                assert {"seed", "recipe", "torch", "ensdistill", "device"} <= said.keys()
+            assert known["weights"] == of_weights["digest"]
+            digests |= {known["digest"], of_weights["digest"]}
+    # Logits on other images are the same step's: their names tell them apart.
+    assert len(digests) == 2 * len(made)
+
+
+def header(project, name):
+    return read_header(project.file(f"{name}/weights.safetensors"))
+
+
+def parsed(value):
+    """An attribute of an HDF5 file: sections are JSON in it."""
+    try:
+        return json.loads(value)
+    except (TypeError, ValueError):
+        return value
 
 
 def test_the_same_configuration_gives_the_same_bytes(finished, tmp_path):
