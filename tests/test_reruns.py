@@ -236,7 +236,7 @@ ROWS = {
     "comments and the order of keys": (reordered, NOTHING),
     # The code
     "a metric's formula": (
-        code("ensdistill/metrics.py", '"left") - 1', '"right") - 1'),
+        code("ensdistill/calibration.py", '"left") - 1', '"right") - 1'),
         {*BINNED, *figures(BINNED), "scores", "claims", *TABLE},
     ),
     "a perturbation's formula": (
@@ -260,7 +260,7 @@ ROWS = {
         code("ensdistill/analysis.py", "2**22", "2**21"),
         {"distances", "jacobians", "figure_jacobians", "claims"},
     ),
-    "the style of figures": (code("ensdistill/figures.py", "WIDTH = 6.8", "WIDTH = 6.7"), REDRAWN),
+    "the style of figures": (code("ensdistill/drawing.py", "WIDTH = 6.8", "WIDTH = 6.7"), REDRAWN),
     "a workflow script": (
         code("workflow_scripts/table.py", "job(snakemake):", "job(snakemake):\n    pass"),
         TABLE,
