@@ -88,6 +88,16 @@ def styles_of(systems: Iterable[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
+def styles_of_perturbations(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker by perturbation: the paper's first, with colours of their own."""
+    others = [name for name in dict.fromkeys(names) if name not in PERTURBED]
+    styles = {name: style for name, style in PERTURBED.items() if name in set(names)}
+    for place, name in enumerate(others):
+        free = place % (len(COLOURS) - len(PERTURBED))
+        styles[name] = {"color": COLOURS[free], "marker": MARKERS[place % len(MARKERS)]}
+    return styles
+
+
 def columns_for(panels: int, most: int) -> int:
     """Columns of a grid that has as few rows as can be, evenly filled."""
     return -(-panels // -(-panels // most))

@@ -499,7 +499,10 @@ REACH = {
         "download",
         f"images shifted teacher {STUDENTS} {LOGITS} evaluate:scores",
     ),
-    "shift.corrupt": ("shifted", f"images download teacher {STUDENTS} {LOGITS} evaluate:scores"),
+    "corruptions.corrupt": (
+        "shifted",
+        f"images download teacher {STUDENTS} {LOGITS} evaluate:scores",
+    ),
     "drawing.grid_of_panels": (
         "figure:reliability",
         f"figure:examples table evaluate:scores evaluate:reliability teacher {STUDENTS}",

@@ -8,7 +8,16 @@ import pytest
 import yaml
 
 from tests.builders import encode, hash_of, noise, write_tree
-from tests.project import FIGURES, METHODS, ON_STUDENTS, ON_TEACHERS, RECIPE, REPOSITORY, TINY
+from tests.project import (
+    FIGURES,
+    METHODS,
+    ON_STUDENTS,
+    ON_TEACHERS,
+    RECIPE,
+    REPOSITORY,
+    TINY,
+    another_result,
+)
 
 TEACHERS = {f"teacher {seed}" for seed in range(3)}
 STUDENTS = {f"student {method} 0" for method in METHODS}
@@ -93,6 +102,7 @@ def one_more_of_each(project):
         ("students", "STUDENTS: dict[str, type[Student]] = {", "build_student"),
         ("objectives", "OBJECTIVES: dict[str, Callable[..., Parts]] = {", "distillation"),
         ("perturbations", "PERTURBATIONS: dict[str, Callable[..., Tensor]] = {", "ods_direction"),
+        ("predictions", "PREDICTIONS: dict[str, type[Prediction]] = {", "Mixture"),
         ("networks", "ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {", "BasicBlock"),
     ):
         function = f"def another(*arguments):\n    return {name}(*arguments)\n\n\n"
@@ -239,6 +249,15 @@ ROWS = {
         code("ensdistill/calibration.py", '"left") - 1', '"right") - 1'),
         {*BINNED, *figures(BINNED), "scores", "claims", *TABLE},
     ),
+    "a metric more": (
+        code(
+            "ensdistill/metrics.py",
+            "METRICS: dict[str, Metric] = {",
+            'METRICS: dict[str, Metric] = {"one": Metric("One", lambda it: 1.0, HIGHER),',
+        ),
+        {"scores", *TABLE},
+    ),
+    "a result more": (another_result, {"surest", "figure_surest"}),
     "a perturbation's formula": (
         code("ensdistill/perturbations.py", "** 0.5 /", "** 0.25 /"),
         of_method("kd_conf_ods") | OF_STUDENTS | OF_TEACHERS,
@@ -247,7 +266,10 @@ ROWS = {
         code("ensdistill/objectives.py", "return probs.mean(0)", "return 1.0 * probs.mean(0)"),
         of_method("kd_single") | OF_STUDENTS,
     ),
-    "an objective, a student, a perturbation or an architecture more": (one_more_of_each, NOTHING),
+    "an objective, a student, a perturbation, a kind of prediction or an architecture more": (
+        one_more_of_each,
+        NOTHING,
+    ),
     "how networks are trained": (
         code("ensdistill/training.py", "peaks = [", "peaks = [1.0 * "),
         TRAINING,

@@ -16,7 +16,7 @@ from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ensdistill.devices import visible_cards
-from tests.project import FIGURES, METHODS, Project
+from tests.project import FIGURES, METHODS, Project, another_result
 
 
 def test_everything_is_made_and_a_second_run_has_nothing_to_do(finished):
@@ -136,6 +136,21 @@ def test_the_report_is_one_page_with_every_figure_and_the_table(finished):
         assert f"results/tiny/figures/{figure}.png" in page
     assert "results/tiny/tables/results.html" in page
     assert "results/tiny/claims.html" in page
+
+
+def test_a_result_more_is_one_file_and_its_caption(changed):
+    another_result(changed)
+    changed.run("results/tiny/figures/surest.png")
+    table = pd.read_csv(changed.file("metrics/surest.csv")).set_index("name")
+    assert table.index.tolist() == ["DE-2", "BE", "KD-single", "KD", "KD+ConfODS"]
+    logits, _ = member_logits(changed, "students/kd/0", "test")
+    expected = softmax(logits, axis=2).mean(1).max(1).mean()
+    assert table.confidence["KD"] == pytest.approx(expected)
+    assert changed.file("figures/surest.pdf").read_bytes().startswith(b"%PDF")
+    changed.run("--report", "report.html", "made")
+    page = (changed.folder / "report.html").read_text()
+    assert "results/tiny/figures/surest.png" in page
+    assert "Mean confidence" in page
 
 
 @pytest.mark.parametrize(

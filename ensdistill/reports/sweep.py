@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from ensdistill.bootstrap import image_weights, interval, mean_of
 from ensdistill.drawing import (
     INK,
-    PERTURBED,
     SPLITS,
     WIDTH,
     add_legend,
@@ -19,6 +18,7 @@ from ensdistill.drawing import (
     count_of,
     plain_numbers,
     styled,
+    styles_of_perturbations,
     two_digits,
 )
 from ensdistill.files import open_hdf5
@@ -77,11 +77,11 @@ def draw(frame: pd.DataFrame) -> Figure:
     axis = figure.subplots()
     axis.set(xscale="log", yscale="log", ylabel="Pairwise KL of the teachers (nats)")
     axis.set_xlabel("Size η of the perturbation (1/255 of the pixel range)")
-    for name, style in PERTURBED.items():
+    for name, style in styles_of_perturbations(frame["perturbation"]).items():
         curve = frame[frame["perturbation"] == name]
         eta = 255 * curve["eta"]
         axis.fill_between(eta, curve["low"], curve["high"], color=style["color"], alpha=0.2, lw=0)
-        axis.plot(eta, curve["kl"], ms=4, label=PERTURBATIONS[name], **style)
+        axis.plot(eta, curve["kl"], ms=4, label=PERTURBATIONS.get(name, name), **style)
     lower, upper = sorted(SPLITS, key=lambda split: study[f"{split}_kl"])
     for split, side in ((lower, "top"), (upper, "bottom")):  # apart, however near they are
         kl = study[f"{split}_kl"]
