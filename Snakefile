@@ -79,6 +79,12 @@ rule figures:
         expand("results/{study}/figures/{figure}.png", study=RUN, figure=FIGURES),
 
 
+# What exists of the report, of all studies: snakemake --report results/report.html made
+rule made:
+    input:
+        [path for study in STUDIES for path in reported(study)],
+
+
 onstart:
     results = Path("results")
     if not os.access(results if results.exists() else ".", os.W_OK):

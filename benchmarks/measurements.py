@@ -26,9 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rows import Bench, Row
 from benchmarks.workloads import CONF_ODS, CPU_THREADS, MEMBERS, Call, Workload, shapes, threads
-from ensdistill import claims, evaluation
+from ensdistill import claims
 from ensdistill.devices import prepare
 from ensdistill.files import write_hdf5
+from ensdistill.reports import scores
 from ensdistill.studies import read_configuration
 from tests.project import REPOSITORY, Project
 
@@ -297,15 +298,14 @@ def metrics_10k() -> Row:
             "random_cosines": pairs[:, 0],
         }
         transferred = write("transferred", moved)
-        kind = {"objective": "one_to_one", "perturbation": "none", "network": "batch_ensemble"}
         before = most_memory()
         for _ in range(3):
             started = time.perf_counter()
-            evaluation.scores(teachers, {"KD": [student]}, n_bins=15)
+            scores.table(teachers, {"KD": [student]}, n_bins=15)
             claims.claims(
                 teachers=teachers,
                 students={"KD": [student]},
-                methods={"kd": {"label": "KD", **kind}},
+                paper={"kd": {"name": "kd", "label": "KD"}},
                 members=MEMBERS,
                 n_bins=15,
                 perturbed=perturbed,

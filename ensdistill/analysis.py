@@ -1,7 +1,7 @@
 """What an ensemble of teachers, and its students, say around images: the paper's analyses.
 
-Everything that needs a network is here and ends in arrays; `ensdistill.evaluation` makes numbers
-of them.
+Everything that needs a network is here and ends in arrays; `ensdistill.reports` makes numbers of
+them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,5 +1,8 @@
 """The claims of Nam et al. (2021), each with what this run says of it.
 
+They are about the paper's methods alone: those that say in the configuration which of them they
+are (`paper`). A claim on a method that a study does not have is left out.
+
 A claim is about one or more quantities. The verdict on each comes from its 95 % interval (see
 `ensdistill.bootstrap`) and from the values that the paper claims for it: `supported` if the whole
 interval lies among them, `not supported` if none of it does, `undecided` otherwise. Most claims
@@ -15,12 +18,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ensdistill import metrics
 from ensdistill.bootstrap import Estimate, Interval, image_weights, interval, mean_of
-from ensdistill.evaluation import direction_cosines, jacobian_means, read_pool, subsets
 from ensdistill.files import open_hdf5
-from ensdistill.logits import Split, read_attributes, read_logits
-from ensdistill.metrics import ensemble_probs, pairwise_kl
+from ensdistill.metrics import LOWER, METRICS, pairwise_kl
+from ensdistill.predictions import read_ensemble
+from ensdistill.reports.directions import direction_cosines
+from ensdistill.reports.jacobians import jacobian_means
+from ensdistill.resampled import ResampledSystems
+from ensdistill.systems import PERTURBATIONS, Students
 
 MUCH = 2.0
 """How many times more counts as much more (≫)."""
@@ -29,9 +34,10 @@ UNCHANGED = (0.8, 1.25)
 MOST = 0.5
 """The share of a gain that counts as recovering most of it."""
 
-METRICS = {"nll": "NLL", "ece": "ECE", "bs": "Brier score", "acc": "accuracy (%)", "dee": "DEE"}
-"""Of students; lower is better for the first three."""
-LOWER_IS_BETTER = ("nll", "ece", "bs")
+COMPARED = ("nll", "ece", "bs", "acc", "dee")
+"""Metrics by which students are compared."""
+DIVERSIFIED = ("kd_ods", "kd_conf_ods")
+"""The methods that the paper proposes."""
 
 Bounds = tuple[float, float]
 
@@ -92,8 +98,8 @@ def below(bound: float) -> Bounds:
 def claims(
     *,
     teachers: Sequence[str],
-    students: Mapping[str, Sequence[str]],
-    methods: Mapping[str, Mapping[str, str]],
+    students: Students,
+    paper: Mapping[str, Mapping[str, str]],
     members: int,
     n_bins: int,
     perturbed: str,
@@ -105,7 +111,8 @@ def claims(
     Args:
         teachers: logits files of the whole pool; the first `members` teach.
         students: logits files of every seed, by label.
-        methods: of each method its label, objective, perturbation and network, as configured.
+        paper: which of the paper's methods the study has (`be`, `kd_single`, `kd`, `kd_gaussian`,
+            `kd_ods`, `kd_conf_ods`), each with its `name` in the configuration and its `label`.
         members: M.
         n_bins: of the calibration error.
         perturbed, transferred, distances: files of the rules of these names.
@@ -117,40 +124,32 @@ def claims(
     """
     page = _Page()
     _on_teachers(page, teachers[:members], members, perturbed, transferred)
-    systems = _Systems(teachers, students, members, n_bins)
-    kinds = {
-        name: (method["objective"], method["perturbation"], method["network"])
-        for name, method in methods.items()
-    }
+    labels = {key: method["label"] for key, method in paper.items()}
+    of_the_paper = {label: students[label] for label in labels.values()}
+    systems = ResampledSystems(teachers, of_the_paper, members, n_bins)
 
-    def named(objective: str, *perturbations: str, network: str = "batch_ensemble") -> list[str]:
-        wanted = {(objective, perturbation, network) for perturbation in perturbations}
-        return [methods[name]["label"] for name, kind in kinds.items() if kind in wanted]
+    def pairs(methods: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
+        return [
+            (labels[method], labels[other])
+            for method in methods
+            for other in others
+            if method in labels and other in labels
+        ]
 
-    plain = named("one_to_one", "none")[:1]
-    gaussian = named("one_to_one", "gaussian")[:1]
-    diversified = named("one_to_one", "ods", "conf_ods")
-    single = named("ensemble_mean", "none", network="single")[:1]
-    for label in diversified:
-        for other in plain:
-            _more_diverse(page, systems, label, other)
-    for label in diversified:
-        for other in [*plain, *gaussian]:
-            _better(page, systems, f"{label} is better than {other}", label, other)
-    for label, other in zip(
-        named("one_to_one", "conf_ods")[:1], named("one_to_one", "ods")[:1], strict=False
-    ):
+    for label, other in pairs(DIVERSIFIED, ["kd"]):
+        _more_diverse(page, systems, label, other)
+    for label, other in pairs(DIVERSIFIED, ["kd", "kd_gaussian"]):
+        _better(page, systems, f"{label} is better than {other}", label, other)
+    for label, other in pairs(["kd_conf_ods"], ["kd_ods"]):
         _better(page, systems, f"{label} is at least as good as {other}", label, other)
-    for label in plain:
-        for other in single:
-            claim = f"{other}, a single student, falls short of {label}"
-            _better(page, systems, claim, label, other)
-    names = {method["label"]: name for name, method in methods.items()}
-    for label in diversified:
-        for other in plain:
-            _nearer_jacobians(page, distances, (label, names[label]), (other, names[other]))
-    for label in students:
-        _recovers(page, systems, label, label in diversified)
+    for label, other in pairs(["kd"], ["kd_single"]):
+        claim = f"{other}, a single student, falls short of {label}"
+        _better(page, systems, claim, label, other)
+    names = {method["label"]: method["name"] for method in paper.values()}
+    for label, other in pairs(DIVERSIFIED, ["kd"]):
+        _nearer_jacobians(page, distances, (label, names[label]), (other, names[other]))
+    for key, label in labels.items():
+        _recovers(page, systems, label, key in DIVERSIFIED)
     return pd.DataFrame(page.rows)
 
 
@@ -161,7 +160,7 @@ def _on_teachers(
     with open_hdf5(perturbed) as file:
         sets = json.loads(file.attrs["sets"])
         train = {name: pairwise_kl(file[f"{name}/logits"][:], "none") for name in sets}
-    test = pairwise_kl(read_pool(ensemble, "test")[0], "none")
+    test = read_ensemble(ensemble, "test")[0].diversity()
     on_train = image_weights(len(train["clean"]))
     clean, on_test = mean_of(train["clean"], on_train), mean_of(test, image_weights(len(test), 1))
 
@@ -177,7 +176,7 @@ def _on_teachers(
         ("conf_ods", "ConfODS raises the teachers' diversity", above(1)),
     ):
         moved = mean_of(train[name], on_train)
-        quantity = f"diversity on train, {NAMES[name]} ÷ clean"
+        quantity = f"diversity on train, {PERTURBATIONS[name]} ÷ clean"
         add(claim, quantity, (moved, clean), claimed, len(on_train[0]), log=True)
     with open_hdf5(transferred) as file:
         still, moved = file["clean/logits"][:], file["ods/logits"][:]
@@ -204,119 +203,29 @@ def _on_teachers(
     add(claim, quantity, (between, noise), above(0), len(still))
 
 
-NAMES = {"gaussian": "Gaussian", "ods": "ODS", "conf_ods": "ConfODS"}
-
-
-class _Systems:
-    """Metrics of the students and of deep ensembles, as measured and resampled by test image."""
-
-    def __init__(
-        self,
-        teachers: Sequence[str],
-        students: Mapping[str, Sequence[str]],
-        members: int,
-        n_bins: int,
-    ):
-        pool, labels = read_pool(teachers, "test")
-        self.images = len(labels)
-        self.weights = image_weights(self.images)
-        self.members = members
-        self.ensemble_parameters = members * int(read_attributes(teachers[0])["parameters"])
-        sizes = [
-            np.stack(
-                [
-                    metrics.nll(ensemble_probs(pool[:, list(chosen)]), labels, "none")
-                    for chosen in subsets(pool.shape[1], size)
-                ]
-            ).mean(0)
-            for size in range(1, pool.shape[1] + 1)
-        ]
-        self.curve = mean_of(np.stack(sizes, axis=1), self.weights)
-        """NLL of deep ensembles; its columns are not seeds but sizes."""
-        self.parameters = {
-            label: int(read_attributes(paths[0])["parameters"]) for label, paths in students.items()
-        }
-        self.metrics = {
-            label: self._measure([read_logits(path, "test") for path in paths], n_bins)
-            for label, paths in students.items()
-        }
-
-    def _measure(self, replicates: Sequence[Split], n_bins: int) -> dict[str, Estimate]:
-        seeds = [_per_image(logits, labels) for logits, labels in replicates]
-        found = {
-            key: mean_of(np.stack([seed[key] for seed in seeds], axis=1), self.weights)
-            for key in seeds[0]
-        }
-        errors = [
-            _calibration_error(logits, labels, n_bins, self.weights)
-            for logits, labels in replicates
-        ]
-        found["ece"] = _beside(errors)
-        found["dee"] = _equivalents(found["nll"], self.curve)
-        return found
-
-
-def _per_image(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, NDArray]:
-    """Values (N,) whose means over images are the metrics."""
-    probs = ensemble_probs(logits)
-    return {
-        "nll": metrics.nll(probs, labels, "none"),
-        "bs": metrics.brier(probs, labels, "none"),
-        "acc": 100.0 * (probs.argmax(1) == labels),
-        "diversity": pairwise_kl(logits, "none"),
-        "disagreement": 100 * metrics.disagreement(logits),
-    }
-
-
-def _beside(columns: Sequence[Estimate]) -> Estimate:
-    measured = np.concatenate([column.measured for column in columns])
-    return Estimate(measured, np.concatenate([column.resampled for column in columns], axis=1))
-
-
-def _calibration_error(
-    logits: NDArray[np.float32], labels: NDArray[np.int64], n_bins: int, weights: NDArray
-) -> Estimate:
-    """ECE = Σ_b |mean over images of 1[in bin b]·(correct − confidence)|."""
-    probs = ensemble_probs(logits)
-    gaps = (probs.argmax(1) == labels) - probs.max(1)
-    by_bin = np.zeros((len(labels), n_bins))
-    by_bin[np.arange(len(labels)), metrics.confidence_bins(probs.max(1), n_bins)] = gaps
-    means = mean_of(by_bin, weights)
-    return Estimate(
-        np.abs(means.measured).sum(keepdims=True),
-        np.abs(means.resampled).sum(1, keepdims=True),
-    )
-
-
-def _equivalents(nll: Estimate, curve: Estimate) -> Estimate:
-    """Deep Ensemble Equivalents, the curve resampled with the students."""
-
-    def dee(scores: NDArray, sizes: NDArray) -> list[float]:
-        return [metrics.deep_ensemble_equivalent(score, sizes) for score in scores]
-
-    resampled = [dee(*pair) for pair in zip(nll.resampled, curve.resampled, strict=True)]
-    return Estimate(np.array(dee(nll.measured, curve.measured)), np.array(resampled))
-
-
-def _more_diverse(page: _Page, systems: _Systems, label: str, other: str) -> None:
+def _more_diverse(page: _Page, systems: ResampledSystems, label: str, other: str) -> None:
     """By the divergence, and by a measure that does not fall where students grow less confident."""
     claim = f"{label} students are more diverse on test images than {other} students"
     for key, title, sign, bound in (
         ("diversity", "diversity (KL) on test", "÷", 1),
         ("disagreement", "pairs of members that disagree on test (%)", "−", 0),
     ):
+        if not all(key in systems.metrics[name] for name in (label, other)):
+            continue
         sides = [systems.metrics[name][key] for name in (label, other)]
         found = interval(*sides, log=sign == "÷")
         quantity = f"{title}, {label} {sign} {other}"
         page.add(claim, quantity, found, above(bound), systems.images, _seeds(sides))
 
 
-def _better(page: _Page, systems: _Systems, claim: str, label: str, other: str) -> None:
+def _better(page: _Page, systems: ResampledSystems, claim: str, label: str, other: str) -> None:
     """`label` against `other` by every metric, as differences that are positive if it is better."""
-    for key, title in METRICS.items():
-        names = (other, label) if key in LOWER_IS_BETTER else (label, other)
+    for key in COMPARED:
+        metric = METRICS[key]
+        names = (other, label) if metric.better == LOWER else (label, other)
         sides = [systems.metrics[name][key] for name in names]
-        quantity = f"{title}, {names[0]} − {names[1]}"
+        unit = " (%)" if metric.unit == "%" else ""
+        quantity = f"{metric.name or metric.title}{unit}, {names[0]} − {names[1]}"
         found = interval(*sides)
         page.add(claim, quantity, found, above(0), systems.images, _seeds(sides))
 
@@ -344,7 +253,7 @@ def _nearer_jacobians(
         )
 
 
-def _recovers(page: _Page, systems: _Systems, label: str, diversified: bool) -> None:
+def _recovers(page: _Page, systems: ResampledSystems, label: str, diversified: bool) -> None:
     """The share of a deep ensemble's gain in NLL, and at what share of its parameters."""
     size = systems.members
     curve = systems.curve

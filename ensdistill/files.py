@@ -106,12 +106,17 @@ def write_csv(path: str | os.PathLike[str], frame: "pandas.DataFrame") -> None:
         frame.to_csv(temporary, index=False)
 
 
-def read_csv(path: str | os.PathLike[str], **options: Any) -> "pandas.DataFrame":
-    """Read a table; `options` are those of pandas. Errors as in `reading`."""
+def read_csv(path: str | os.PathLike[str]) -> "pandas.DataFrame":
+    """Read one of our tables: the only way, for labels are the user's. Errors as in `reading`.
+
+    What a system is called is text, even if it is 1 or NA; only an empty cell is no value.
+    """
     import pandas
 
+    text = {"name": str, "system": str}
     with reading(path, "a table", lambda error: isinstance(error, ValueError)) as file:
-        return pandas.read_csv(io.BytesIO(file.read()), **options)
+        content = io.BytesIO(file.read())
+        return pandas.read_csv(content, dtype=text, keep_default_na=False, na_values=[""])
 
 
 def write_hdf5(

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -348,11 +349,17 @@ AnyObjective = _choice(OneToOne, EnsembleMean, Labels)
 AnyPerturbation = _choice(NoPerturbation, Gaussian, ODS, ConfODS)
 
 
+def _one_line(label: str) -> str:
+    if not label or label != label.strip() or not label.isprintable():
+        raise ValueError(f"{label!r} is no name: write one line, without blanks at its ends")
+    return label
+
+
 class Method(Section):
     """One way to train a student: a row of the results table."""
 
-    label: Annotated[str, Field(pattern=r"^\S(.*\S)?$")]
-    """The system's name in tables and figures."""
+    label: Annotated[str, AfterValidator(_one_line)]
+    """The system's name in tables and figures: one line, without blanks at its ends."""
     student: AnyStudent = BatchEnsemble()
     """What is trained."""
     objective: AnyObjective = OneToOne()

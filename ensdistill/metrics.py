@@ -1,39 +1,36 @@
-"""Accuracy, calibration and diversity of predicted probabilities, from stored logits.
+"""Metrics of predicted probabilities, and `METRICS`, all that a system is measured by.
 
 K classes, M members, N images. Probabilities are (N, K), member logits (N, M, K), labels (N,)
 integers in 0 … K−1; anything that NumPy can convert is taken. Logarithms are natural, and
-probabilities are clipped at 1e-12 inside them. Arithmetic is float64.
+probabilities are clipped at 1e-12 inside them. Arithmetic is float64. What is slow to import is
+imported where it is used: Snakemake reads this module in every job.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import log_softmax, softmax
+
+from ensdistill.calibration import (
+    apply_temperature,
+    clipped_log,
+    ece,
+    paired,
+    softmax,
+)
+from ensdistill.calibration import confidence_bins as confidence_bins
+from ensdistill.calibration import optimal_temperature as optimal_temperature
+from ensdistill.calibration import reliability as reliability
+from ensdistill.detection import aupr, auroc, fpr95
+
+if TYPE_CHECKING:
+    from ensdistill.predictions import Prediction
 
 Array = NDArray[np.float64]
-
-SMALLEST_PROBABILITY = 1e-12
-"""Where −log p stops growing."""
-TINY = np.finfo(np.float64).tiny
-"""Stands for probability 0 where temperature scaling takes a logarithm."""
-TEMPERATURES = (0.05, 20.0)
-"""The range in which the optimal temperature is sought."""
-
-
-def _pair(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
-    probs, labels = np.asarray(probs, dtype=np.float64), np.asarray(labels)
-    if probs.ndim != 2 or labels.shape != probs.shape[:1] or not len(labels):
-        raise ValueError(f"probabilities {probs.shape} and labels {labels.shape} do not pair up")
-    if labels.min() < 0 or labels.max() >= probs.shape[1]:
-        raise ValueError(f"labels must be in 0 … {probs.shape[1] - 1}")
-    return probs, labels.astype(np.int64)
-
-
-def _log(probs: ArrayLike, smallest: float = SMALLEST_PROBABILITY) -> Array:
-    return np.log(np.clip(np.asarray(probs, dtype=np.float64), smallest, None))
 
 
 def ensemble_probs(logits: ArrayLike) -> Array:
@@ -42,7 +39,7 @@ def ensemble_probs(logits: ArrayLike) -> Array:
     >>> ensemble_probs([[[0.0, 0.0], [0.0, np.log(3)]]]).tolist()
     [[0.375, 0.625]]
     """
-    return softmax(np.asarray(logits, dtype=np.float64), axis=-1).mean(axis=1)
+    return softmax(logits).mean(axis=1)
 
 
 def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
@@ -51,7 +48,7 @@ def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
     >>> accuracy([[0.9, 0.1], [0.6, 0.4]], [0, 1])
     50.0
     """
-    probs, labels = _pair(probs, labels)
+    probs, labels = paired(probs, labels)
     return 100 * float(np.mean(probs.argmax(1) == labels))
 
 
@@ -65,8 +62,8 @@ def nll(
     >>> round(nll([[0.5, 0.5]], [0]), 4)
     0.6931
     """
-    probs, labels = _pair(probs, labels)
-    return _reduce(-_log(probs[np.arange(len(labels)), labels]), reduction)
+    probs, labels = paired(probs, labels)
+    return _reduce(-clipped_log(probs[np.arange(len(labels)), labels]), reduction)
 
 
 def brier(
@@ -79,47 +76,10 @@ def brier(
     >>> round(brier([[0.9, 0.1]], [0]), 4)
     0.02
     """
-    probs, labels = _pair(probs, labels)
+    probs, labels = paired(probs, labels)
     errors = probs.copy()
     errors[np.arange(len(labels)), labels] -= 1
     return _reduce(np.square(errors).sum(axis=1), reduction)
-
-
-def confidence_bins(confidence: ArrayLike, n_bins: int = 15) -> NDArray[np.int64]:
-    """Index of the equal-width bin (lo, hi] of each confidence in [0, 1]; 0 is in the first.
-
-    >>> confidence_bins([0.0, 0.5, 0.51, 1.0], n_bins=2).tolist()
-    [0, 0, 1, 1]
-    """
-    edges = np.arange(n_bins + 1) / n_bins
-    return np.clip(np.searchsorted(edges, np.asarray(confidence), side="left") - 1, 0, n_bins - 1)
-
-
-def reliability(
-    probs: ArrayLike, labels: ArrayLike, n_bins: int = 15
-) -> tuple[NDArray[np.int64], Array, Array]:
-    """Per confidence bin: image count, mean confidence, accuracy as a share (0 where empty)."""
-    probs, labels = _pair(probs, labels)
-    confidence, correct = probs.max(1), probs.argmax(1) == labels
-    bins = confidence_bins(confidence, n_bins)
-    count = np.bincount(bins, minlength=n_bins)
-    mean_confidence, mean_correct = (
-        np.bincount(bins, weights=values, minlength=n_bins) / np.maximum(count, 1)
-        for values in (confidence, correct)
-    )
-    return count, mean_confidence, mean_correct
-
-
-def ece(probs: ArrayLike, labels: ArrayLike, n_bins: int = 15) -> float:
-    """Expected calibration error, Σ_b n_b/N·|acc_b − conf_b|, in 0 … 1 [Naeini et al. 2015].
-
-    Bins are those of `confidence_bins`.
-
-    >>> round(ece([[0.8, 0.2], [0.7, 0.3]], [0, 1]), 4)
-    0.45
-    """
-    count, confidence, correct = reliability(probs, labels, n_bins)
-    return float(np.sum(count * np.abs(correct - confidence)) / count.sum())
 
 
 def entropy(probs: ArrayLike, reduction: Literal["mean", "none"] = "mean") -> float | Array:
@@ -131,7 +91,7 @@ def entropy(probs: ArrayLike, reduction: Literal["mean", "none"] = "mean") -> fl
     0.6931
     """
     probs = np.asarray(probs, dtype=np.float64)
-    return _reduce(-np.sum(probs * _log(probs), axis=-1), reduction)
+    return _reduce(-np.sum(probs * clipped_log(probs), axis=-1), reduction)
 
 
 def pairwise_kl(logits: ArrayLike, reduction: Literal["mean", "none"] = "mean") -> float | Array:
@@ -146,6 +106,8 @@ def pairwise_kl(logits: ArrayLike, reduction: Literal["mean", "none"] = "mean") 
     >>> round(pairwise_kl([[[0.0, 0.0], [0.0, np.log(3)]]]), 4)
     0.1373
     """
+    from scipy.special import log_softmax
+
     log_probs = log_softmax(np.asarray(logits, dtype=np.float64), axis=-1)
     members = log_probs.shape[1]
     if members == 1:
@@ -182,104 +144,8 @@ def mutual_information(logits: ArrayLike) -> Array:
     >>> mutual_information([[[-99.0, 99.0], [99.0, -99.0]]]).round(4).tolist()
     [0.6931]
     """
-    members = softmax(np.asarray(logits, dtype=np.float64), axis=-1)
+    members = softmax(logits)
     return entropy(members.mean(1), "none") - entropy(members, "none").mean(1)
-
-
-def _roc(inside: ArrayLike, outside: ArrayLike) -> tuple[Array, Array]:
-    """Images of each kind that lie at or above every threshold, from the highest down."""
-    both = [np.asarray(values, dtype=np.float64) for values in (inside, outside)]
-    thresholds = np.unique(np.concatenate(both))[::-1]
-    below, found = (
-        len(values) - np.searchsorted(np.sort(values), thresholds, side="left") for values in both
-    )
-    return below.astype(np.float64), found.astype(np.float64)
-
-
-def auroc(inside: ArrayLike, outside: ArrayLike) -> float:
-    """Area under the receiver operating characteristic of a score that should be high outside.
-
-    The probability that an out-of-distribution image scores above one from the distribution,
-    ties counting half; 0.5 is chance.
-
-    Args:
-        inside: scores of images from the distribution, (N,).
-        outside: scores of out-of-distribution images, the positive class, (N',).
-
-    >>> auroc([0.1, 0.2, 0.3], [0.2, 0.9])
-    0.75
-    """
-    alarms, found = _roc(inside, outside)
-    rates = np.r_[0, alarms / alarms[-1]], np.r_[0, found / found[-1]]
-    return float(np.trapezoid(rates[1], rates[0]))
-
-
-def aupr(inside: ArrayLike, outside: ArrayLike) -> float:
-    """Average precision of a score that should be high outside: Σ (R_n − R_{n−1})·P_n.
-
-    Out-of-distribution images are the positive class, so chance is their share of all images.
-    Arguments as `auroc`.
-
-    >>> round(aupr([0.1, 0.2, 0.3], [0.2, 0.9]), 4)
-    0.75
-    """
-    alarms, found = _roc(inside, outside)
-    return float(np.sum(np.diff(found / found[-1], prepend=0) * found / (alarms + found)))
-
-
-def fpr95(inside: ArrayLike, outside: ArrayLike) -> float:
-    """Share of images from the distribution that are flagged when 95 % of the others are.
-
-    The false positive rate at 95 % recall, out-of-distribution images being the positive class
-    [Hendrycks et al. 2019]; lower is better. Arguments as `auroc`.
-
-    >>> round(fpr95([0.1, 0.2, 0.3], [0.2, 0.9]), 4)
-    0.6667
-    """
-    alarms, found = _roc(inside, outside)
-    # Counted in images: 0.95·N' may not be a binary fraction.
-    enough = np.argmax(found >= np.ceil(0.95 * found[-1] - 1e-9))
-    return float(alarms[enough] / alarms[-1])
-
-
-def _reduce(values: Array, reduction: str) -> float | Array:
-    return float(values.mean()) if reduction == "mean" else values
-
-
-def apply_temperature(probs: ArrayLike, temperature: float) -> Array:
-    """softmax(log p / T), (N, K) → (N, K).
-
-    >>> apply_temperature([[0.2, 0.8]], 0.5).round(4).tolist()
-    [[0.0588, 0.9412]]
-    """
-    return softmax(_log(probs, TINY) / temperature, axis=-1)
-
-
-def optimal_temperature(probs: ArrayLike, labels: ArrayLike) -> float:
-    """T* that minimises the NLL of softmax(log p / T) [Guo et al. 2017; Ashukha et al. 2020].
-
-    The NLL is convex in 1/T, so T* is the root of its derivative; sought in 0.05 … 20, whose
-    ends are returned where it lies outside (as with labels that are all predicted rightly).
-
-    >>> round(optimal_temperature([[0.8, 0.2]] * 4, [0, 0, 0, 1]), 4)
-    1.2619
-    """
-    from scipy.optimize import brentq  # long to import, and training needs other metrics only
-
-    probs, labels = _pair(probs, labels)
-    log_probs = _log(probs, TINY)
-    at_label = log_probs[np.arange(len(labels)), labels].mean()
-
-    def slope(inverse: float) -> float:
-        scaled = softmax(inverse * log_probs, axis=1)
-        return float(np.mean(np.sum(scaled * log_probs, axis=1)) - at_label)
-
-    smallest, largest = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
-    if slope(smallest) >= 0:
-        return TEMPERATURES[1]
-    if slope(largest) <= 0:
-        return TEMPERATURES[0]
-    return 1 / brentq(slope, smallest, largest, xtol=1e-12)
 
 
 def deep_ensemble_equivalent(score: float, curve: Sequence[float]) -> float:
@@ -309,36 +175,141 @@ def dee_outside(score: float, curve: Sequence[float]) -> int:
     return -1 if score > curve[0] else int(score < min(curve))
 
 
-def scores(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    val_logits: ArrayLike,
-    val_labels: ArrayLike,
-    n_bins: int = 15,
-) -> dict[str, float]:
-    """All metrics of one system on test images; temperature from its validation images.
+def _reduce(values: Array, reduction: str) -> float | Array:
+    return float(values.mean()) if reduction == "mean" else values
 
-    Args:
-        logits, val_logits: (N, M, K); M = 1 for one network.
-        labels, val_labels: (N,).
-        n_bins: of the calibration errors.
 
-    Returns:
-        acc [%], nll, bs, ece, entropy, diversity, temperature T*, and the temperature-scaled
-        twins nll_ts, bs_ts, ece_ts.
-    """
-    probs = ensemble_probs(logits)
-    temperature = optimal_temperature(ensemble_probs(val_logits), val_labels)
-    scaled = apply_temperature(probs, temperature)
-    return {
-        "acc": accuracy(probs, labels),
-        "nll": nll(probs, labels),
-        "bs": brier(probs, labels),
-        "ece": ece(probs, labels, n_bins),
-        "nll_ts": nll(scaled, labels),
-        "bs_ts": brier(scaled, labels),
-        "ece_ts": ece(scaled, labels, n_bins),
-        "temperature": temperature,
-        "entropy": entropy(probs),
-        "diversity": pairwise_kl(logits),
-    }
+HIGHER, LOWER = 1, -1
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a metric may look at: a system on the test images."""
+
+    prediction: "Prediction"
+    labels: NDArray[np.int64]
+    n_bins: int
+    """Of calibration errors."""
+    temperature: float = 1.0
+    """T*, which is the best on the validation images; only scaled metrics need it."""
+
+    @cached_property
+    def probs(self) -> Array:
+        """(N, K)."""
+        return self.prediction.probs()
+
+    @cached_property
+    def scaled(self) -> Array:
+        """Probabilities after temperature scaling, (N, K)."""
+        return apply_temperature(self.probs, self.temperature)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a system is measured, and how the number is shown."""
+
+    title: str
+    """Heads its column in the results table."""
+    function: Callable[..., float]
+    """Of a `Judged`; of uncertainties inside and outside in `DETECTION`; of the means of another
+    metric where `equivalent_of` names it."""
+    better: int = 0
+    """`HIGHER`, `LOWER`, or 0 where neither is better."""
+    unit: str = ""
+    decimals: int = 4
+    meaning: str = ""
+    """Explains the title under the results table."""
+    name: str = ""
+    """In figures and sentences, where that is not the title."""
+    equivalent_of: str = ""
+    """The metric whose curve over ensemble sizes is asked for the size that does as well."""
+    in_table: bool = True
+    """Whether the results table has a column of it; the CSV has all."""
+
+    @property
+    def column(self) -> str:
+        """The head of its column, with an arrow to what is better."""
+        arrow = {HIGHER: " ↑", LOWER: " ↓", 0: ""}[self.better]
+        return f"{self.title}{' %' if self.unit == '%' else ''}{arrow}"
+
+    @property
+    def axis(self) -> str:
+        """The title of a panel."""
+        name = self.name or self.title
+        unit = f" ({self.unit})" if self.unit else ""
+        better = {HIGHER: ", higher is better", LOWER: ", lower is better", 0: ""}[self.better]
+        return f"{name[0].upper()}{name[1:]}{unit}{better}"
+
+
+def mean_or_nan(values: Array | None) -> float:
+    """The mean over images; NaN of what a kind of prediction does not have."""
+    return float("nan") if values is None else float(values.mean())
+
+
+METRICS: dict[str, Metric] = {
+    "acc": Metric(
+        "ACC",
+        lambda it: accuracy(it.probs, it.labels),
+        HIGHER,
+        "%",
+        decimals=2,
+        meaning="accuracy",
+        name="accuracy",
+    ),
+    "nll": Metric(
+        "NLL",
+        lambda it: nll(it.probs, it.labels),
+        LOWER,
+        "nats",
+        meaning="negative log-likelihood",
+    ),
+    "bs": Metric(
+        "BS",
+        lambda it: brier(it.probs, it.labels),
+        LOWER,
+        meaning="Brier score",
+        name="Brier score",
+    ),
+    "ece": Metric(
+        "ECE",
+        lambda it: ece(it.probs, it.labels, it.n_bins),
+        LOWER,
+        meaning="expected calibration error",
+    ),
+    "nll_ts": Metric("NLL, TS", lambda it: nll(it.scaled, it.labels), LOWER, "nats"),
+    "bs_ts": Metric("BS, TS", lambda it: brier(it.scaled, it.labels), LOWER),
+    "ece_ts": Metric("ECE, TS", lambda it: ece(it.scaled, it.labels, it.n_bins), LOWER),
+    "temperature": Metric(
+        "T*",
+        lambda it: it.temperature,
+        decimals=2,
+        meaning="temperature that is best on the validation split; TS: after scaling by it",
+    ),
+    "dee": Metric(
+        "DEE",
+        deep_ensemble_equivalent,
+        HIGHER,
+        decimals=2,
+        meaning="Deep Ensemble Equivalent, the number of ensembled networks with the same NLL; '<' "
+        "or '>' where all replicates lie outside the pool's curve, '≤' or '≥' where some do",
+        equivalent_of="nll",
+    ),
+    "dee_ts": Metric(
+        "DEE, TS", deep_ensemble_equivalent, HIGHER, decimals=2, equivalent_of="nll_ts"
+    ),
+    "diversity": Metric(
+        "Diversity",
+        lambda it: mean_or_nan(it.prediction.diversity()),
+        unit="nats",
+        meaning="pairwise KL between members",
+    ),
+    "entropy": Metric("Entropy", lambda it: entropy(it.probs), unit="nats", in_table=False),
+}
+"""What every system is measured by. An entry more is a column more of the results."""
+
+DETECTION: dict[str, Metric] = {
+    "auroc": Metric("AUROC", auroc, HIGHER),
+    "aupr": Metric("AUPR", aupr, HIGHER),
+    "fpr95": Metric("FPR95", fpr95, LOWER),
+}
+"""How well an uncertainty tells out-of-distribution images from others."""

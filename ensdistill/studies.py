@@ -27,11 +27,9 @@ from ensdistill.methods import (
     Share,
     Single,
 )
+from ensdistill.metrics import METRICS
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
-
-SCORES = ("acc", "nll", "bs", "ece", "nll_ts", "bs_ts", "ece_ts")
-"""Metrics of which there are published results."""
 
 
 class Images(Section):
@@ -137,7 +135,7 @@ class Published(Section):
 
     source: str
     """Where they stand."""
-    scores: Annotated[dict[str, dict[Literal[*SCORES], Number]], Field(min_length=1)]
+    scores: Annotated[dict[str, dict[Literal[*METRICS], Number]], Field(min_length=1)]
     """By system (DE-m or a method's label) and metric."""
 
 

@@ -1,80 +1,60 @@
-"""The results table, and the page of the paper's claims, for people to read."""
+"""The results table, for people to read."""
 
 import html
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from math import floor, log10
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from ensdistill.bootstrap import LEVEL, RESAMPLES
-from ensdistill.evaluation import METRICS
+from ensdistill.latex import latex
+from ensdistill.markup import html_page, markdown, markdown_table, number, unbroken
+from ensdistill.metrics import METRICS
 
-
-@dataclass(frozen=True)
-class Column:
-    """How one column of the table is shown."""
-
-    key: str
-    title: str
-    decimals: int
-    better: int = 0
-    """+1: larger is better, −1: smaller is better, 0: neither."""
-
-
-COLUMNS = [
-    Column("acc", "ACC %", 2, +1),
-    Column("nll", "NLL", 4, -1),
-    Column("bs", "BS", 4, -1),
-    Column("ece", "ECE", 4, -1),
-    Column("nll_ts", "NLL, TS", 4, -1),
-    Column("bs_ts", "BS, TS", 4, -1),
-    Column("ece_ts", "ECE, TS", 4, -1),
-    Column("temperature", "T*", 2),
-    Column("dee", "DEE", 2, +1),
-    Column("dee_ts", "DEE, TS", 2, +1),
-    Column("diversity", "Diversity", 4),
-]
+COLUMNS = {key: metric for key, metric in METRICS.items() if metric.in_table}
+"""Of the table; the CSV has all metrics."""
 
 LEGEND = (
     "Mean ± standard deviation over n replicates: student seeds, or for DE-m subsets of the pool "
-    "of teachers (overlapping, so the spread is understated). ACC: accuracy; NLL: negative "
-    "log-likelihood in nats; BS: Brier score; ECE: expected calibration error; TS: after "
-    "temperature scaling on the validation split, T* its temperature; DEE: Deep Ensemble "
-    "Equivalent, the number of ensembled networks with the same NLL; '<' or '>' where all "
-    "replicates lie outside the pool's curve, '≤' or '≥' where some do; Diversity: pairwise KL "
-    "between members in nats. Arrows point to better."
+    "of teachers (overlapping, so the spread is understated). "
+    + "; ".join(
+        f"{metric.title}: {metric.meaning}{' in nats' if metric.unit == 'nats' else ''}"
+        for metric in COLUMNS.values()
+        if metric.meaning
+    )
+    + ". '–': a single network has none. Arrows point to better."
 )
+ABSENT = "–"
 
 
 def summarize(scores: pd.DataFrame, published: Mapping[str, Any] | None = None) -> pd.DataFrame:
     """One row per system: n replicates, mean of every metric, `<metric>_std` beside.
 
     Args:
-        scores: what `evaluation.scores` returns.
+        scores: what `reports.scores.table` returns.
         published: `source` and `scores` by system and metric, as `studies.Published` has them.
 
     The standard deviation is that of a sample (n−1), and 0 where n = 1. For DE-m it is over
-    overlapping subsets of one pool, so it understates the spread of independent ensembles.
+    overlapping subsets of one pool, so it understates the spread of independent ensembles. Both
+    are NaN of what a system does not have, such as the diversity of a single network.
 
     Of every metric with a published result there is `<metric>_published` and
     `<metric>_difference` (ours − published), and of their systems `published_source`.
     """
+    metrics = list(METRICS)
     groups = scores.groupby("system", sort=False)
-    means, spreads = groups[METRICS].mean(), groups[METRICS].std().fillna(0.0)
-    outside = groups[["dee_outside", "dee_ts_outside"]].mean()
-    summary = pd.concat([groups.size().rename("n"), means, groups["parameters"].first()], axis=1)
-    summary = summary.assign(entropy=summary.pop("entropy"))
-    summary = pd.concat([summary, spreads.add_suffix("_std"), outside], axis=1)
+    means = groups[metrics].mean()
+    spreads = groups[metrics].std().fillna(0.0).where(means.notna()).add_suffix("_std")
+    outside = groups[[column for column in scores if column.endswith("_outside")]].mean()
+    first = [groups.size().rename("n"), means, groups["parameters"].first()]
+    summary = pd.concat([*first, spreads, outside], axis=1)
     if published is not None:
         theirs = pd.DataFrame.from_dict(published["scores"], orient="index")
-        theirs = theirs.reindex(index=summary.index, columns=METRICS)
+        theirs = theirs.reindex(index=summary.index, columns=metrics)
         beside: dict[str, Any] = {}
-        for metric in METRICS:
+        for metric in metrics:
             beside[f"{metric}_published"] = theirs[metric]
             beside[f"{metric}_difference"] = summary[metric] - theirs[metric]
         beside["published_source"] = np.where(theirs.notna().any(axis=1), published["source"], None)
@@ -95,22 +75,16 @@ class Row:
 def _rows(summary: pd.DataFrame) -> Iterator[Row]:
     students = ~summary["system"].str.fullmatch(r"DE-\d+")
     ranks = {
-        column.key: (column.better * summary[column.key])[students].rank(
-            method="min", ascending=False
-        )
-        for column in COLUMNS
-        if column.better
+        key: (metric.better * summary[key])[students].rank(method="min", ascending=False)
+        for key, metric in COLUMNS.items()
+        if metric.better
     }
-    decimals = {column.key: _published_decimals(summary, column) for column in COLUMNS}
+    decimals = {key: _published_decimals(summary, key) for key in COLUMNS}
     for index, row in summary.iterrows():
         cells = [(row["system"], 0), (str(row["n"]), 0)]
-        for column in COLUMNS:
-            text = f"{row[column.key]:.{column.decimals}f}"
-            if spread := row[f"{column.key}_std"]:
-                text += f" ± {spread:.{column.decimals}f}"
-            text = _bound(row.get(f"{column.key}_outside", 0)) + text
-            rank = ranks[column.key].get(index, 0) if column.better else 0
-            cells.append((text, int(rank)))
+        for key in COLUMNS:
+            rank = ranks.get(key, {}).get(index, 0)
+            cells.append((_cell(row, key), int(rank) if rank == rank else 0))
         kind = "student" if students[index] else "ensemble"
         yield Row(kind, [*cells, (f"{int(row['parameters']):,}", 0)])
         if pd.notna(row.get("published_source")):
@@ -119,20 +93,24 @@ def _rows(summary: pd.DataFrame) -> Iterator[Row]:
                 ("ours − published", "difference", "+"),
             ):
                 values = ((row.get(f"{key}_{suffix}"), places) for key, places in decimals.items())
-                numbers = ["" if pd.isna(value) else _number(value, n, sign) for value, n in values]
+                numbers = ["" if pd.isna(value) else number(value, n, sign) for value, n in values]
                 yield Row("published", [(text, 0) for text in (title, "", *numbers, "")])
 
 
-def _published_decimals(summary: pd.DataFrame, column: Column) -> int:
+def _cell(row: pd.Series, key: str) -> str:
+    """The mean of a metric, and its spread if it has any."""
+    decimals, mean, spread = METRICS[key].decimals, row[key], row[f"{key}_std"]
+    if pd.isna(mean):
+        return ABSENT
+    text = f"{_bound(row.get(f'{key}_outside', 0))}{mean:.{decimals}f}"
+    return f"{text} ± {spread:.{decimals}f}" if spread else text
+
+
+def _published_decimals(summary: pd.DataFrame, key: str) -> int:
     """As many decimals as were published, or as we show if those are fewer."""
-    values = summary.get(f"{column.key}_published", pd.Series(dtype=float)).dropna()
+    values = summary.get(f"{key}_published", pd.Series(dtype=float)).dropna()
     given = (-int(Decimal(str(value)).normalize().as_tuple().exponent) for value in values)
-    return min(max([0, *given]), column.decimals)
-
-
-def _number(value: float, decimals: int, sign: str = "") -> str:
-    """With a true minus, none before zero, and `sign` before positive numbers."""
-    return f"{value:{sign}z,.{decimals}f}".replace("-", "−")
+    return min(max([0, *given]), METRICS[key].decimals)
 
 
 def _bound(outside: float) -> str:
@@ -143,8 +121,7 @@ def _bound(outside: float) -> str:
 
 
 def _titles() -> list[str]:
-    arrows = {1: " ↑", -1: " ↓", 0: ""}
-    return ["System", "n", *(c.title + arrows[c.better] for c in COLUMNS), "Parameters"]
+    return ["System", "n", *(metric.column for metric in COLUMNS.values()), "Parameters"]
 
 
 def _source(summary: pd.DataFrame) -> str:
@@ -159,52 +136,18 @@ def _mark(cell: tuple[str, int], best: Callable[[str], str], second: Callable[[s
     return best(text) if rank == 1 else second(text) if rank == 2 else text
 
 
-def _markdown(text: str) -> str:
-    """Plain text in one line of Markdown; `<1.00` may stay, for only a letter makes it a tag."""
-    return re.sub(r"[\\`*_\[\]|~&$]|<(?=[A-Za-z/!?])", r"\\\g<0>", " ".join(text.split()))
-
-
-def _unbroken(text: str) -> str:
-    """Text that GitHub keeps on one line; tables are wide there."""
-    return text.replace(" ", "\N{NO-BREAK SPACE}")
-
-
-def _markdown_table(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def to_markdown(summary: pd.DataFrame) -> str:
     """The table in GitHub's Markdown; best student bold, second best in italics."""
     lines = [_titles(), [":--", *["--:"] * (len(COLUMNS) + 2)]]
     for row in _rows(summary):
-        texts = ((_markdown(text).replace("± ", _unbroken("± ")), rank) for text, rank in row.cells)
+        texts = ((markdown(text).replace("± ", unbroken("± ")), rank) for text, rank in row.cells)
         line = [_mark(cell, "**{}**".format, "*{}*".format) for cell in texts]
         if row.kind == "published":
-            line[0] = _unbroken(f"↳ {line[0]}")
+            line[0] = unbroken(f"↳ {line[0]}")
         lines.append(line)
-    legend = (
-        f"{LEGEND} **Best** and *second best* student are marked. {_markdown(_source(summary))}"
-    )
-    return f"{_markdown_table(lines)}\n\n{legend.rstrip()}\n"
-
-
-LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        **{plain: f"\\{plain}" for plain in "{}$&#%_"},
-        **{plain: f"{{{plain}}}" for plain in "[*"},  # or a row's end would take them
-        "±": r"$\pm$",
-        "−": "$-$",
-        "↑": r"$\uparrow$",
-        "↓": r"$\downarrow$",
-        "<": "$<$",
-        ">": "$>$",
-        "≤": r"$\le$",
-        "≥": r"$\ge$",
-    }
-)
+    marks = "**Best** and *second best* student are marked."
+    legend = f"{markdown(LEGEND)} {marks} {markdown(_source(summary))}"
+    return f"{markdown_table(lines)}\n\n{legend.rstrip()}\n"
 
 
 def to_latex(summary: pd.DataFrame) -> str:
@@ -217,9 +160,7 @@ def to_latex(summary: pd.DataFrame) -> str:
     body = []
     for row in rows:
         cells = [
-            _mark(
-                (text.translate(LATEX), rank), r"\textbf{{{}}}".format, r"\underline{{{}}}".format
-            )
+            _mark((latex(text), rank), r"\textbf{{{}}}".format, r"\underline{{{}}}".format)
             for text, rank in row.cells
         ]
         if row.kind == "published":
@@ -227,13 +168,13 @@ def to_latex(summary: pd.DataFrame) -> str:
             cells[0] = rf"\quad {cells[0]}"
         body.append(line(cells))
     body.insert(_first_student(rows), r"\midrule")
-    source = _source(summary).translate(LATEX)
+    source = latex(_source(summary))
     return "\n".join(
         [
-            f"% {LEGEND}",
+            f"% {latex(LEGEND)}",
             rf"\begin{{tabular}}{{l{'r' * (columns - 1)}}}",
             r"\toprule",
-            line([title.translate(LATEX).replace("T{*}", "$T^*$") for title in _titles()]),
+            line([latex(title).replace("T{*}", "$T^*$") for title in _titles()]),
             r"\midrule",
             *body,
             r"\bottomrule",
@@ -246,31 +187,6 @@ def to_latex(summary: pd.DataFrame) -> str:
 
 def _first_student(rows: list[Row]) -> int:
     return next((index for index, row in enumerate(rows) if row.kind == "student"), len(rows))
-
-
-STYLE = """
-body { font: 13px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff; }
-h1 { font-size: 1.25rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .3rem .45rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-thead th { border-block: 2px solid #222; }
-tbody:last-child tr:last-child td { border-bottom: 2px solid #222; }
-tr.first-student td { border-top: 1px solid #999; }
-tr.published td { padding-block: 0 .15rem; color: #666; font-size: .9em; }
-tr.published td:first-child { padding-left: 1.4rem; }
-.claims :is(th, td):nth-child(-n + 4) { text-align: left; }
-.claims tbody th { padding-top: .9rem; border-bottom: 1px solid #ccc; }
-.claims .supported td:nth-child(4) { color: #17692f; font-weight: 600; }
-.claims .not-supported td:nth-child(4) { color: #b3261e; font-weight: 600; }
-.claims .undecided td:nth-child(4) { color: #666; }
-p { max-width: 60rem; color: #555; }
-"""
-
-
-def _page(title: str, *body: str) -> str:
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
-    return "\n".join([head, f"<style>{STYLE}</style>", *body, "</html>", ""])
 
 
 def to_html(summary: pd.DataFrame) -> str:
@@ -289,114 +205,10 @@ def to_html(summary: pd.DataFrame) -> str:
         f"{html.escape(LEGEND)} <b>Best</b> and <u>second best</u> student are marked. "
         f"{html.escape(_source(summary))}"
     )
-    return _page(
+    return html_page(
         "Results",
         f"<table><thead><tr>{head}</tr></thead><tbody>",
         *body,
         "</tbody></table>",
         f"<p>{legend.rstrip()}</p>",
-    )
-
-
-VERDICTS = {"supported": "✓", "not supported": "✗", "undecided": "?"}
-"""What `claims.verdict` may say, each with a sign that needs no colour."""
-
-PERCENT = f"{100 * LEVEL:g} %"
-CLAIM_TITLES = ["Quantity", "Claimed", f"Estimate ({PERCENT} interval)", "Verdict"]
-CLAIM_TITLES += ["Images", "Seeds"]
-
-TAIL = (1 - LEVEL) / 2
-METHOD = (
-    f"In parentheses: the {PERCENT} interval by a bootstrap over images ({RESAMPLES:,} resamples, "
-    "the same images for both sides of a comparison); for students, the error of a mean "
-    "over few seeds is added, by Welch's t. With one seed a row speaks of that student only, not "
-    "of its method; and all rows speak of this one ensemble of teachers, not of others.",
-    "Supported: the whole interval lies among the claimed values; not supported: none of it does; "
-    "undecided: part of it does, or the quantity is undefined. Where a claim has a bound on one "
-    f"side only, a quantity right at the bound is called supported in {100 * TAIL:g} % of runs, "
-    "and not supported in as many; a wrong verdict is rarer the further it is from the bound. "
-    f"The rows are many: of those near their bound, about one in {1 / TAIL:.0f} errs by chance. "
-    "“At least as good” is supported only where it is better: equality cannot be shown.",
-)
-"""How the verdicts come about, by paragraph."""
-
-
-def _claims_title(study: str) -> str:
-    return f"Claims of Nam et al. (2021) in the study {study}"
-
-
-def _claims_summary(table: pd.DataFrame) -> str:
-    counts = ", ".join(f"{sum(table['verdict'] == verdict)} {verdict}" for verdict in VERDICTS)
-    quantities = _count(len(table), "quantity", "quantities")
-    return f"{_count(table['claim'].nunique(), 'claim', 'claims')} on {quantities}: {counts}."
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"
-
-
-def _claim_cells(row: Mapping[str, Any]) -> list[str]:
-    """Texts under `CLAIM_TITLES`."""
-    return [
-        row["quantity"],
-        row["claimed"],
-        _with_interval(row["estimate"], row["low"], row["high"]),
-        f"{VERDICTS[row['verdict']]} {row['verdict']}",
-        f"{row['n']:,}",
-        str(row["seeds"] or ""),
-    ]
-
-
-def _with_interval(*values: float) -> str:
-    """An estimate and the ends of its interval, all with the same decimals.
-
-    The largest has three significant digits, and their range at least two.
-    """
-    # Differences of what is equal may be 1e-17.
-    estimate, low, high = numbers = np.round(values, 9)
-    if np.isnan(numbers).any():
-        return "undefined"
-    sizes = [size for size in (np.abs(numbers).max() / 10, high - low) if size > 0]
-    decimals = max([0, *(1 - floor(log10(size)) for size in sizes)])
-    shown = [_number(value, decimals) for value in (estimate, low, high)]
-    return "{} ({} to {})".format(*shown)
-
-
-def claims_to_markdown(table: pd.DataFrame, study: str) -> str:
-    """The page of the paper's claims in GitHub's Markdown.
-
-    Args:
-        table: what `claims.claims` returns.
-        study: its name.
-    """
-    lines = [CLAIM_TITLES, [*[":--"] * (len(CLAIM_TITLES) - 2), "--:", "--:"]]
-    for claim, rows in table.groupby("claim", sort=False):
-        lines.append([f"**{_markdown(claim)}**", *[""] * (len(CLAIM_TITLES) - 1)])
-        for _, row in rows.iterrows():
-            quantity, *others = map(_markdown, _claim_cells(row))
-            lines.append([quantity, *map(_unbroken, others)])
-    title, counts = f"# {_markdown(_claims_title(study))}", f"**{_claims_summary(table)}**"
-    return "\n\n".join([title, counts, _markdown_table(lines), *METHOD]) + "\n"
-
-
-def claims_to_html(table: pd.DataFrame, study: str) -> str:
-    """`claims_to_markdown`, as a page of its own."""
-    groups = []
-    for claim, rows in table.groupby("claim", sort=False):
-        heading = f"<th colspan={len(CLAIM_TITLES)} scope=rowgroup>{html.escape(claim)}</th>"
-        lines = [f"<tr>{heading}</tr>"]
-        for _, row in rows.iterrows():
-            verdict = row["verdict"].replace(" ", "-")
-            cells = "".join(f"<td>{html.escape(text)}</td>" for text in _claim_cells(row))
-            lines.append(f"<tr class={verdict}>{cells}</tr>")
-        groups.append("\n".join(["<tbody>", *lines, "</tbody>"]))
-    title, head = _claims_title(study), "".join(f"<th>{title}</th>" for title in CLAIM_TITLES)
-    return _page(
-        title,
-        f"<h1>{html.escape(title)}</h1>",
-        f"<p><b>{_claims_summary(table)}</b></p>",
-        f"<table class=claims><thead><tr>{head}</tr></thead>",
-        *groups,
-        "</table>",
-        *(f"<p>{html.escape(paragraph)}</p>" for paragraph in METHOD),
     )

@@ -10,6 +10,7 @@ from ensdistill.downloads import ARCHIVES, ARCHIVES_OF
 from ensdistill.digests import code_digest
 from ensdistill.methods import parse_architecture
 from ensdistill.own_data import known_state
+from ensdistill.reports import results
 from ensdistill.studies import read_configuration
 
 try:
@@ -22,6 +23,8 @@ RUN = CONFIGURATION.run
 METHODS = sorted({method for study in STUDIES.values() for method in study.methods})
 
 TABLES = ["csv", "md", "tex", "html"]
+RESULTS = results()
+FIGURES = [name for name, result in RESULTS.items() if result.has_figure]
 
 
 wildcard_constraints:
@@ -127,6 +130,18 @@ def distances_code(wildcards):
     return code("distances", **entries(study.parts(), *map(study.parts, study.methods)))
 
 
+def judging_code(script, **chosen):
+    """A parameter function: it changes with code that judges the predictions of a study."""
+
+    def digest(wildcards):
+        study = STUDIES[wildcards.study]
+        systems = (study.parts(), *map(study.parts, study.methods))
+        kinds = {parts["prediction"] for parts in systems}
+        return code(script, PREDICTIONS=tuple(sorted(kinds)), **chosen)
+
+    return digest
+
+
 def method_of(wildcards):
     """The method of a job's student; None for a teacher."""
     role, _, rest = wildcards.get("network", "").partition("/")
@@ -188,8 +203,20 @@ def of_students(pattern):
     return lambda wildcards: student_files(wildcards.study, pattern)
 
 
+def result_input(pattern):
+    """Files that a result reads, as `ensdistill.reports` explains: a path or an input function."""
+    for mark, files in (
+        ("{pool}", of_pool),
+        ("{ensemble}", of_ensemble),
+        ("{students}", of_students),
+    ):
+        if mark in pattern:
+            return files(pattern.replace(mark, "{}"))
+    return f"results/{{study}}/{pattern}"
+
+
 def settings_of(names):
-    """A parameter function: those settings of a study that an evaluation takes."""
+    """A parameter function: those settings of a study that a result takes."""
 
     def settings(wildcards):
         study = STUDIES[wildcards.study]
@@ -197,14 +224,10 @@ def settings_of(names):
             "n_bins": study.confidence_bins,
             "members": study.members,
             "labels": {name: method.label for name, method in study.methods.items()},
-            "methods": {
-                name: {
-                    "label": method.label,
-                    "objective": method.objective.name,
-                    "perturbation": method.perturbation.name,
-                    "network": method.student.name,
-                }
+            "paper": {
+                method.paper: {"name": name, "label": method.label}
                 for name, method in study.methods.items()
+                if method.paper
             },
         }
         return {name: known[name] for name in names}

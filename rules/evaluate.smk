@@ -1,52 +1,18 @@
-# Tables of numbers, each by the function of its name in ensdistill.evaluation: what it reads, and
-# which of the study's settings it takes.
-ENSEMBLE_AND_STUDENTS = {
-    "ensemble": of_ensemble("logits/{}.h5"),
-    "students": of_students("logits/{}.h5"),
-}
-SHIFTED = {
-    "ensemble": of_ensemble("logits/shifted/{}.h5"),
-    "students": of_students("logits/shifted/{}.h5"),
-}
-TEACHERS_ON_TRAIN = {
-    "perturbed": "results/{study}/logits/perturbed.h5",
-    "ensemble": of_ensemble("logits/{}.h5"),
-}
-EVALUATIONS = {
-    "scores": (
-        {"teachers": of_pool("logits/{}.h5"), "students": of_students("logits/{}.h5")},
-        ["n_bins"],
-    ),
-    "reliability": (ENSEMBLE_AND_STUDENTS, ["n_bins"]),
-    "diversity_students": (ENSEMBLE_AND_STUDENTS, ["n_bins"]),
-    "diversity_teachers": (TEACHERS_ON_TRAIN, ["n_bins"]),
-    "learning_curves": (
-        {"teachers": of_pool("{}/history.csv"), "students": of_students("{}/history.csv")},
-        [],
-    ),
-    "saturation": (TEACHERS_ON_TRAIN, []),
-    "sweep": ({"swept": "results/{study}/logits/swept.h5", **TEACHERS_ON_TRAIN}, []),
-    "transfer": ({"transferred": "results/{study}/logits/transferred.h5"}, ["members"]),
-    "directions": ({"transferred": "results/{study}/logits/transferred.h5"}, ["members"]),
-    "jacobians": ({"distances": "results/{study}/logits/distances.h5"}, ["labels"]),
-    "corruptions": (SHIFTED, ["n_bins"]),
-    "out_of_distribution": (
-        {**ENSEMBLE_AND_STUDENTS, **{f"shifted_{name}": files for name, files in SHIFTED.items()}},
-        [],
-    ),
-}
-
-for table, (inputs, settings) in EVALUATIONS.items():
+# One rule for each result of ensdistill/reports that has numbers: results/<study>/metrics/<name>.csv
+# by the function `table` in its file, which also says what it reads.
+for result in RESULTS.values():
+    if not result.has_table:
+        continue
 
     rule:
         name:
-            table
+            result.name
         input:
-            **inputs,
+            **{name: result_input(pattern) for name, pattern in result.reads.items()},
         output:
-            f"results/{{study}}/metrics/{table}.csv",
+            f"results/{{study}}/metrics/{result.name}.csv",
         log:
-            f"results/{{study}}/logs/metrics/{table}.log",
+            f"results/{{study}}/logs/metrics/{result.name}.log",
         group:
             "tables"
         conda:
@@ -55,9 +21,9 @@ for table, (inputs, settings) in EVALUATIONS.items():
             mem_mb=growing(2000, 8),
             runtime=growing(20, 0.1),
         params:
-            systems=student_labels if "students" in inputs else None,
-            settings=settings_of(settings),
-            code=code("evaluate", evaluation=(table,)),
+            systems=student_labels if "students" in result.reads else None,
+            settings=settings_of(result.settings),
+            code=judging_code("evaluate", reports=(f"{result.name}.table",), **result.chosen),
         script:
             "../workflow_scripts/evaluate.py"
 
@@ -89,8 +55,8 @@ rule claims:
         runtime=growing(20, 0.1),
     params:
         systems=student_labels,
-        settings=settings_of(["n_bins", "members", "methods"]),
+        settings=settings_of(["n_bins", "members", "paper"]),
         study=lambda wildcards: STUDIES[wildcards.study].model_dump(include=IN_CAPTIONS),
-        code=code("claims"),
+        code=judging_code("claims", METRICS=("nll", "ece", "bs", "acc", "dee")),
     script:
         "../workflow_scripts/claims.py"

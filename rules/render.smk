@@ -32,40 +32,7 @@ rule table:
         "../workflow_scripts/table.py"
 
 
-# What each figure is drawn from; it is drawn by the function of its name in ensdistill.figures.
-FIGURES = {
-    "diversity_teachers": "results/{study}/metrics/diversity_teachers.csv",
-    "diversity_students": "results/{study}/metrics/diversity_students.csv",
-    "de_curve": "results/{study}/tables/results.csv",
-    "reliability": "results/{study}/metrics/reliability.csv",
-    "learning_curves": "results/{study}/metrics/learning_curves.csv",
-    "examples": "results/{study}/logits/perturbed.h5",
-    "saturation": "results/{study}/metrics/saturation.csv",
-    "sweep": "results/{study}/metrics/sweep.csv",
-    "transfer": [
-        "results/{study}/metrics/transfer.csv",
-        "results/{study}/metrics/directions.csv",
-    ],
-    "jacobians": "results/{study}/metrics/jacobians.csv",
-    "corruptions": "results/{study}/metrics/corruptions.csv",
-    "out_of_distribution": "results/{study}/metrics/out_of_distribution.csv",
-}
-TITLES = {
-    "diversity_teachers": "Diversity of the teachers",
-    "diversity_students": "Diversity of the students",
-    "de_curve": "Deep ensembles by size, and students",
-    "reliability": "Reliability diagrams",
-    "learning_curves": "Learning curves",
-    "examples": "Perturbed images",
-    "saturation": "Confidence of the teachers on train and test",
-    "sweep": "Diversity by size of the perturbation",
-    "transfer": "ODS from one teacher, seen by others",
-    "jacobians": "Jacobians of students and teachers",
-    "corruptions": "Corrupted images",
-    "out_of_distribution": "Out-of-distribution detection",
-}
-
-# What their captions say of a study.
+# What captions of figures say of a study.
 IN_CAPTIONS = {
     "members": True,
     "pool": True,
@@ -78,23 +45,27 @@ IN_CAPTIONS = {
     "out_of_distribution": {"source", "images"},
 }
 
-for figure, source in FIGURES.items():
+# One rule for each result of ensdistill/reports that has a figure: figure_<name>, by the function
+# `draw` in its file, with the caption report/<name>.rst.
+for result in RESULTS.values():
+    if not result.has_figure:
+        continue
 
     rule:
         name:
-            f"figure_{figure}"
+            f"figure_{result.name}"
         input:
-            source,
+            [result_input(path) for path in result.drawn_from],
         output:
             report(
-                f"results/{{study}}/figures/{figure}.png",
-                caption=f"../report/{figure}.rst",
+                f"results/{{study}}/figures/{result.name}.png",
+                caption=f"../report/{result.name}.rst",
                 category="{study}",
-                labels={"what": TITLES[figure], "as": "figure"},
+                labels={"what": result.title, "as": "figure"},
             ),
-            f"results/{{study}}/figures/{figure}.pdf",
+            f"results/{{study}}/figures/{result.name}.pdf",
         log:
-            f"results/{{study}}/logs/figures/{figure}.log",
+            f"results/{{study}}/logs/figures/{result.name}.log",
         group:
             "tables"
         conda:
@@ -103,8 +74,23 @@ for figure, source in FIGURES.items():
             mem_mb=growing(2000),
             runtime=growing(5),
         params:
-            figure=figure,
+            result=result.name,
             study=lambda wildcards: STUDIES[wildcards.study].model_dump(include=IN_CAPTIONS),
-            code=code("figure", figures=(figure,)),
+            code=code("figure", reports=(f"{result.name}.draw",), **result.chosen),
         script:
             "../workflow_scripts/figure.py"
+
+
+def reported(study):
+    """The files of a study for the report that exist, with all that Snakemake then looks for."""
+    table = ["tables/results.csv", "tables/results.html"]
+    needed = {name: table for name in table} | {"claims.html": ["claims.html"]}
+    for name in FIGURES:
+        figure = f"figures/{name}.png"
+        of_table = "tables/results.csv" in RESULTS[name].drawn_from
+        needed[figure] = [figure, *(table if of_table else [])]
+    return [
+        f"results/{study}/{name}"
+        for name, files in needed.items()
+        if all(os.path.exists(f"results/{study}/{file}") for file in files)
+    ]

@@ -116,3 +116,9 @@ class Project:
 
     def log(self, name) -> str:
         return self.file(f"logs/{name}.log").read_text()
+
+
+def another_result(project):
+    """A file in ensdistill/reports and its caption are all that it takes."""
+    shutil.copy2(REPOSITORY / "tests/surest.py", project.folder / "ensdistill/reports")
+    (project.folder / "report/surest.rst").write_text("How sure every system is.")

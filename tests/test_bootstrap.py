@@ -8,7 +8,9 @@ from scipy.special import softmax
 from scipy.stats import gmean, norm, t, ttest_ind
 
 from ensdistill.bootstrap import Estimate, image_weights, interval, mean_of
-from ensdistill.claims import _beside, _calibration_error, above, verdict
+from ensdistill.claims import above, verdict
+from ensdistill.predictions import Mixture
+from ensdistill.resampled import calibration_error, side_by_side
 
 
 def ends(found):
@@ -213,7 +215,9 @@ def calibration_errors(weights, overconfidence):
     def students(x, labels, factor, here):
         sharpness = factor * np.exp(rng.normal(0, 0.15, seeds))
         logits = [s * x + rng.normal(0, 0.3, x.shape) for s in sharpness]
-        return _beside([_calibration_error(z[:, None], labels, 15, here) for z in logits])
+        return side_by_side(
+            [calibration_error(Mixture(z[:, None]), labels, 15, here) for z in logits]
+        )
 
     def sides(world):
         x, here = rng.normal(0, 1.5, (IMAGES, 4)), weights[world % DRAWS]
@@ -241,7 +245,7 @@ def test_resampling_alone_raises_a_calibration_error_and_the_interval_does_not_f
     rng = np.random.default_rng(6)
     x = rng.normal(0, 1.5, (IMAGES, 4))
     labels = (softmax(x, axis=1).cumsum(1) > rng.random((IMAGES, 1))).argmax(1)
-    estimate = _calibration_error(x[:, None], labels, 15, image_weights(IMAGES))
+    estimate = calibration_error(Mixture(x[:, None]), labels, 15, image_weights(IMAGES))
     found = interval(estimate)
     assert estimate.resampled.mean() > found.estimate + 0.02  # of calibrated predictions
     assert (found.low + found.high) / 2 == pytest.approx(found.estimate, abs=0.01)

@@ -10,8 +10,9 @@ from scipy.stats import gmean, norm
 
 from ensdistill import metrics
 from ensdistill.bootstrap import Interval
-from ensdistill.claims import _Systems, above, below, claims, verdict
+from ensdistill.claims import above, below, claims, verdict
 from ensdistill.files import write_hdf5
+from ensdistill.resampled import ResampledSystems
 
 N, K, BINS = 300, 4, 10
 LABELS = {
@@ -22,24 +23,16 @@ LABELS = {
     "kd_ods": "Diverse",
     "kd_conf_ods": "Confident",
 }
-KINDS = {
-    "be": ("cross_entropy", "none", "batch_ensemble"),
-    "kd_single": ("ensemble_mean", "none", "single"),
-    "kd": ("one_to_one", "none", "batch_ensemble"),
-    "kd_gaussian": ("one_to_one", "gaussian", "batch_ensemble"),
-    "kd_ods": ("one_to_one", "ods", "batch_ensemble"),
-    "kd_conf_ods": ("one_to_one", "conf_ods", "batch_ensemble"),
-}
 SPREAD = {"be": 1.4, "kd_single": 1.5, "kd": 0.85, "kd_gaussian": 0.85, "kd_ods": 0.3}
 SPREAD["kd_conf_ods"] = 0.6
 """Of a student's error; that of a teacher is 1.2 for each member on its own."""
-SEEDS = {name: 2 if name == "kd" else 3 for name in KINDS}
+SEEDS = {name: 2 if name == "kd" else 3 for name in LABELS}
 
 
 class World:
     """A small study's files, with everything in them."""
 
-    def __init__(self, folder, *, members=2, pool=3, methods=tuple(KINDS), permuted=None):
+    def __init__(self, folder, *, members=2, pool=3, methods=tuple(LABELS), permuted=None):
         rng = np.random.default_rng(0)
         truth = rng.normal(0, 1.5, (N, K))
         self.labels = (softmax(truth, axis=1).cumsum(1) > rng.random((N, 1))).argmax(1)
@@ -77,16 +70,11 @@ class World:
                     )
                     for seed, logits in enumerate(self.students[name])
                 ]
-                for name in KINDS
+                for name in LABELS
                 if name in methods
             },
-            "methods": {
-                name: {
-                    "label": LABELS[name],
-                    **dict(zip(("objective", "perturbation", "network"), KINDS[name], strict=True)),
-                }
-                for name in KINDS
-                if name in methods
+            "paper": {
+                name: {"name": name, "label": LABELS[name]} for name in LABELS if name in methods
             },
             "members": members,
             "n_bins": BINS,
@@ -236,7 +224,7 @@ def test_every_row_has_an_interval_around_its_estimate_and_its_sample_sizes(worl
     assert (table.estimate <= table.high).all()
     assert (table.low < table.high).all()
     for row in table.itertuples():
-        fewest = min((SEEDS[name] for name in KINDS if involves(row, name)), default=0)
+        fewest = min((SEEDS[name] for name in LABELS if involves(row, name)), default=0)
         assert row.seeds == fewest
     sizes = {"train, ": 150, "other teachers": 80, "two teachers": 80, "Jacobians": 40}
     for row in table.itertuples():
@@ -347,6 +335,24 @@ def test_without_a_method_just_its_rows_are_missing(world, tmp_path, methods):
     assert len(found) == {"kd": 17, "be": 14, "kd_single": 7}[methods[0]]
 
 
+def test_the_claims_are_about_the_papers_methods_alone(world):
+    """Other methods of the same parts, before the paper's in the study, change nothing."""
+    arguments, others = world.arguments, {"Another": "Noisy", "EnD2": "Lone", "Late": "Diverse"}
+    students = arguments["students"]
+    students = {label: students[same] for label, same in others.items()} | students
+    found = claims(**arguments | {"students": students})
+    assert found.to_dict("list") == world.claims.to_dict("list")
+
+
+def test_without_methods_of_the_paper_the_claims_are_about_the_teachers(world):
+    found = claims(**world.arguments | {"paper": {}})
+    of_students = [any(involves(row, name) for name in LABELS) for row in world.claims.itertuples()]
+    assert len(found) == 6
+    assert found.claim.tolist() == [
+        claim for claim, leave in zip(world.claims.claim, of_students, strict=True) if not leave
+    ]
+
+
 def test_without_external_teachers_transfer_is_claimed_within_the_ensemble_only(tmp_path):
     three = World(tmp_path, members=3)
     rows = three.claims[three.claims.claim.str.contains("transfer")]
@@ -366,7 +372,7 @@ def test_two_teachers_leave_none_to_differ_from(tmp_path):
 
 def test_resampled_metrics_are_those_of_a_data_set_with_images_repeated(world):
     arguments = world.arguments
-    systems = _Systems(arguments["teachers"], arguments["students"], 2, BINS)
+    systems = ResampledSystems(arguments["teachers"], arguments["students"], 2, BINS)
     titles = {"nll": "NLL", "ece": "ECE", "bs": "Brier score", "acc": "accuracy (%)", "dee": "DEE"}
     for b in range(5):
         drawn = np.repeat(np.arange(N), np.rint(N * systems.weights[b]).astype(int))

@@ -8,8 +8,10 @@ import pytest
 import ensdistill
 from ensdistill import digests
 from ensdistill.digests import attributes, code_digest
+from ensdistill.reports import results
 
 ROOT = Path(__file__).parent.parent
+RESULTS = results()
 
 # --- attributes ------------------------------------------------------------------------------
 
@@ -451,17 +453,18 @@ REACH = {
         f"teacher {STUDENTS}",
         f"{LOGITS} analyse:perturbed_logits evaluate:scores images",
     ),
-    "metrics.ece": (
+    "calibration.ece": (
         "evaluate:scores evaluate:reliability evaluate:corruptions",
-        f"teacher {STUDENTS} {LOGITS} analyse:perturbed_logits images table",
+        f"teacher {STUDENTS} {LOGITS} analyse:perturbed_logits images evaluate:jacobians",
     ),
     "metrics.nll": (
         f"evaluate:scores teacher {STUDENTS}",
         f"{LOGITS} analyse:perturbed_logits images",
     ),
     "metrics.pairwise_kl": (
-        "evaluate:scores evaluate:diversity_students",
-        f"teacher {STUDENTS} {LOGITS} evaluate:reliability",
+        # A kind of prediction counts as a whole wherever predictions are read.
+        "evaluate:scores evaluate:diversity_students evaluate:reliability",
+        f"teacher {STUDENTS} {LOGITS} figure:reliability",
     ),
     "batch_ensemble.BatchEnsembleConv2d": (
         f"{STUDENTS} {LOGITS}",
@@ -496,11 +499,20 @@ REACH = {
         "download",
         f"images shifted teacher {STUDENTS} {LOGITS} evaluate:scores",
     ),
-    "shift.corrupt": ("shifted", f"images download teacher {STUDENTS} {LOGITS} evaluate:scores"),
-    "figures._panels": (
-        "figure:reliability",
-        f"figure:examples table evaluate:scores teacher {STUDENTS}",
+    "corruptions.corrupt": (
+        "shifted",
+        f"images download teacher {STUDENTS} {LOGITS} evaluate:scores",
     ),
+    "drawing.grid_of_panels": (
+        "figure:reliability",
+        f"figure:examples table evaluate:scores evaluate:reliability teacher {STUDENTS}",
+    ),
+    "reports.corruptions.draw": (
+        "figure:corruptions",
+        "figure:reliability evaluate:corruptions table claims",
+    ),
+    "reports.sweep.table": ("evaluate:sweep", "figure:sweep evaluate:transfer table claims"),
+    "reports.sweep.mean_kl": ("evaluate:sweep evaluate:transfer", "figure:sweep evaluate:scores"),
     "tables.to_latex": ("table", f"figure:de_curve evaluate:scores teacher {STUDENTS}"),
     "files.write_hdf5": (
         "",
@@ -524,8 +536,10 @@ def change(path, name):
     path.write_text(ast.unparse(tree))
 
 
-MODULE_OF = {"evaluate": "evaluation", "analyse": "analysis", "figure": "figures"}
-"""From which module a script takes a function by name."""
+MODULE_OF = {"evaluate": "reports", "analyse": "analysis", "figure": "reports"}
+"""From which module or package a script takes a function by name."""
+FUNCTION = {"evaluate": "{}.table", "figure": "{}.draw"}
+"""Of which name, if a script takes it from a result's file."""
 
 
 def digests_of(names):
@@ -533,7 +547,10 @@ def digests_of(names):
 
     def job(name):
         script, _, function = name.partition(":")
-        return script, {MODULE_OF[script]: [function]} if function else {}
+        if not function:
+            return script, {}
+        chosen = RESULTS[function].chosen if function in RESULTS else {}
+        return script, {MODULE_OF[script]: [FUNCTION.get(script, "{}").format(function)], **chosen}
 
     jobs = {name: JOBS[name] if name in JOBS else job(name) for name in names}
     return {
@@ -558,13 +575,33 @@ def real(tmp_path_factory):
 def test_a_change_reruns_the_jobs_that_use_it_and_no_others(real, definition):
     package, before = real
     must, must_not = (set(scripts.split()) for scripts in REACH[definition])
-    module, name = definition.split(".")
-    path = package / f"{module}.py"
+    module, _, name = definition.rpartition(".")
+    path = package / f"{module.replace('.', '/')}.py"
     text = path.read_text()
     change(path, name)
     after = digests_of(must | must_not)
     path.write_text(text)
     assert {script for script in after if after[script] != before[script]} == must
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "must"),
+    [
+        ("METRICS: dict[str, Metric] = {", '{} "aurc": ECE,', "evaluate:scores table"),
+        (
+            "lambda it: nll(it.probs",
+            "lambda it: 2 * nll(it.probs",
+            "evaluate:scores table evaluate:corruptions figure:corruptions figure:de_curve",
+        ),
+    ],
+)
+def test_one_more_metric_concerns_just_what_shows_all_of_them(real, old, new, must):
+    package, before = real
+    results = {name for name in before if ":" in name or name == "table"}
+    edit(package / "metrics.py", old, new.replace("{}", old))
+    after = digests_of(results)
+    edit(package / "metrics.py", new.replace("{}", old), old)
+    assert {name for name in results if after[name] != before[name]} == set(must.split())
 
 
 def test_formatting_the_whole_package_anew_reruns_nothing(real):

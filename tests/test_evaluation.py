@@ -11,10 +11,25 @@ from scipy.stats import bootstrap
 from scipy.stats import entropy as kl_or_entropy
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
-from ensdistill import InputError, evaluation, metrics
-from ensdistill.evaluation import DOUBTS, diversity_by_confidence, scores, subsets
+from ensdistill import InputError, metrics
 from ensdistill.files import write_hdf5
-from ensdistill.logits import read_logits
+from ensdistill.predictions import read_prediction
+from ensdistill.reports import (
+    corruptions,
+    directions,
+    diversity_students,
+    diversity_teachers,
+    jacobians,
+    learning_curves,
+    out_of_distribution,
+    reliability,
+    saturation,
+    scores,
+    sweep,
+    transfer,
+)
+from ensdistill.reports.diversity_teachers import diversity_by_confidence
+from ensdistill.systems import by_label, subsets
 
 POOL, K = 4, 5
 
@@ -41,6 +56,11 @@ def files(tmp_path):
     return teachers, students
 
 
+def read_logits(path, split):
+    prediction, labels = read_prediction(path, split)
+    return prediction.logits, labels
+
+
 def pairwise(logits):
     """KL(p_i ‖ p_j) of every image, averaged over ordered pairs of members."""
     p = softmax(np.asarray(logits, np.float64), axis=2)
@@ -58,7 +78,7 @@ def is_mean_with_interval(found, values):
 
 def test_scores_of_every_subset_and_student(files):
     teachers, students = files
-    frame = scores(teachers, students, n_bins=15)
+    frame = scores.table(teachers, students, n_bins=15)
     assert list(frame.system) == [
         f"DE-{m}" for m in range(1, POOL + 1) for _ in range(comb(POOL, m))
     ] + ["A", "A", "B", "C"]
@@ -73,7 +93,7 @@ def test_scores_of_every_subset_and_student(files):
 
 def test_deep_ensemble_equivalents_are_read_off_the_mean_curve(files):
     teachers, students = files
-    frame = scores(teachers, students, n_bins=15)
+    frame = scores.table(teachers, students, n_bins=15)
     for metric, column in (("nll", "dee"), ("nll_ts", "dee_ts")):
         curve = [frame[frame.system == f"DE-{m}"][metric].mean() for m in range(1, POOL + 1)]
         assert curve == sorted(curve, reverse=True)
@@ -87,6 +107,28 @@ def test_deep_ensemble_equivalents_are_read_off_the_mean_curve(files):
             assert row[column] == pytest.approx(crossing)
 
 
+def test_the_temperature_is_from_the_validation_images_alone(files):
+    teachers, students = files
+    frame = scores.table(teachers, students, n_bins=15).set_index(["system", "replicate"])
+    (val, val_labels), (test, labels) = (read_logits(students["C"][0], s) for s in ("val", "test"))
+    row, temperature = (
+        frame.loc["C", "0"],
+        metrics.optimal_temperature(metrics.ensemble_probs(val), val_labels),
+    )
+    scaled = softmax(np.log(softmax(test.astype(float), axis=2).mean(1)) / temperature, axis=1)
+    assert row.temperature == temperature
+    assert row.nll_ts == pytest.approx(log_loss(labels, scaled, labels=range(K)))
+
+
+def test_a_single_network_has_no_diversity(files):
+    teachers, students = files
+    frame = scores.table(teachers, {**students, "single": teachers[:1]}, n_bins=15)
+    without = frame.system.isin(["DE-1", "single"])
+    assert frame.diversity.isna().tolist() == without.tolist()
+    expected = pairwise(read_logits(students["B"][0], "test")[0]).mean()
+    assert frame.diversity[frame.system == "B"].tolist() == pytest.approx([expected])
+
+
 def test_large_pools_are_sampled_without_repetition():
     drawn = subsets(12, 6)
     assert len(drawn) == len(set(drawn)) == 64
@@ -97,7 +139,7 @@ def test_large_pools_are_sampled_without_repetition():
 
 def test_reliability_bins_add_up_to_the_calibration_error(files):
     teachers, students = files
-    table = evaluation.reliability(teachers[:2], students, n_bins=10)
+    table = reliability.table(teachers[:2], students, n_bins=10)
     assert list(table.name.unique()) == ["DE-2", "A", "B", "C"]
     for name, group in table.groupby("name"):
         images = group["count"].sum()
@@ -110,14 +152,14 @@ def test_reliability_bins_add_up_to_the_calibration_error(files):
 
 def test_diversity_in_confidence_bins_averages_to_the_diversity(files):
     _, students = files
-    replicates = [read_logits(path, "test")[0] for path in students["A"]]
+    replicates = [read_prediction(path, "test")[0] for path in students["A"]]
     table = diversity_by_confidence("A", replicates, n_bins=8)
     assert table["count"].sum() == 240
     mean = (table.kl * table["count"]).sum() / 240
-    expected = np.mean([metrics.pairwise_kl(logits) for logits in replicates])
+    expected = np.mean([metrics.pairwise_kl(it.logits) for it in replicates])
     assert mean == pytest.approx(expected)
     assert table.mean_kl.unique() == pytest.approx([expected])
-    confidence = metrics.ensemble_probs(np.concatenate(replicates)).max(1)
+    confidence = np.concatenate([metrics.ensemble_probs(it.logits) for it in replicates]).max(1)
     for _, row in table.iterrows():
         assert row["count"] == np.sum((confidence > row.low) & (confidence <= row.high))
 
@@ -137,7 +179,7 @@ def perturbed(tmp_path):
 def test_teachers_diversity_is_shown_on_train_and_on_test(files, perturbed):
     teachers, _ = files
     path, arrays, _ = perturbed
-    table = evaluation.diversity_teachers(path, teachers[:2], n_bins=8)
+    table = diversity_teachers.table(path, teachers[:2], n_bins=8)
     test = np.concatenate([read_logits(teacher, "test")[0] for teacher in teachers[:2]], axis=1)
     expected = {f"train_{name}": pairwise(arrays[f"{name}/logits"]) for name in ("clean", "ods")}
     expected["test_clean"] = pairwise(test)
@@ -149,7 +191,7 @@ def test_teachers_diversity_is_shown_on_train_and_on_test(files, perturbed):
 
 def test_students_diversity_leaves_single_networks_out(files):
     teachers, students = files
-    table = evaluation.diversity_students(teachers, {**students, "single": teachers[:1]}, n_bins=8)
+    table = diversity_students.table(teachers, {**students, "single": teachers[:1]}, n_bins=8)
     assert list(table.name.unique()) == ["DE-4", "A", "B", "C"]
     expected = np.mean([pairwise(read_logits(path, "test")[0]) for path in students["A"]])
     assert table[table.name == "A"].mean_kl.tolist() == pytest.approx([expected] * 8)
@@ -158,7 +200,7 @@ def test_students_diversity_leaves_single_networks_out(files):
 def test_saturation_counts_images_by_how_far_from_one_hot_a_teacher_is(files, perturbed):
     teachers, _ = files
     path, arrays, labels = perturbed
-    table = evaluation.saturation(path, teachers[:2])
+    table = saturation.table(path, teachers[:2])
     test = [read_logits(teacher, "test") for teacher in teachers[:2]]
     expected = {("test", j): (logits[:, 0], y) for j, (logits, y) in enumerate(test)}
     expected |= {("train", j): (arrays["clean/logits"][:, j], labels) for j in range(2)}
@@ -167,9 +209,9 @@ def test_saturation_counts_images_by_how_far_from_one_hot_a_teacher_is(files, pe
     for key, (logits, y) in expected.items():
         largest = log_softmax(logits.astype(float), axis=1).max(1)
         # 1 − max p = −(exp(log max p) − 1)
-        shares = [np.mean(-np.expm1(largest) <= doubt) for doubt in DOUBTS]
+        shares = [np.mean(-np.expm1(largest) <= doubt) for doubt in saturation.DOUBTS]
         assert groups[key].share.tolist() == shares
-        assert groups[key].doubt.tolist() == DOUBTS.tolist()
+        assert groups[key].doubt.tolist() == saturation.DOUBTS.tolist()
         same = groups[key][["confidence", "accuracy", "n"]].drop_duplicates().to_numpy().tolist()
         right = 100 * np.mean(logits.argmax(1) == y)
         assert same == [pytest.approx([np.exp(largest).mean(), right, len(y)])]
@@ -184,7 +226,7 @@ def test_sweep_is_the_diversity_at_every_size(files, perturbed, tmp_path):
     arrays = {f"{name}/logits": rng.normal(size=(3, 70, 2, K)) for name in sets}
     swept = str(tmp_path / "swept.h5")
     write_hdf5(swept, arrays, {"etas": etas, "sets": sets})
-    table = evaluation.sweep(swept, perturbed[0], teachers[:2])
+    table = sweep.table(swept, perturbed[0], teachers[:2])
     rows = table.set_index(["perturbation", "eta"])
     assert list(rows.index) == [(name, eta) for name in sets for eta in etas]
     for (name, eta), row in rows.iterrows():
@@ -216,7 +258,7 @@ def test_transfer_is_measured_on_the_members_other_than_the_source(transferred):
     path, arrays = transferred
     clean, ods = arrays["clean/logits"], arrays["ods/logits"]
     others = {0: [1, 2], 1: [0, 2], 2: [0, 1], 3: [0, 1, 2]}
-    table = evaluation.transfer(path, members=3).set_index("source")
+    table = transfer.table(path, members=3).set_index("source")
     assert table["where"].to_dict() == {0: "inside", 1: "inside", 2: "inside", 3: "outside"}
     for source, row in table.iterrows():
         moved = pairwise(ods[source][:, others[source]])
@@ -235,7 +277,7 @@ def test_cosines_are_told_apart_by_where_the_two_networks_are(transferred):
         "outside": [cosines[:, i, 3] for i in range(3)],
         "random": list(arrays["random_cosines"].T),
     }
-    table = evaluation.directions(path, members=3)
+    table = directions.table(path, members=3)
     assert list(table.name.unique()) == list(expected)
     for name, group in table.groupby("name"):
         values = np.concatenate(expected[name])
@@ -244,7 +286,7 @@ def test_cosines_are_told_apart_by_where_the_two_networks_are(transferred):
         assert group["mean"].tolist() == pytest.approx([values.mean()] * len(group))
         assert group["n"].unique().tolist() == [group["count"].sum()] == [len(values)]
     # Without an external network nothing is outside.
-    assert list(evaluation.direction_cosines(path, members=4)) == ["inside", "random"]
+    assert list(directions.direction_cosines(path, members=4)) == ["inside", "random"]
 
 
 def test_jacobian_distances_are_averaged_over_members_seed_by_seed(tmp_path):
@@ -257,7 +299,7 @@ def test_jacobian_distances_are_averaged_over_members_seed_by_seed(tmp_path):
     }
     path = str(tmp_path / "distances.h5")
     write_hdf5(path, arrays, {})
-    table = evaluation.jacobians(path, {"be": "BE-3", "kd": "KD"})
+    table = jacobians.table(path, {"be": "BE-3", "kd": "KD"})
     rows = table.set_index(["system", "replicate"])
     assert list(rows.index) == [(label, i) for label in ("BE-3", "KD") for i in range(3)]
     for (label, replicate), row in rows.iterrows():
@@ -300,7 +342,7 @@ def systems_of(teachers, students, read):
 
 def test_corruptions_has_every_system_on_every_corrupted_set(shifted):
     teachers, students, known, labels = shifted
-    table = evaluation.corruptions(teachers, students, n_bins=10)
+    table = corruptions.table(teachers, students, n_bins=10)
     rows = table.set_index(["kind", "severity", "system", "replicate"])
     assert len(rows) == 3 * 6
     for kind, severity in (("clean", 0), ("fog", 1), ("fog", 5)):
@@ -309,7 +351,7 @@ def test_corruptions_has_every_system_on_every_corrupted_set(shifted):
         systems = systems_of(teachers, students, lambda path, split=split: known[path][split])
         for system, logits in systems.items():
             row, probs = rows.loc[(kind, severity, *system)], softmax(logits, axis=2).mean(1)
-            diversity = pairwise(logits).mean() if logits.shape[1] > 1 else 0
+            diversity = pairwise(logits).mean() if logits.shape[1] > 1 else np.nan
             assert row.to_dict() == pytest.approx(
                 {
                     "acc": 100 * np.mean(probs.argmax(1) == y),
@@ -319,7 +361,8 @@ def test_corruptions_has_every_system_on_every_corrupted_set(shifted):
                     "entropy": kl_or_entropy(probs, axis=1).mean(),
                     "diversity": diversity,
                     "n": 40,
-                }
+                },
+                nan_ok=True,
             )
 
 
@@ -327,9 +370,7 @@ def test_out_of_distribution_images_are_told_from_test_images_by_uncertainty(fil
     teachers, students = files
     students = {"A": students["A"], "single": [teachers[3]]}
     shifted_teachers, shifted_students, known, _ = shifted
-    table = evaluation.out_of_distribution(
-        teachers[:2], students, shifted_teachers, shifted_students
-    )
+    table = out_of_distribution.table(teachers[:2], students, shifted_teachers, shifted_students)
     inside = systems_of(teachers[:2], students, lambda path: read_logits(path, "test")[0])
     outside = systems_of(
         shifted_teachers, shifted_students, lambda path: known[path]["out_of_distribution"]
@@ -369,8 +410,8 @@ def test_learning_curves_are_joined_with_their_system(tmp_path):
         path = tmp_path / f"{index}.csv"
         pd.DataFrame({"epoch": [1, 2], "loss": [index, index / 2]}).to_csv(path, index=False)
         paths.append(str(path))
-    students = evaluation.by_label(["KD", "KD"], paths[1:])
-    joined = evaluation.learning_curves(paths[:1], students)
+    students = by_label(["KD", "KD"], paths[1:])
+    joined = learning_curves.table(paths[:1], students)
     assert joined.groupby(["system", "replicate"]).loss.sum().to_dict() == {
         ("KD", 0): 1.5,
         ("KD", 1): 3.0,

@@ -8,14 +8,29 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from ensdistill import figures
-from ensdistill.files import write_hdf5
+from ensdistill import drawing
+from ensdistill.files import read_csv, write_hdf5
 from ensdistill.metrics import pairwise_kl
+from ensdistill.reports import (
+    corruptions,
+    de_curve,
+    diversity_teachers,
+    examples,
+    jacobians,
+    learning_curves,
+    out_of_distribution,
+    reliability,
+    saturation,
+    sweep,
+    transfer,
+)
+from ensdistill.reports import results as all_results
 
 
-def write(path, frame):
+def stored(path, frame):
+    """The table as the figures' job reads it."""
     frame.to_csv(path, index=False)
-    return [str(path)]
+    return read_csv(path)
 
 
 def bins(name, count, **columns):
@@ -33,15 +48,15 @@ def diversity(tmp_path):
         bins("train_ods", [2, 8, 20, 30, 40], kl=[2.0, 1.5, 1.2, 0.8, 0.3], mean_kl=0.7, n=1),
         bins("test_clean", [1, 2, 3, 4, 10], kl=[1.0, 0.9, 0.8, 0.4, 0.1], mean_kl=0.4, n=1),
     ]
-    return write(tmp_path / "diversity.csv", pd.concat(tables))
+    return stored(tmp_path / "diversity.csv", pd.concat(tables))
 
 
 def test_bars_are_the_bins_with_images_shaded_by_their_share(diversity):
-    clean, ods, test, summary, *_ = figures.diversity_teachers(diversity).axes
+    clean, ods, test, summary, *_ = diversity_teachers.draw(diversity).axes
     bars, feet = clean.containers
     assert [bar.get_height() for bar in bars] == [0.9, 0.5, 0.01]
     assert [bar.get_x() for bar in bars] == pytest.approx([0.4, 0.6, 0.8])
-    expected = figures.SHADES(figures.SHARES(np.array([0.01, 0.03, 0.96])))
+    expected = diversity_teachers.SHADES(diversity_teachers.SHARES(np.array([0.01, 0.03, 0.96])))
     assert [to_hex(bar.get_facecolor()) for bar in bars] == [to_hex(shade) for shade in expected]
     assert [to_hex(foot.get_facecolor()) for foot in feet] == [to_hex(shade) for shade in expected]
     assert len(ods.containers[0]) == len(test.containers[0]) == 5
@@ -55,12 +70,12 @@ def results(tmp_path):
     rows = ["DE-1", "DE-2", "DE-3", "A", "B"]
     columns = {key: rng.random(5) for key in ("acc", "nll", "ece", "acc_std", "nll_std", "ece_std")}
     frame = pd.DataFrame({"system": rows, "n": [3, 3, 1, 2, 1], **columns})
-    return frame, write(tmp_path / "results.csv", frame)
+    return frame, stored(tmp_path / "results.csv", frame)
 
 
 def test_the_curve_and_every_student_are_where_the_table_says(results):
     frame, files = results
-    for axis, key in zip(figures.de_curve(files).axes, ("acc", "nll", "ece"), strict=True):
+    for axis, key in zip(de_curve.draw(files).axes, ("acc", "nll", "ece"), strict=True):
         curve, *lines = [line for line in axis.lines if len(line.get_xdata()) > 1]
         assert list(curve.get_xdata()) == [1, 2, 3]
         assert list(curve.get_ydata()) == list(frame[key][:3])
@@ -70,7 +85,7 @@ def test_the_curve_and_every_student_are_where_the_table_says(results):
 def test_reliability_dots_are_accuracy_against_confidence(tmp_path):
     table = bins("A", [0, 2, 0, 8, 10], confidence=[0, 0.3, 0, 0.7, 0.9], ece=0.1, n=2)
     table["accuracy"] = [0, 0.5, 0, 0.6, 1.0]
-    (axis,) = figures.reliability(write(tmp_path / "r.csv", table)).axes
+    (axis,) = reliability.draw(stored(tmp_path / "r.csv", table)).axes
     dots = axis.collections[-1].get_offsets()
     np.testing.assert_allclose(dots, [[0.3, 0.5], [0.7, 0.6], [0.9, 1.0]])
 
@@ -92,7 +107,7 @@ def test_learning_curves_are_means_over_networks(tmp_path):
         )
         for system, replicate in (("teacher", 0), ("A", 0), ("A", 1))
     ]
-    axes = figures.learning_curves(write(tmp_path / "h.csv", pd.concat(histories))).axes
+    axes = learning_curves.draw(stored(tmp_path / "h.csv", pd.concat(histories))).axes
     teacher, student = axes[0].lines
     assert list(teacher.get_ydata()) == [4, 3, 2, 1]
     assert list(student.get_ydata()) == [6, 4.5, 3, 1.5]
@@ -107,7 +122,7 @@ def test_examples_show_the_images_the_differences_and_the_diversity(tmp_path, ch
         arrays[f"{name}/examples"] = rng.random((8, channels, 6, 6)).astype(np.float32)
         arrays[f"{name}/logits"] = rng.normal(size=(9, 2, 3)).astype(np.float32)
     write_hdf5(tmp_path / "p.h5", arrays, {"sets": ["clean", "ods"], "eta": 1 / 255})
-    axes = figures.examples([str(tmp_path / "p.h5")]).axes
+    axes = examples.draw(str(tmp_path / "p.h5")).axes
     clean, ods, difference = (np.atleast_3d(axis.images[0].get_array()) for axis in axes[:3])
     np.testing.assert_allclose(clean, arrays["clean/examples"][0].transpose(1, 2, 0))
     np.testing.assert_allclose(ods, arrays["ods/examples"][0].transpose(1, 2, 0))
@@ -119,6 +134,27 @@ def test_examples_show_the_images_the_differences_and_the_diversity(tmp_path, ch
     assert float(axes[1].get_xlabel().split()[1]) == pytest.approx(kl, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "shown"),
+    [(250, 4, 2.5), (4, 250, 0.4), (1, 100, 0.4), (1, 1, 1), (5, 10, 0.5), (10, 4, 2.5)],
+)
+def test_images_of_any_shape_make_a_sheet_of_readable_size(tmp_path, height, width, shown):
+    arrays = {}
+    for name in ("clean", "ods", "gaussian", "conf_ods"):
+        arrays[f"{name}/examples"] = np.full((5, 3, height, width), 0.5, np.float32)
+        arrays[f"{name}/logits"] = np.zeros((5, 2, 3), np.float32)
+    path = tmp_path / "p.h5"
+    write_hdf5(path, arrays, {"sets": ["clean", "ods", "gaussian", "conf_ods"], "eta": 1 / 255})
+    figure = examples.draw(str(path))
+    assert (figure.get_size_inches() <= (7, 12)).all()
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        box = axis.get_window_extent()
+        assert box.height / box.width == pytest.approx(shown, rel=0.02)
+        assert min(box.height, box.width) > 0.3 * figure.dpi
+    assert ("stretched" in figure.get_supxlabel()) == (shown != height / width)
+
+
 def test_saturation_shows_every_teacher_on_train_and_on_test(tmp_path):
     rows = [
         {"split": split, "teacher": teacher, "doubt": doubt, "share": share, "n": 10}
@@ -127,8 +163,8 @@ def test_saturation_shows_every_teacher_on_train_and_on_test(tmp_path):
         for teacher in (0, 1)
         for doubt, share in ((1e-6, 0.1 * teacher), (1e-2, 0.5), (1, 1.0))
     ]
-    doubts, calibration = figures.saturation(write(tmp_path / "s.csv", pd.DataFrame(rows))).axes
-    colours = [figures.SPLITS[split] for split in ("train", "train", "test", "test")]
+    doubts, calibration = saturation.draw(stored(tmp_path / "s.csv", pd.DataFrame(rows))).axes
+    colours = [drawing.SPLITS[split] for split in ("train", "train", "test", "test")]
     assert [line.get_color() for line in doubts.lines] == colours
     np.testing.assert_allclose(doubts.lines[1].get_xdata(), [1e-4, 1, 100])
     np.testing.assert_allclose(doubts.lines[1].get_ydata(), [10, 50, 100])
@@ -139,18 +175,18 @@ def test_saturation_shows_every_teacher_on_train_and_on_test(tmp_path):
 
 
 @pytest.fixture
-def sweep(tmp_path):
+def swept(tmp_path):
     rows = [
         {"perturbation": name, "eta": eta / 255, "kl": kl * eta, "low": kl, "high": 9 * kl, "n": 5}
         for name, kl in (("conf_ods", 0.2), ("gaussian", 0.1), ("ods", 0.4))
         for eta in (1, 2, 4)
     ]
     frame = pd.DataFrame(rows).assign(train_kl=0.1, test_kl=0.3, study_eta=2 / 255)
-    return frame, write(tmp_path / "sweep.csv", frame)
+    return frame, stored(tmp_path / "sweep.csv", frame)
 
 
-def test_sweep_shows_the_diversity_at_every_size_beside_that_of_clean_images(sweep):
-    (axis,) = figures.sweep(sweep[1]).axes
+def test_sweep_shows_the_diversity_at_every_size_beside_that_of_clean_images(swept):
+    (axis,) = sweep.draw(swept[1]).axes
     *curves, train, test, study = axis.lines
     assert [curve.get_label() for curve in curves] == ["Gaussian", "ODS", "ConfODS"]
     for curve, kl in zip(curves, (0.1, 0.4, 0.2), strict=True):
@@ -164,8 +200,8 @@ def test_sweep_shows_the_diversity_at_every_size_beside_that_of_clean_images(swe
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "2", "4"]
 
 
-def test_sweep_has_no_line_at_a_size_of_nothing(sweep, tmp_path):
-    (axis,) = figures.sweep(write(tmp_path / "0.csv", sweep[0].assign(study_eta=0))).axes
+def test_sweep_has_no_line_at_a_size_of_nothing(swept, tmp_path):
+    (axis,) = sweep.draw(stored(tmp_path / "0.csv", swept[0].assign(study_eta=0))).axes
     assert len(axis.lines) == 5
 
 
@@ -179,8 +215,8 @@ def test_transfer_shows_every_source_and_the_densities_of_cosines(tmp_path, exte
     if not external:
         sources = sources[sources["where"] == "inside"]
         cosines = cosines[cosines["name"] != "outside"]
-    files = write(tmp_path / "t.csv", sources) + write(tmp_path / "d.csv", cosines)
-    axis, *histograms = figures.transfer(files).axes
+    tables = stored(tmp_path / "t.csv", sources), stored(tmp_path / "d.csv", cosines)
+    axis, *histograms = transfer.draw(*tables).axes
     shown = {line.get_label(): line.get_xydata() for line in axis.lines}
     clean, inside, own, *outside = (place[~np.isnan(place[:, 0])] for place in shown.values())
     np.testing.assert_allclose(clean[:2], [[0.1, 0], [0.2, 1]])
@@ -206,7 +242,7 @@ def test_jacobians_are_means_over_seeds_above_every_seed_with_its_interval(tmp_p
     for key in ("error", "cosine"):
         frame[key] = rng.random(2 * seeds)
         frame[f"{key}_low"], frame[f"{key}_high"] = frame[key] - 0.1, frame[key] + 0.2
-    axes = figures.jacobians(write(tmp_path / "j.csv", frame)).axes
+    axes = jacobians.draw(stored(tmp_path / "j.csv", frame)).axes
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["A", "B"]
     for axis, key in zip(axes, ("error", "cosine"), strict=True):
         for row, (_, runs) in enumerate(frame.groupby("system")):
@@ -231,7 +267,7 @@ def test_boxes_are_of_the_kinds_of_corruption_averaged_over_seeds(tmp_path, seed
         for replicate in range(1 if system == "DE-4" else seeds)
     ]
     frame = pd.DataFrame(rows)
-    figure = figures.corruptions(write(tmp_path / "c.csv", frame))
+    figure = corruptions.draw(stored(tmp_path / "c.csv", frame))
     for axis, key in zip(figure.axes, ("acc", "nll", "ece"), strict=True):
         values = frame.groupby(["severity", "system", "kind"], sort=False)[key].mean()
         dots = [line for line in axis.lines if len(line.get_xdata()) == 1]
@@ -246,8 +282,8 @@ def test_boxes_are_of_the_kinds_of_corruption_averaged_over_seeds(tmp_path, seed
             kinds = values[severity][("DE-1", "DE-4", "A")[place]]
             np.testing.assert_allclose(ends, kinds.quantile([0, 0.25, 0.5, 0.75, 1]))
     single, ensemble, student = (patch.get_facecolor() for patch in figure.axes[0].patches[::2])
-    assert [*map(to_hex, (single, ensemble))] == ["#ffffff", figures.INK]
-    assert to_hex(student) == figures.COLOURS[0].lower()
+    assert [*map(to_hex, (single, ensemble))] == ["#ffffff", drawing.INK]
+    assert to_hex(student) == drawing.COLOURS[0].lower()
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -258,11 +294,11 @@ def test_detection_is_shown_by_system_and_score_with_the_spread_over_seeds(tmp_p
         | dict(zip(("auroc", "aupr", "fpr95"), rng.random(3), strict=True))
         for system in ("DE-1", "A")
         for replicate in range(seeds)
-        for score in figures.SCORES
+        for score in out_of_distribution.UNCERTAINTIES
         if (system, score) != ("DE-1", "mutual_information")
     ]
     frame = pd.DataFrame(rows)
-    figure = figures.out_of_distribution(write(tmp_path / "o.csv", frame))
+    figure = out_of_distribution.draw(stored(tmp_path / "o.csv", frame))
     groups = frame.groupby(["system", "score"], sort=False)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["DE-1", "A"]
     for axis, key in zip(figure.axes, ("auroc", "aupr", "fpr95"), strict=True):
@@ -271,7 +307,7 @@ def test_detection_is_shown_by_system_and_score_with_the_spread_over_seeds(tmp_p
             dot, _, spread = container
             assert dot.get_xdata()[0] == pytest.approx(group[key].mean())
             assert np.round(dot.get_ydata()[0]) == ["DE-1", "A"].index(system)
-            assert dot.get_marker() == figures.SCORES[score][0]
+            assert dot.get_marker() == out_of_distribution.UNCERTAINTIES[score].marker
             if seeds > 1:
                 ends = spread[0].get_segments()[0][:, 0]
                 assert np.ptp(ends) == pytest.approx(2 * group[key].std())
@@ -280,13 +316,15 @@ def test_detection_is_shown_by_system_and_score_with_the_spread_over_seeds(tmp_p
 
 def test_equal_figures_have_equal_bytes(diversity, tmp_path):
     for turn in ("first", "second"):
-        figure = figures.diversity_teachers(diversity)
-        figures.save(figure, [tmp_path / f"{turn}.png", tmp_path / f"{turn}.pdf"])
+        figure = diversity_teachers.draw(diversity)
+        drawing.save(figure, [tmp_path / f"{turn}.png", tmp_path / f"{turn}.pdf"])
     for ending in ("png", "pdf"):
         first, second = (tmp_path / f"{turn}.{ending}" for turn in ("first", "second"))
         assert first.read_bytes() == second.read_bytes()
 
 
-def test_rendering_and_metrics_never_import_torch():
-    code = "import sys, ensdistill.figures, ensdistill.tables; sys.exit('torch' in sys.modules)"
+def test_judging_and_rendering_never_import_torch():
+    names = ["tables", "claims", "claims_page", *(f"reports.{name}" for name in all_results())]
+    modules = ", ".join(f"ensdistill.{name}" for name in names)
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -3,6 +3,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import resource
 import stat
 import subprocess
@@ -107,6 +108,30 @@ def test_a_table_keeps_full_precision(tmp_path):
     lines = (tmp_path / "x.csv").read_text().splitlines()
     assert lines[0] == "system,nll"
     assert [float(line.split(",")[1]) for line in lines[1:]] == [1 / 3, np.pi * 1e-7]
+
+
+NAMES = ["None", "NA", "N/A", "n/a", "nan", "NaN", "null", "<NA>", "1", "1e3", "inf", " a", 'a,"b']
+
+
+@pytest.mark.parametrize("column", ["system", "name"])
+def test_what_a_system_is_called_comes_back_as_it_was_and_only_what_is_empty_is_no_value(
+    tmp_path, column
+):
+    values = [np.nan, *np.arange(1.0, len(NAMES))]
+    write_csv(tmp_path / "x.csv", pd.DataFrame({column: NAMES, "nll": values}))
+    table = read_csv(tmp_path / "x.csv")
+    assert table[column].tolist() == NAMES
+    np.testing.assert_array_equal(table["nll"], values)
+
+
+def test_tables_are_read_in_one_way_alone():
+    package = Path(files.__file__).parent
+    readers = [
+        path.name
+        for path in [*package.rglob("*.py"), *package.parent.glob("workflow_scripts/*.py")]
+        if re.search(r"(pd|pandas)\.read_", path.read_text())
+    ]
+    assert readers == ["files.py"]
 
 
 # --- HDF5 ------------------------------------------------------------------------------------

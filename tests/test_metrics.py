@@ -1,6 +1,8 @@
 """Metrics against scikit-learn, SciPy, torchmetrics and explicit loops."""
 
 import math
+import subprocess
+import sys
 from itertools import combinations
 
 import numpy as np
@@ -20,6 +22,8 @@ from sklearn.metrics import (
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ensdistill import metrics
+from ensdistill.metrics import METRICS, Judged
+from ensdistill.predictions import Mixture
 
 
 @pytest.fixture
@@ -219,13 +223,47 @@ def test_deep_ensemble_equivalent_inverts_numpy_interpolation():
         assert metrics.deep_ensemble_equivalent(score, curve) == pytest.approx(size)
 
 
-def test_scores_use_validation_only_for_the_temperature(logits, labels):
-    values = metrics.scores(logits[:200], labels[:200], logits[200:], labels[200:])
-    temperature = metrics.optimal_temperature(metrics.ensemble_probs(logits[200:]), labels[200:])
-    scaled = softmax(np.log(metrics.ensemble_probs(logits[:200])) / temperature, axis=1)
-    assert values["temperature"] == temperature
-    assert values["nll_ts"] == pytest.approx(log_loss(labels[:200], scaled, labels=range(7)))
-    assert values["nll"] == metrics.nll(metrics.ensemble_probs(logits[:200]), labels[:200])
+def test_every_metric_is_its_function_of_the_prediction(logits, labels):
+    prediction, probs = Mixture(logits), metrics.ensemble_probs(logits)
+    scaled = metrics.apply_temperature(probs, 1.7)
+    judged = Judged(prediction, labels, n_bins=9, temperature=1.7)
+    expected = {
+        "acc": metrics.accuracy(probs, labels),
+        "nll": metrics.nll(probs, labels),
+        "bs": metrics.brier(probs, labels),
+        "ece": metrics.ece(probs, labels, 9),
+        "nll_ts": metrics.nll(scaled, labels),
+        "bs_ts": metrics.brier(scaled, labels),
+        "ece_ts": metrics.ece(scaled, labels, 9),
+        "temperature": 1.7,
+        "diversity": metrics.pairwise_kl(logits),
+        "entropy": metrics.entropy(probs),
+    }
+    alone = {key: metric for key, metric in METRICS.items() if not metric.equivalent_of}
+    assert {key: metric.function(judged) for key, metric in alone.items()} == expected
+    for key, metric in METRICS.items() - alone.items():
+        assert METRICS[metric.equivalent_of].better == -1, key
+        assert metric.function(0.65, [0.8, 0.7, 0.6]) == pytest.approx(2.5)
+
+
+def test_metrics_are_titled_by_their_unit_and_by_what_is_better():
+    assert [METRICS[key].column for key in ("acc", "nll", "temperature")] == [
+        "ACC % ↑",
+        "NLL ↓",
+        "T*",
+    ]
+    assert [METRICS[key].axis for key in ("acc", "nll", "ece", "diversity")] == [
+        "Accuracy (%), higher is better",
+        "NLL (nats), lower is better",
+        "ECE, lower is better",
+        "Diversity (nats)",
+    ]
+
+
+def test_what_is_slow_to_import_is_not_imported_with_the_names_of_metrics():
+    slow = {"scipy", "sklearn", "pandas", "matplotlib", "torch"}
+    code = f"import sys, ensdistill.studies; assert not {slow} & sys.modules.keys()"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2], [0, 7], [-1, 0]])

@@ -7,7 +7,16 @@ import pytest
 import yaml
 
 from tests.builders import encode, hash_of, noise, write_tree
-from tests.project import FIGURES, METHODS, ON_STUDENTS, ON_TEACHERS, RECIPE, REPOSITORY, TINY
+from tests.project import (
+    FIGURES,
+    METHODS,
+    ON_STUDENTS,
+    ON_TEACHERS,
+    RECIPE,
+    REPOSITORY,
+    TINY,
+    another_result,
+)
 
 TEACHERS = {f"teacher {seed}" for seed in range(3)}
 STUDENTS = {f"student {method} 0" for method in METHODS}
@@ -94,6 +103,7 @@ def one_more_of_each(project):
         ("students", "STUDENTS: dict[str, type[Student]] = {", "build_student"),
         ("objectives", "OBJECTIVES: dict[str, Callable[..., Parts]] = {", "distillation"),
         ("perturbations", "PERTURBATIONS: dict[str, Callable[..., Tensor]] = {", "ods_direction"),
+        ("predictions", "PREDICTIONS: dict[str, type[Prediction]] = {", "Mixture"),
         ("networks", "ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {", "BasicBlock"),
     ):
         function = f"def another(*arguments):\n    return {name}(*arguments)\n\n\n"
@@ -236,9 +246,18 @@ ROWS = {
     "comments and the order of keys": (reordered, NOTHING),
     # The code
     "a metric's formula": (
-        code("ensdistill/metrics.py", '"left") - 1', '"right") - 1'),
+        code("ensdistill/calibration.py", '"left") - 1', '"right") - 1'),
         {*BINNED, *figures(BINNED), "scores", "claims", *TABLE},
     ),
+    "a metric more": (
+        code(
+            "ensdistill/metrics.py",
+            "METRICS: dict[str, Metric] = {",
+            'METRICS: dict[str, Metric] = {"one": Metric("One", lambda it: 1.0, HIGHER),',
+        ),
+        {"scores", *TABLE},
+    ),
+    "a result more": (another_result, {"surest", "figure_surest"}),
     "a perturbation's formula": (
         code("ensdistill/perturbations.py", "** 0.5 /", "** 0.25 /"),
         of_method("kd_conf_ods") | OF_STUDENTS | OF_TEACHERS,
@@ -247,7 +266,10 @@ ROWS = {
         code("ensdistill/objectives.py", "return probs.mean(0)", "return 1.0 * probs.mean(0)"),
         of_method("kd_single") | OF_STUDENTS,
     ),
-    "an objective, a student, a perturbation or an architecture more": (one_more_of_each, NOTHING),
+    "an objective, a student, a perturbation, a kind of prediction or an architecture more": (
+        one_more_of_each,
+        NOTHING,
+    ),
     "how networks are trained": (
         code("ensdistill/training.py", "peaks = [", "peaks = [1.0 * "),
         TRAINING,
@@ -260,7 +282,7 @@ ROWS = {
         code("ensdistill/analysis.py", "2**22", "2**21"),
         {"distances", "jacobians", "figure_jacobians", "claims"},
     ),
-    "the style of figures": (code("ensdistill/figures.py", "WIDTH = 6.8", "WIDTH = 6.7"), REDRAWN),
+    "the style of figures": (code("ensdistill/drawing.py", "WIDTH = 6.8", "WIDTH = 6.7"), REDRAWN),
     "a workflow script": (
         code("workflow_scripts/table.py", "job(snakemake):", "job(snakemake):\n    pass"),
         TABLE,

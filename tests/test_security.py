@@ -29,7 +29,7 @@ from PIL import Image
 from ensdistill import InputError, sources
 from ensdistill.files import write_hdf5
 from ensdistill.images import read_description, read_images
-from ensdistill.logits import read_attributes, read_logits, splits_of
+from ensdistill.predictions import read_attributes, read_prediction, splits_of
 from ensdistill.shift import KINDS, write_shifted
 from ensdistill.sources import SOURCES, folder
 from ensdistill.students import build_student
@@ -118,7 +118,7 @@ def read_one(data, tmp_path, name="0.png", size=None):
 READERS = {
     "weights.safetensors": [load_student, read_header],
     "images.h5": [lambda path: read_images(path, "test"), read_description],
-    "logits.h5": [lambda path: read_logits(path, "test"), splits_of, read_attributes],
+    "logits.h5": [lambda path: read_prediction(path, "test"), splits_of, read_attributes],
     "images.tar": [lambda path: folder(path=str(path), size=None)],
     "images.zip": [lambda path: folder(path=str(path), size=None)],
 }
@@ -390,7 +390,7 @@ def test_a_results_file_shows_nothing_that_is_stored_elsewhere(tmp_path, show, e
         show(file, another_file(tmp_path / "secret.h5"))
     with h5py.File(path) as file:
         assert file["test/labels"][:].any()
-    assert expected in refusal(read_logits, path, "test")
+    assert expected in refusal(read_prediction, path, "test")
     assert str(path) in refusal(splits_of, path)
 
 
@@ -400,7 +400,7 @@ def test_what_is_no_array_in_an_arrays_place_is_refused(tmp_path, harm):
     with h5py.File(path, "w") as file:
         file["test/labels"] = np.dtype("i8")  # a named type
         harm(file)
-    assert str(path) in refusal(read_logits, path, "test")
+    assert str(path) in refusal(read_prediction, path, "test")
 
 
 @pytest.mark.parametrize("options", [{"chunks": (1, 3, 64, 64)}, {}, {"chunks": True}])

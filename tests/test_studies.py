@@ -352,6 +352,17 @@ TOGETHER = [
     ({"methods": {"a": {"label": "DE-4"}}}, "the label 'DE-4' in 'methods' is already taken"),
     ({"methods": {"a": {"label": "teacher"}}}, "the label 'teacher' in 'methods' is already"),
     ({"methods": {"a": {}}}, "the key 'methods.a.label' is missing"),
+    ({"methods": {"a": {"label": ""}}}, "methods.a.label: '' is no name: write one line"),
+    ({"methods": {"a": {"label": " \t"}}}, r"methods.a.label: ' \t' is no name"),
+    ({"methods": {"a": {"label": "A\nB"}}}, r"methods.a.label: 'A\nB' is no name"),
+    (
+        {"methods": {"a": {"label": "A", "paper": "kd"}, "b": {"label": "B", "paper": "kd"}}},
+        "two of 'methods' have paper: kd",
+    ),
+    (
+        {"methods": {"a": {"label": "A", "paper": "kd_odds"}}},
+        "methods.a.paper: input should be 'be'",
+    ),
     ({"methods": {"1a": {"label": "X"}}}, "methods.1a: string should match pattern"),
     (
         {"methods": {"a": {"label": "X", "objective": "labels", "perturbation": "ods"}}},

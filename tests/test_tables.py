@@ -2,13 +2,16 @@
 
 import html
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from ensdistill import tables
-from ensdistill.evaluation import METRICS
+from ensdistill import claims_page, tables
+from ensdistill.latex import CHARACTERS, latex
+from ensdistill.metrics import METRICS
 
 PUBLISHED = {
     "source": "Table 1_a & <b> of\n50% more",
@@ -25,7 +28,7 @@ def scores():
     """Two replicates of DE-1 and A, one of DE-2, B and C; C is best and B worst."""
     rng = np.random.default_rng(0)
     systems, steps = ["DE-1", "DE-1", "DE-2", "A", "A", "B", "C"], [2, 2, 1, 1, 1, 2, 0]
-    frame = pd.DataFrame(rng.uniform(0.4, 0.6, (7, len(METRICS))), columns=METRICS)
+    frame = pd.DataFrame(rng.uniform(0.4, 0.6, (7, len(METRICS))), columns=list(METRICS))
     frame = frame.add(steps, axis=0).assign(system=systems, parameters=1234567)
     for metric in ("acc", "dee", "dee_ts"):
         frame[metric] = 4 - frame[metric]
@@ -121,8 +124,8 @@ def test_every_format_has_published_results_under_their_system(beside, show, rea
 
 def test_sources_are_named_and_escaped(beside):
     assert r"Published: Table 1\_a \& \<b> of 50% more." in tables.to_markdown(beside)
-    latex = tables.to_latex(beside).splitlines()
-    assert latex[-2].endswith(r"{Published: Table 1\_a \& $<$b$>$ of 50\% more.} \\")
+    lines = tables.to_latex(beside).splitlines()
+    assert lines[-2].endswith(r"{Published: Table 1\_a \& $<$b$>$ of 50\% more.} \\")
     assert "Published: Table 1_a &amp; &lt;b&gt; of 50% more.</p>" in tables.to_html(beside)
 
 
@@ -149,7 +152,7 @@ def test_deep_ensemble_equivalents_outside_the_curve_are_bounds(summary):
     ("show", "read", "expected"),
     [
         (*FORMATS[0], r"\*a\|\_100% \& \<i>\\ \$1"),
-        (*FORMATS[1], r"{*}a|\_100\% \& $<$i$>$\textbackslash{} \$1"),
+        (*FORMATS[1], r"{*}a$|$\_100\% \& $<$i$>$\textbackslash{} \$1"),
         (*FORMATS[2], r"*a|_100% & <i>\ $1"),
     ],
 )
@@ -160,6 +163,65 @@ def test_labels_are_escaped(summary, show, read, expected):
     assert rows[3][0] == expected
     assert {len(row) for row in rows} == {len(tables.COLUMNS) + 3}
     assert not re.search(r"(?<!\\)<i>", text)
+
+
+@pytest.mark.parametrize(("show", "read"), FORMATS)
+def test_what_a_system_does_not_have_is_a_dash(scores, show, read):
+    scores.loc[scores.system.isin(["DE-1", "B"]), "diversity"] = np.nan
+    summary = tables.summarize(scores)
+    assert summary.diversity_std.isna().tolist() == summary.diversity.isna().tolist()
+    head, *rows = read(show(summary))
+    place = next(i for i, title in enumerate(head) if title.startswith("Diversity"))
+    absent = [row[0] for row in rows if row[place].replace("--", "–") == "–"]
+    assert absent == ["DE-1", "B"]
+
+
+LABELS = {
+    "KD+ODS, η 1/255": r"KD+ODS, $\eta$ 1/255",
+    "α ω ς Ω Ρ ο": r"$\alpha$ $\omega$ $\varsigma$ $\Omega$ P o",
+    "café Ångström Dvořák ñ ï Ł ß": (
+        r"caf\'{e} \r{A}ngstr\"{o}m Dvo\v{r}\'{a}k \~{n} \"{i} \L{} \ss{}"
+    ),
+    "e\u0301": r"\'{e}",
+    "1 ± 2 − 3 × 4 ≤ 5 → 6": r"1 $\pm$ 2 $-$ 3 $\times$ 4 $\le$ 5 $\to$ 6",
+    "“a” – ‘b’ — c…": r"``a'' -- `b' --- c\dots{}",
+    "a<b>c|d": "a$<$b$>$c$|$d",
+    "漢": r"\ifdefined\Umathcode 漢\else U+6F22\fi{}",
+    "я 😀 ą ή": "".join(
+        rf"\ifdefined\Umathcode {one}\else U+{ord(one):04X}\fi{{}} " for one in "я😀ąή"
+    ).rstrip(),
+}
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_any_label_is_written_for_every_latex_engine(label):
+    assert latex(label) == LABELS[label]
+    for_pdflatex = re.sub(r"\\ifdefined\\Umathcode .\\else", "", LABELS[label])
+    assert for_pdflatex.isascii()
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs pdflatex")
+def test_a_table_of_any_labels_compiles(scores, tmp_path):
+    text = " ".join([*LABELS, *map(chr, range(32, 127)), *CHARACTERS])
+    scores["system"] = scores["system"].replace("A", text)
+    source = {"source": text, "scores": {text: {"nll": 0.789}}}
+    (tmp_path / "table.tex").write_text(tables.to_latex(tables.summarize(scores, source)))
+    (tmp_path / "page.tex").write_text(
+        r"\documentclass{article}\usepackage{booktabs}\begin{document}\input{table}\end{document}"
+    )
+    done = subprocess.run(
+        ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "page"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Missing character" not in (tmp_path / "page.log").read_text(errors="replace")
+
+
+def test_the_latex_table_is_ascii_whatever_its_own_words_are(beside):
+    assert tables.to_latex(beside).isascii()
 
 
 def claims_of(*rows):
@@ -177,7 +239,7 @@ CLAIMS = claims_of(
 
 @pytest.mark.parametrize(
     ("show", "read"),
-    [(tables.claims_to_markdown, markdown_rows), (tables.claims_to_html, html_rows)],
+    [(claims_page.to_markdown, markdown_rows), (claims_page.to_html, html_rows)],
 )
 def test_every_claim_is_a_heading_with_its_quantities_under_it(show, read):
     text = show(CLAIMS, "digits_x")
@@ -218,4 +280,4 @@ def test_every_claim_is_a_heading_with_its_quantities_under_it(show, read):
 )
 def test_estimate_and_interval_have_as_many_decimals_as_they_need(values, expected):
     claims = claims_of(("claim", "quantity", *values, "undecided", 1, 1, "> 0"))
-    assert html_rows(tables.claims_to_html(claims, "digits"))[2][2] == expected
+    assert html_rows(claims_page.to_html(claims, "digits"))[2][2] == expected

@@ -17,7 +17,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ensdistill.devices import visible_cards
 from ensdistill.weights import read_header
-from tests.project import FIGURES, METHODS, Project
+from tests.project import FIGURES, METHODS, Project, another_result
 
 
 def test_everything_is_made_and_a_second_run_has_nothing_to_do(finished):
@@ -39,7 +39,9 @@ def member_logits(project, name, split):
 def test_metrics_recomputed_from_the_logits_by_other_libraries_agree(finished):
     table = pd.read_csv(finished.file("tables/results.csv")).set_index("system")
     assert list(table.index) == ["DE-1", "DE-2", "DE-3", "BE", "KD-single", "KD", "KD+ConfODS"]
-    assert np.isfinite(table.to_numpy()).all()
+    diversity = ["diversity", "diversity_std"]
+    assert np.isfinite(table.drop(columns=diversity).to_numpy()).all()
+    assert table.index[table.diversity.isna()].tolist() == ["DE-1", "KD-single"]
     labels_of = {method["label"]: name for name, method in METHODS.items()}
     systems = {label: [f"students/{name}/0"] for label, name in labels_of.items()}
     systems["DE-3"] = [f"teachers/{seed}" for seed in range(3)]
@@ -68,8 +70,9 @@ def test_metrics_recomputed_from_the_logits_by_other_libraries_agree(finished):
         assert row["acc"] == pytest.approx(100 * np.mean(probs["test"].argmax(1) == y))
         assert row["entropy"] == pytest.approx(entropy(probs["test"], axis=1).mean(), abs=1e-6)
         pairs = list(permutations(members, 2))
-        kl = np.mean([entropy(a, b, axis=1).mean() for a, b in pairs]) if pairs else 0
-        assert row["diversity"] == pytest.approx(kl, abs=1e-6)
+        if pairs:
+            kl = np.mean([entropy(a, b, axis=1).mean() for a, b in pairs])
+            assert row["diversity"] == pytest.approx(kl, abs=1e-6)
         losses = [
             log_loss(labels["val"], softmax(np.log(probs["val"]) / t, axis=1), labels=range(10))
             for t in (temperature * 0.99, temperature, temperature * 1.01)
@@ -166,6 +169,38 @@ def test_the_report_is_one_page_with_every_figure_and_the_table(finished):
         assert f"results/tiny/figures/{figure}.png" in page
     assert "results/tiny/tables/results.html" in page
     assert "results/tiny/claims.html" in page
+
+
+def test_a_result_more_is_one_file_and_its_caption(changed):
+    another_result(changed)
+    changed.run("results/tiny/figures/surest.png")
+    table = pd.read_csv(changed.file("metrics/surest.csv")).set_index("name")
+    assert table.index.tolist() == ["DE-2", "BE", "KD-single", "KD", "KD+ConfODS"]
+    logits, _ = member_logits(changed, "students/kd/0", "test")
+    expected = softmax(logits, axis=2).mean(1).max(1).mean()
+    assert table.confidence["KD"] == pytest.approx(expected)
+    assert changed.file("figures/surest.pdf").read_bytes().startswith(b"%PDF")
+    changed.run("--report", "report.html", "made")
+    page = (changed.folder / "report.html").read_text()
+    assert "results/tiny/figures/surest.png" in page
+    assert "Mean confidence" in page
+
+
+@pytest.mark.parametrize(
+    ("deleted", "missing"),
+    [
+        (["claims.html", "figures/reliability.png", "figures/sweep.pdf"], ["reliability"]),
+        (["claims.html", "tables/results.html"], ["de_curve"]),
+    ],
+)
+def test_the_report_has_what_is_there_before_all_is_done(changed, deleted, missing):
+    for file in deleted:
+        changed.file(file).unlink()
+    changed.run("--report", "report.html", "made")
+    page = (changed.folder / "report.html").read_text()
+    for figure in FIGURES:
+        assert (f"results/tiny/figures/{figure}.png" in page) == (figure not in missing)
+    assert "claims.html" not in page
 
 
 def test_the_images_of_a_folder_reach_the_table(tmp_path):

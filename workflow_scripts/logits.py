@@ -5,7 +5,7 @@ from ensdistill.digests import attributes
 from ensdistill.files import write_hdf5
 from ensdistill.images import read_images
 from ensdistill.jobs import job
-from ensdistill.logits import splits_of
+from ensdistill.predictions import splits_of
 from ensdistill.students import count_parameters, predict
 from ensdistill.weights import load_student, origin
 

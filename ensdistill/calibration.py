@@ -1,0 +1,117 @@
+"""Calibration of predicted probabilities: bins, calibration errors, temperature scaling.
+
+Probabilities are (N, K), labels (N,) integers in 0 … K−1; anything that NumPy can convert is
+taken. Arithmetic is float64. SciPy is imported where it is used: Snakemake reads this module in
+every job.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+SMALLEST_PROBABILITY = 1e-12
+"""Where −log p stops growing."""
+TINY = np.finfo(np.float64).tiny
+"""Stands for probability 0 where temperature scaling takes a logarithm."""
+TEMPERATURES = (0.05, 20.0)
+"""The range in which the optimal temperature is sought."""
+
+
+def paired(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
+    """Probabilities (N, K) and labels (N,) as arrays.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    probs, labels = np.asarray(probs, dtype=np.float64), np.asarray(labels)
+    if probs.ndim != 2 or labels.shape != probs.shape[:1] or not len(labels):
+        raise ValueError(f"probabilities {probs.shape} and labels {labels.shape} do not pair up")
+    if labels.min() < 0 or labels.max() >= probs.shape[1]:
+        raise ValueError(f"labels must be in 0 … {probs.shape[1] - 1}")
+    return probs, labels.astype(np.int64)
+
+
+def clipped_log(probs: ArrayLike, smallest: float = SMALLEST_PROBABILITY) -> Array:
+    """log p, of no less than the smallest probability."""
+    return np.log(np.clip(np.asarray(probs, dtype=np.float64), smallest, None))
+
+
+def softmax(logits: ArrayLike) -> Array:
+    """Over the last axis, in float64."""
+    from scipy.special import softmax
+
+    return softmax(np.asarray(logits, dtype=np.float64), axis=-1)
+
+
+def confidence_bins(confidence: ArrayLike, n_bins: int = 15) -> NDArray[np.int64]:
+    """Index of the equal-width bin (lo, hi] of each confidence in [0, 1]; 0 is in the first.
+
+    >>> confidence_bins([0.0, 0.5, 0.51, 1.0], n_bins=2).tolist()
+    [0, 0, 1, 1]
+    """
+    edges = np.arange(n_bins + 1) / n_bins
+    return np.clip(np.searchsorted(edges, np.asarray(confidence), side="left") - 1, 0, n_bins - 1)
+
+
+def reliability(
+    probs: ArrayLike, labels: ArrayLike, n_bins: int = 15
+) -> tuple[NDArray[np.int64], Array, Array]:
+    """Per confidence bin: image count, mean confidence, accuracy as a share (0 where empty)."""
+    probs, labels = paired(probs, labels)
+    confidence, correct = probs.max(1), probs.argmax(1) == labels
+    bins = confidence_bins(confidence, n_bins)
+    count = np.bincount(bins, minlength=n_bins)
+    mean_confidence, mean_correct = (
+        np.bincount(bins, weights=values, minlength=n_bins) / np.maximum(count, 1)
+        for values in (confidence, correct)
+    )
+    return count, mean_confidence, mean_correct
+
+
+def ece(probs: ArrayLike, labels: ArrayLike, n_bins: int = 15) -> float:
+    """Expected calibration error, Σ_b n_b/N·|acc_b − conf_b|, in 0 … 1 [Naeini et al. 2015].
+
+    Bins are those of `confidence_bins`.
+
+    >>> round(ece([[0.8, 0.2], [0.7, 0.3]], [0, 1]), 4)
+    0.45
+    """
+    count, confidence, correct = reliability(probs, labels, n_bins)
+    return float(np.sum(count * np.abs(correct - confidence)) / count.sum())
+
+
+def apply_temperature(probs: ArrayLike, temperature: float) -> Array:
+    """softmax(log p / T), (N, K) → (N, K).
+
+    >>> apply_temperature([[0.2, 0.8]], 0.5).round(4).tolist()
+    [[0.0588, 0.9412]]
+    """
+    return softmax(clipped_log(probs, TINY) / temperature)
+
+
+def optimal_temperature(probs: ArrayLike, labels: ArrayLike) -> float:
+    """T* that minimises the NLL of softmax(log p / T) [Guo et al. 2017; Ashukha et al. 2020].
+
+    The NLL is convex in 1/T, so T* is the root of its derivative; sought in 0.05 … 20, whose
+    ends are returned where it lies outside (as with labels that are all predicted rightly).
+
+    >>> round(optimal_temperature([[0.8, 0.2]] * 4, [0, 0, 0, 1]), 4)
+    1.2619
+    """
+    from scipy.optimize import brentq
+
+    probs, labels = paired(probs, labels)
+    log_probs = clipped_log(probs, TINY)
+    at_label = log_probs[np.arange(len(labels)), labels].mean()
+
+    def slope(inverse: float) -> float:
+        scaled = softmax(inverse * log_probs)
+        return float(np.mean(np.sum(scaled * log_probs, axis=1)) - at_label)
+
+    smallest, largest = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
+    if slope(smallest) >= 0:
+        return TEMPERATURES[1]
+    if slope(largest) <= 0:
+        return TEMPERATURES[0]
+    return 1 / brentq(slope, smallest, largest, xtol=1e-12)

@@ -1,0 +1,106 @@
+"""Every system on corrupted copies of test images."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ensdistill.drawing import (
+    WIDTH,
+    add_legend,
+    add_note,
+    count_of,
+    plain_numbers,
+    replicates_of,
+    styled,
+    styles_of,
+)
+from ensdistill.metrics import METRICS, Judged
+from ensdistill.predictions import splits_of
+from ensdistill.systems import Students, read_systems
+
+TITLE = "Corrupted images"
+READS = {
+    "ensemble": "logits/shifted/{ensemble}.h5",
+    "students": "logits/shifted/{students}.h5",
+}
+SETTINGS = ["n_bins"]
+CHOSEN = {"METRICS": ["acc", "nll", "ece", "bs", "entropy", "diversity"]}
+
+
+def table(ensemble: Sequence[str], students: Students, n_bins: int) -> pd.DataFrame:
+    """Metrics of every system on corrupted copies of test images.
+
+    Args:
+        ensemble, students: files of rule `shifted_logits`.
+        n_bins: of the calibration error.
+
+    Returns:
+        One row per system, replicate and corrupted set: system, replicate, kind, severity (0: the
+        same images as they are), the metrics of `CHOSEN`, n (images).
+    """
+    rows = []
+    for split in splits_of(ensemble[0]):
+        group, *rest = split.split("/")
+        if group != "corrupted":
+            continue
+        corrupted = {"kind": rest[0], "severity": int(rest[1])}
+        for system, replicates in read_systems(ensemble, students, split, single=True).items():
+            for replicate, (prediction, labels) in enumerate(replicates):
+                judged = Judged(prediction, labels, n_bins)
+                found = {key: METRICS[key].function(judged) for key in CHOSEN["METRICS"]}
+                known = {"system": system, "replicate": replicate, **corrupted}
+                rows.append({**known, **found, "n": len(labels)})
+    return pd.DataFrame(rows)
+
+
+@styled
+def draw(frame: pd.DataFrame) -> Figure:
+    """Accuracy (%), NLL (nats) and ECE over kinds of corruption, by severity and system.
+
+    After Ovadia et al. 2019. Boxes are of the kinds' means over replicates.
+    """
+    panels = CHOSEN["METRICS"][:3]
+    styles = styles_of(frame["system"].unique())
+    for style in styles.values():
+        if style["ls"] != "-":  # boxes have no line style to tell a colour's second method by
+            style["mfc"] = "white"
+    means = frame.groupby(["system", "severity", "kind"])[panels].mean()
+    width = 0.84 / len(styles)
+    figure = Figure(figsize=(WIDTH, 5.2 + 0.12 * (len(styles) // 4)), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True)
+    for axis, key in zip(axes, panels, strict=True):
+        for place, (name, style) in enumerate(styles.items()):
+            shift = width * (place - (len(styles) - 1) / 2)
+            groups = dict(list(means.loc[name, key].groupby("severity")))
+            axis.plot(shift, groups.pop(0), **style | {"ls": ""}, ms=4)
+            line = {"color": style["color"], "lw": 0.6}
+            median = {"color": style["color"] if style["mfc"] == "white" else "white"}
+            axis.boxplot(
+                groups.values(),
+                positions=[severity + shift for severity in groups],
+                widths=0.8 * width,
+                whis=(0, 100),
+                patch_artist=True,
+                manage_ticks=False,
+                showcaps=False,
+                boxprops={"edgecolor": style["color"], "facecolor": style["mfc"], "lw": 0.6},
+                whiskerprops=line,
+                medianprops=median,
+            )
+        axis.set(title=METRICS[key].axis, xlim=(-0.5, 5.5))
+    axes[1].set_yscale("log")
+    plain_numbers(axes[1].yaxis)
+    axes[-1].set_xlabel("Severity of the corruption (0: the same images as they are)")
+    add_legend(
+        figure, [Line2D([], [], **style, ms=4, lw=0.9, label=x) for x, style in styles.items()]
+    )
+    kinds = frame["kind"][frame["severity"] > 0].nunique()
+    images = count_of(frame["n"], "image")
+    add_note(
+        figure,
+        f"Median, quartiles and range over n = {kinds} kinds ({images} each) of the mean over "
+        f"n = {replicates_of(frame)}.",
+    )
+    return figure

@@ -1,0 +1,36 @@
+"""Diversity of the ensemble and of the students by confidence, on test images."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ensdistill.drawing import styled
+from ensdistill.reports.diversity_teachers import diversity_by_confidence, draw_bins
+from ensdistill.systems import Students, read_systems
+
+TITLE = "Diversity of the students"
+READS = {"ensemble": "logits/{ensemble}.h5", "students": "logits/{students}.h5"}
+SETTINGS = ["n_bins"]
+
+
+def table(ensemble: Sequence[str], students: Students, n_bins: int) -> pd.DataFrame:
+    """`diversity_by_confidence` of the teachers and of every method's students, on test images.
+
+    Systems without a diversity, such as single networks, are left out.
+    """
+    tables = []
+    for name, replicates in read_systems(ensemble, students, "test").items():
+        predictions = [prediction for prediction, _ in replicates]
+        if predictions[0].diversity() is not None:
+            tables.append(diversity_by_confidence(name, predictions, n_bins))
+    return pd.concat(tables, ignore_index=True)
+
+
+@styled
+def draw(frame: pd.DataFrame) -> Figure:
+    """Members' mean pairwise KL (nats) against confidence on test, for teachers and students.
+
+    Images are pooled over student seeds. Nam et al. 2021, Fig. 3b.
+    """
+    return draw_bins(frame)

@@ -1,0 +1,72 @@
+"""All metrics of every system: the numbers of the results table (see `ensdistill.tables`)."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from ensdistill.calibration import optimal_temperature
+from ensdistill.metrics import METRICS, Judged, dee_outside
+from ensdistill.predictions import Labels, Prediction, join, read_attributes, read_prediction
+from ensdistill.systems import Students, subsets
+
+READS = {"teachers": "logits/{pool}.h5", "students": "logits/{students}.h5"}
+SETTINGS = ["n_bins"]
+
+Pair = tuple[Prediction, Labels]
+
+
+def table(teachers: Sequence[str], students: Students, n_bins: int) -> pd.DataFrame:
+    """All metrics of every system and replicate.
+
+    Args:
+        teachers, students: logits files.
+        n_bins: of the calibration errors.
+
+    Returns:
+        One row per replicate: system, replicate, parameters, every metric of `METRICS`, and for
+        each equivalent, such as dee, `dee_outside` (see `metrics.dee_outside`).
+    """
+    rows = []
+    networks = [(read_prediction(path, "test"), read_prediction(path, "val")) for path in teachers]
+    one = _parameters(teachers[0])
+    for size in range(1, len(teachers) + 1):
+        for subset in subsets(len(teachers), size):
+            test, val = (
+                (join([networks[i][split][0] for i in subset]), networks[0][split][1])
+                for split in (0, 1)
+            )
+            known = {"system": f"DE-{size}", "replicate": "+".join(map(str, subset))}
+            rows.append({**known, "parameters": size * one, **measured(test, val, n_bins)})
+    for label, paths in students.items():
+        for replicate, path in enumerate(paths):
+            known = {"system": label, "replicate": str(replicate), "parameters": _parameters(path)}
+            pairs = read_prediction(path, "test"), read_prediction(path, "val")
+            rows.append({**known, **measured(*pairs, n_bins)})
+    return _with_equivalents(pd.DataFrame(rows))
+
+
+def measured(test: Pair, val: Pair, n_bins: int) -> dict[str, float]:
+    """Every metric that needs no other system; the temperature is from the validation images."""
+    temperature = optimal_temperature(val[0].probs(), val[1])
+    judged = Judged(*test, n_bins, temperature)
+    return {
+        key: metric.function(judged) for key, metric in METRICS.items() if not metric.equivalent_of
+    }
+
+
+def _with_equivalents(frame: pd.DataFrame) -> pd.DataFrame:
+    is_ensemble = frame["system"].str.fullmatch(r"DE-\d+")
+    for key, metric in METRICS.items():
+        if not metric.equivalent_of:
+            continue
+        scores = frame[metric.equivalent_of]
+        means = scores[is_ensemble].groupby(frame["system"], sort=False).mean()
+        # An ensemble size's place on the curve is that of its mean score.
+        placed, curve = frame["system"].map(means).fillna(scores), means.tolist()
+        frame[key] = [metric.function(score, curve) for score in placed]
+        frame[f"{key}_outside"] = [dee_outside(score, curve) for score in placed]
+    return frame
+
+
+def _parameters(path: str) -> int:
+    return int(read_attributes(path)["parameters"])

@@ -1,0 +1,100 @@
+"""Metrics of students and deep ensembles, as measured and on resamples of the test images."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensdistill.bootstrap import Estimate, image_weights, mean_of
+from ensdistill.calibration import confidence_bins
+from ensdistill.metrics import brier, deep_ensemble_equivalent, nll
+from ensdistill.predictions import Labels, Prediction, join, read_attributes, read_prediction
+from ensdistill.systems import Students, subsets
+
+
+class ResampledSystems:
+    """Metrics of the students and of deep ensembles, as measured and resampled by test image."""
+
+    def __init__(self, teachers: Sequence[str], students: Students, members: int, n_bins: int):
+        pool = [read_prediction(path, "test") for path in teachers]
+        labels = pool[0][1]
+        self.images = len(labels)
+        self.weights = image_weights(self.images)
+        self.members = members
+        self.ensemble_parameters = members * int(read_attributes(teachers[0])["parameters"])
+        sizes = [
+            np.mean(
+                [
+                    nll(join([pool[i][0] for i in subset]).probs(), labels, "none")
+                    for subset in subsets(len(pool), size)
+                ],
+                axis=0,
+            )
+            for size in range(1, len(pool) + 1)
+        ]
+        self.curve = mean_of(np.stack(sizes, axis=1), self.weights)
+        """NLL of deep ensembles; its columns are not seeds but sizes."""
+        self.parameters = {
+            label: int(read_attributes(paths[0])["parameters"]) for label, paths in students.items()
+        }
+        self.metrics = {
+            label: self._measure([read_prediction(path, "test") for path in paths], n_bins)
+            for label, paths in students.items()
+        }
+
+    def _measure(
+        self, replicates: Sequence[tuple[Prediction, Labels]], n_bins: int
+    ) -> dict[str, Estimate]:
+        seeds = [_per_image(*pair) for pair in replicates]
+        found = {
+            key: mean_of(np.stack([seed[key] for seed in seeds], axis=1), self.weights)
+            for key in seeds[0]
+        }
+        found["ece"] = side_by_side(
+            [calibration_error(*pair, n_bins, self.weights) for pair in replicates]
+        )
+        found["dee"] = _equivalents(found["nll"], self.curve)
+        return found
+
+
+def _per_image(prediction: Prediction, labels: Labels) -> dict[str, NDArray]:
+    """Values (N,) whose means over images are metrics; those that the prediction has."""
+    probs, diversity = prediction.probs(), prediction.diversity()
+    found = {
+        "nll": nll(probs, labels, "none"),
+        "bs": brier(probs, labels, "none"),
+        "acc": 100.0 * (probs.argmax(1) == labels),
+    }
+    if diversity is not None:
+        found |= {"diversity": diversity, "disagreement": 100 * prediction.disagreement()}
+    return found
+
+
+def side_by_side(columns: Sequence[Estimate]) -> Estimate:
+    measured = np.concatenate([column.measured for column in columns])
+    return Estimate(measured, np.concatenate([column.resampled for column in columns], axis=1))
+
+
+def calibration_error(
+    prediction: Prediction, labels: Labels, n_bins: int, weights: NDArray
+) -> Estimate:
+    """ECE = Σ_b |mean over images of 1[in bin b]·(correct − confidence)|."""
+    probs = prediction.probs()
+    gaps = (probs.argmax(1) == labels) - probs.max(1)
+    by_bin = np.zeros((len(labels), n_bins))
+    by_bin[np.arange(len(labels)), confidence_bins(probs.max(1), n_bins)] = gaps
+    means = mean_of(by_bin, weights)
+    return Estimate(
+        np.abs(means.measured).sum(keepdims=True),
+        np.abs(means.resampled).sum(1, keepdims=True),
+    )
+
+
+def _equivalents(nll: Estimate, curve: Estimate) -> Estimate:
+    """Deep Ensemble Equivalents, the curve resampled with the students."""
+
+    def dee(scores: NDArray, sizes: NDArray) -> list[float]:
+        return [deep_ensemble_equivalent(score, sizes) for score in scores]
+
+    resampled = [dee(*pair) for pair in zip(nll.resampled, curve.resampled, strict=True)]
+    return Estimate(np.array(dee(nll.measured, curve.measured)), np.array(resampled))

@@ -1,0 +1,57 @@
+"""Systems and their replicates, as the results compare them.
+
+A *system* is a row of the results table: `DE-m`, a deep ensemble of m networks, or a method's
+label. A *replicate* is one of what it is averaged over: a student seed, or a subset of the pool of
+teachers. The *ensemble* are those teachers of the pool that teach.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+
+from ensdistill.predictions import Labels, Prediction, read_ensemble, read_prediction
+
+Students = Mapping[str, Sequence[str]]
+"""Files of students by their method's label, one per seed."""
+
+MOST_SUBSETS = 64
+"""Of the pool, per ensemble size."""
+PERTURBATIONS = {"clean": "clean", "gaussian": "Gaussian", "ods": "ODS", "conf_ods": "ConfODS"}
+"""What the teachers are asked at, as figures and claims call it."""
+
+
+def by_label(labels: Sequence[str], paths: Sequence[str]) -> dict[str, list[str]]:
+    """Files grouped by the label that stands at the same place."""
+    groups: dict[str, list[str]] = {}
+    for label, path in zip(labels, paths, strict=True):
+        groups.setdefault(label, []).append(path)
+    return groups
+
+
+def subsets(pool: int, size: int) -> list[tuple[int, ...]]:
+    """Subsets of the pool of one size: all when they are at most 64, else 64 drawn by seed 0."""
+    if math.comb(pool, size) <= MOST_SUBSETS:
+        return list(combinations(range(pool), size))
+    rng, drawn = np.random.default_rng(0), set()
+    while len(drawn) < MOST_SUBSETS:
+        drawn.add(tuple(sorted(rng.choice(pool, size, replace=False).tolist())))
+    return sorted(drawn)
+
+
+def read_systems(
+    ensemble: Sequence[str], students: Students, split: str, single: bool = False
+) -> dict[str, list[tuple[Prediction, Labels]]]:
+    """Predictions and labels of every replicate by system: the deep ensemble, then the students.
+
+    Args:
+        ensemble, students: logits files.
+        split: of these files.
+        single: with DE-1 before, whose replicates are the members of the ensemble.
+    """
+    first = {"DE-1": [read_prediction(path, split) for path in ensemble]} if single else {}
+    first[f"DE-{len(ensemble)}"] = [read_ensemble(ensemble, split)]
+    return first | {
+        label: [read_prediction(path, split) for path in paths] for label, paths in students.items()
+    }
