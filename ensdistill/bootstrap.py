@@ -16,6 +16,8 @@ Array = NDArray[np.float64]
 
 RESAMPLES = 2000
 LEVEL = 0.95
+TOGETHER = 2**20
+"""How many counts are converted to floats at a time."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +39,50 @@ class Interval:
     high: float
 
 
-def image_weights(images: int, seed: int = 0, resamples: int = RESAMPLES) -> Array:
-    """Weights (B, N) of each image in each resample; rows sum to 1.
+@dataclass(frozen=True)
+class Weights:
+    """Weights (B, N) of N images in each of B resamples, kept as counts of one byte each.
+
+    `len(weights)` is B, and `weights[b]` (N,) float64 are the weights of one resample, whose sum
+    is 1.
+    """
+
+    counts: NDArray[np.uint8]
+    """(B, N) how often each image was drawn; that one of N is drawn 256 times does not happen."""
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, resample: int) -> Array:
+        return self.counts[resample] / self.counts.shape[1]
+
+    def means(self, columns: Array) -> Array:
+        """Means (B, R) of columns (N, R) over the images of each resample."""
+        resamples, images = self.counts.shape
+        means = np.empty((resamples, columns.shape[1]))
+        step = max(1, TOGETHER // images)
+        for start in range(0, resamples, step):
+            rows = slice(start, start + step)
+            np.matmul(self.counts[rows].astype(np.float64), columns, out=means[rows])
+        return means / images
+
+
+def image_weights(images: int, seed: int = 0, resamples: int = RESAMPLES) -> Weights:
+    """Weights of each image in each resample: how often it was drawn with replacement, by N.
 
     The same arguments give the same weights, so that comparisons are paired by image.
     """
     rng = np.random.default_rng(seed)
-    weights = np.empty((resamples, images))
-    for row in weights:
+    counts = np.empty((resamples, images), np.uint8)
+    for row in counts:
         row[:] = np.bincount(rng.integers(images, size=images), minlength=images)
-    weights /= images
-    return weights
+    return Weights(counts)
 
 
-def mean_of(values: ArrayLike, weights: Array) -> Estimate:
+def mean_of(values: ArrayLike, weights: Weights) -> Estimate:
     """The mean over images of values (N, R) or (N,), one column per seed."""
-    columns = np.asarray(values, dtype=np.float64).reshape(weights.shape[1], -1)
-    return Estimate(columns.mean(0), weights @ columns)
+    columns = np.asarray(values, dtype=np.float64).reshape(weights.counts.shape[1], -1)
+    return Estimate(columns.mean(0), weights.means(columns))
 
 
 def interval(*sides: Estimate, log: bool = False, seed: int = 0) -> Interval:

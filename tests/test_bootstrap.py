@@ -1,5 +1,6 @@
 """Intervals against SciPy's, and how often their verdicts are right in simulated worlds."""
 
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from scipy.special import softmax
 from scipy.stats import gmean, norm, t, ttest_ind
 
+from ensdistill import bootstrap
 from ensdistill.bootstrap import Estimate, image_weights, interval, mean_of
 from ensdistill.claims import above, verdict
 from ensdistill.predictions import Mixture
@@ -25,9 +27,10 @@ def exact(values, resamples=100_000):
 
 def test_weights_are_counts_of_images_drawn_with_replacement():
     weights = image_weights(40, seed=3, resamples=5000)
-    counts = 40 * weights
+    assert len(weights) == 5000
+    counts = 40 * np.array([weights[resample] for resample in range(5000)])
     np.testing.assert_allclose(counts, counts.round(), atol=1e-12)
-    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-12)
+    np.testing.assert_allclose(counts.sum(1), 40, rtol=1e-12)
     # Multinomial(40, 1/40): mean 1, variance 39/40, covariance −1/40.
     np.testing.assert_allclose(counts.mean(0), 1, atol=0.07)
     covariance = np.cov(counts.T)
@@ -36,15 +39,31 @@ def test_weights_are_counts_of_images_drawn_with_replacement():
     assert between.mean() == pytest.approx(-1 / 40, abs=0.003)
 
 
+def test_weights_take_a_byte_per_image_and_resample(monkeypatch):
+    """86 MiB of 45,000 images; as floats they were 687."""
+    monkeypatch.setattr(bootstrap, "TOGETHER", 3000)
+    tracemalloc.start()
+    try:
+        mean_of(np.ones((3000, 3)), image_weights(3000, resamples=400))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 3000 * 400 < peak < 1.5 * 3000 * 400
+
+
 def test_weights_are_decided_by_the_seed():
-    np.testing.assert_array_equal(image_weights(30, seed=1), image_weights(30, seed=1))
-    assert not np.array_equal(image_weights(30, seed=1), image_weights(30, seed=2))
+    first, same, other = (image_weights(30, seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first.counts, same.counts)
+    assert not np.array_equal(first.counts, other.counts)
 
 
-def test_mean_of_is_the_mean_of_the_images_drawn():
+@pytest.mark.parametrize("together", [1, 30, 2**20])
+def test_mean_of_is_the_mean_of_the_images_drawn(monkeypatch, together):
+    monkeypatch.setattr(bootstrap, "TOGETHER", together)  # of 7 · 21: by rows, 4 rows, all
     values = np.random.default_rng(0).normal(size=(7, 2))
-    weights = image_weights(7, resamples=20)
+    weights = image_weights(7, resamples=21)
     found = mean_of(values, weights)
+    assert found.resampled.shape == (21, 2)
     np.testing.assert_allclose(found.measured, values.sum(0) / 7)
     for row, means in zip(weights, found.resampled, strict=True):
         drawn = np.repeat(values, np.rint(7 * row).astype(int), axis=0)
