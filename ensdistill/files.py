@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MEMORY_IS_FULL = (
     "can't allocate memory",  # PyTorch on a CPU
     "could not create a primitive",  # oneDNN
-    "out of memory",  # pandas
+    "C error: out of memory",  # pandas
 )
 """What libraries say of it without a MemoryError."""
 PATIENCE = 10
@@ -72,8 +72,8 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     except Exception as error:
         _check_space(path, error)
-        if isinstance(error, OSError) and error.errno:
-            error.filename = str(path)  # fsync names none
+        if isinstance(error, OSError) and error.filename in (None, name):  # fsync names no file
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -77,6 +77,20 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_of_the_same_file_alone
     assert names[2] == "x.txt"
 
 
+def test_an_error_of_the_system_names_the_file_that_it_is_about(tmp_path, monkeypatch):
+    def refuse(_):
+        raise os_error(errno.EIO)
+
+    with pytest.raises(OSError, match="No such file") as caught, atomic(tmp_path / "x.txt"):
+        (tmp_path / "other").read_text()
+    assert caught.value.filename == str(tmp_path / "other")
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        write_text(tmp_path / "x.txt", "")
+    assert caught.value.filename == str(tmp_path / "x.txt")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_atomic_replaces_an_older_file(tmp_path):
     (tmp_path / "x.txt").write_text("a longer older file")
     write_text(tmp_path / "x.txt", "τ\n")
