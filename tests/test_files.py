@@ -346,6 +346,18 @@ def test_a_file_that_is_open_for_writing_elsewhere_is_named_and_is_no_damage(not
     )
 
 
+def test_hdf5s_own_switch_turns_locks_off(notebook, monkeypatch):
+    monkeypatch.setenv("HDF5_USE_FILE_LOCKING", "FALSE")
+    np.testing.assert_array_equal(read_hdf5(notebook(60)), ARRAYS["val/logits"])
+
+
+def test_a_whole_file_of_another_shape_is_named_and_left_alone(tmp_path):
+    write_hdf5(tmp_path / "x.h5", {"val/logits/more": np.zeros(3)}, {})
+    with pytest.raises(InputError, match=r"x\.h5: not what it should be") as caught:
+        read_hdf5(tmp_path / "x.h5")
+    assert not isinstance(caught.value, DamagedFile)
+
+
 def test_a_short_write_elsewhere_is_waited_for(notebook):
     np.testing.assert_array_equal(read_hdf5(notebook(0.5)), ARRAYS["val/logits"])
 
