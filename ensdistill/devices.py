@@ -154,8 +154,8 @@ def visible_cards() -> dict[str, str]:
         return {uuid: uuid for uuid in _assigned(known)}
     cards: dict[str, str] = {}
     for card in filter(None, map(str.strip, chosen.split(","))):
-        if card == "-1":  # CUDA ignores what follows
-            break
+        if not (card.isdigit() or card.startswith(UUIDS)):  # "-1", or SLURM's "NoDevFiles"
+            break  # CUDA ignores this and what follows
         whole = [uuid for uuid in known.values() if uuid.startswith(card)]
         cards[card] = known.get(card, whole[0] if len(whole) == 1 else card)
     return cards

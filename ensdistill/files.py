@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MEMORY_IS_FULL = (
     "can't allocate memory",  # PyTorch on a CPU
     "could not create a primitive",  # oneDNN
-    "out of memory",  # pandas
+    "C error: out of memory",  # pandas
 )
 """What libraries say of it without a MemoryError."""
 PATIENCE = 10
@@ -72,8 +72,8 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     except Exception as error:
         _check_space(path, error)
-        if isinstance(error, OSError) and error.errno:
-            error.filename = str(path)  # fsync names none
+        if isinstance(error, OSError) and error.filename in (None, name):  # fsync names no file
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -308,6 +308,8 @@ def _wait_for_writer(path: str | os.PathLike[str], disk: _PatientFile) -> None:
     Raises:
         InputError: another program has it open for writing, and does not close it.
     """
+    if os.environ.get("HDF5_USE_FILE_LOCKING", "").upper() in ("FALSE", "0"):  # HDF5's own switch
+        return
     deadline = time.monotonic() + PATIENCE
     while try_lock(disk, fcntl.LOCK_SH) is False:
         if time.monotonic() > deadline:
@@ -324,10 +326,10 @@ def _is_damage(path: str | os.PathLike[str], error: Exception) -> bool:
     while place and place.tb_next:
         place = place.tb_next
     raised_by = place.tb_frame.f_globals["__name__"].partition(".")[0] if place else ""
-    if raised_by == "h5py" and not isinstance(error, KeyError):
-        if _is_whole(path):  # what the system and other programs do is known otherwise
+    if raised_by == "h5py" and not isinstance(error, KeyError) and _is_whole(path):
+        if isinstance(error, OSError):  # not of the system, nor of another program, as noted
             raise MemoryError(str(error)) from error
-        return True
+        raise InputError(f"{path}: not what it should be ({error}); delete it to make it again")
     return raised_by in ("h5py", "json") or isinstance(error, _NotStoredError)
 
 

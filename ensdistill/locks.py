@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+from functools import cache
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,11 @@ def try_lock(file: Any, kind: int = fcntl.LOCK_EX) -> bool | None:
     except BlockingIOError:
         return False
     except OSError as error:  # ENOLCK, EOPNOTSUPP, ENOSYS, 524, by the file system
-        logger.info("this file system has no locks (%s)", error.strerror)
+        _note_once(error.strerror)
         return None
     return True
+
+
+@cache
+def _note_once(reason: str) -> None:
+    logger.info("a file system here has no locks (%s)", reason)

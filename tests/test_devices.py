@@ -86,7 +86,8 @@ def test_a_single_card_is_leased_too(start):
 
 
 def test_without_cards_there_is_nothing_to_lease(start):
-    assert [card_of(start(cards)) for cards in ("", "-1", "-1,0")] == ["None"] * 3
+    none = ("", "-1", "-1,0", "NoDevFiles")
+    assert [card_of(start(cards)) for cards in none] == ["None"] * 4
 
 
 def test_jobs_of_snakemake_inside_an_allocation_of_several_cards_get_one_each(start):

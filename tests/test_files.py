@@ -78,6 +78,20 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_of_the_same_file_alone
     assert names[2] == "x.txt"
 
 
+def test_an_error_of_the_system_names_the_file_that_it_is_about(tmp_path, monkeypatch):
+    def refuse(_):
+        raise os_error(errno.EIO)
+
+    with pytest.raises(OSError, match="No such file") as caught, atomic(tmp_path / "x.txt"):
+        (tmp_path / "other").read_text()
+    assert caught.value.filename == str(tmp_path / "other")
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        write_text(tmp_path / "x.txt", "")
+    assert caught.value.filename == str(tmp_path / "x.txt")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_atomic_replaces_an_older_file(tmp_path):
     (tmp_path / "x.txt").write_text("a longer older file")
     write_text(tmp_path / "x.txt", "τ\n")
@@ -355,6 +369,18 @@ def test_a_file_that_is_open_for_writing_elsewhere_is_named_and_is_no_damage(not
         f"{path}: another program, perhaps a notebook, has it open for writing; close it there and "
         "run again"
     )
+
+
+def test_hdf5s_own_switch_turns_locks_off(notebook, monkeypatch):
+    monkeypatch.setenv("HDF5_USE_FILE_LOCKING", "FALSE")
+    np.testing.assert_array_equal(read_hdf5(notebook(60)), ARRAYS["val/logits"])
+
+
+def test_a_whole_file_of_another_shape_is_named_and_left_alone(tmp_path):
+    write_hdf5(tmp_path / "x.h5", {"val/logits/more": np.zeros(3)}, {})
+    with pytest.raises(InputError, match=r"x\.h5: not what it should be") as caught:
+        read_hdf5(tmp_path / "x.h5")
+    assert not isinstance(caught.value, DamagedFile)
 
 
 def test_a_short_write_elsewhere_is_waited_for(notebook):

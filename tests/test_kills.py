@@ -56,10 +56,9 @@ class Trainings:
                 continue
             began = text[:23]
             if log in self.began and self.began[log] != began:
-                # The epoch after the last that was logged had begun.
-                begun, again = self.epochs[log] + 1, int(first[1]) if first else 1
+                again = int(first[1]) if first else 1
                 self.resumed += first is not None
-                self.lost = max(self.lost, begun - again + 1)
+                self.lost = max(self.lost, self.epochs[log] + 1 - again)
             self.began[log] = began
             self.epochs[log] = epochs[-1] if epochs else int(first[1]) - 1
 
@@ -119,7 +118,7 @@ def test_kills_at_random_moments_leave_no_trace(tmp_path):
         }
     kinds = ", ".join(f"{hits.count(what)} of {what}" for what in sorted(set(hits)))
     print(
-        f"\nkills {len(hits)} ({kinds}), resumed jobs {trainings.resumed}, epochs lost at most "
+        f"\nkills {len(hits)} ({kinds}), resumed jobs {trainings.resumed}, epochs repeated at most "
         f"{trainings.lost}, files compared {compared}, differences {len(differences)}"
     )
     assert differences == set()
