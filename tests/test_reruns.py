@@ -8,7 +8,15 @@ import pytest
 import yaml
 
 from tests.builders import encode, hash_of, noise, write_tree
-from tests.project import FIGURES, METHODS, ON_STUDENTS, ON_TEACHERS, RECIPE, REPOSITORY, TINY
+from tests.project import (
+    FIGURES,
+    METHODS,
+    ON_STUDENTS,
+    ON_TEACHERS,
+    RECIPE,
+    REPOSITORY,
+    TINY,
+)
 
 TEACHERS = {f"teacher {seed}" for seed in range(3)}
 STUDENTS = {f"student {method} 0" for method in METHODS}
@@ -335,6 +343,17 @@ def test_changes_that_rerun_nothing_do_so_together(changed, monkeypatch):
         ROWS[row][0](changed)
     monkeypatch.setenv("PATH", str(changed.folder), prepend=os.pathsep)
     assert changed.planned(*MACHINE) == NOTHING
+
+
+def test_what_failed_is_planned_again(changed):
+    """Snakemake alone notes the settings of a failed job, and then finds nothing to be done."""
+    setting("images", "test", value=90)(changed)
+    code("workflow_scripts/images.py", "job(snakemake):", "job(snakemake):\n    raise OSError")(
+        changed
+    )
+    assert changed.snakemake().returncode != 0
+    assert not changed.file("images.h5").exists()
+    assert changed.planned() == EVERYTHING
 
 
 def test_the_table_has_these_rows_and_says_where_nothing_runs():
