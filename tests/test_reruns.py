@@ -135,12 +135,14 @@ def own_images(section, **options):
             for label in "ab"
             for i in range(6)
         }
-        write_tree(project.folder / "own", files)
+        write_tree(project.folder / "own", {**files, f"{splits[0]}/a/0.heic": b""})
         project.change(
             "studies", "tiny", section, value={"source": "folder", "path": "own", **options}
         )
         target = {"images": "images", "out_of_distribution": "shifted"}[section]
-        project.run(f"results/tiny/{target}.h5")
+        told = project.run(f"results/tiny/{target}.h5").stderr
+        sentence = f"own: images read: {len(files)}; skipped: formats that are not read (1)"
+        assert f"{target} tiny: warning: {sentence}" in told
         project.run("--touch")
         assert project.planned() == NOTHING
         own = project.folder / f"own/{splits[0]}/a/0.png"
