@@ -31,6 +31,8 @@ if workflow.is_main_process:
     except InputError as error:
         raise WorkflowError(str(error)) from None
 
+RECORDS = {}  # what Snakemake knew of the files to be made
+
 
 configfile: "config.yaml"
 
@@ -91,6 +93,17 @@ onstart:
         raise WorkflowError(f"{results.absolute()}: this folder cannot be written to")
     if workflow.local_exec and not visible_cards():
         logger.info("No GPU found: everything computes on the CPU.")
+    for job in workflow.dag.needrun_jobs():
+        RECORDS.update({file: workflow.persistence.metadata(file) for file in job.output})
+
+
+# Snakemake notes the settings and inputs of a failed job as if it had made its files, and then
+# takes results of its earlier files as up to date: the next run would make nothing, with status 0.
+onerror:
+    persistence = workflow.persistence
+    for job in workflow.scheduler.failed:
+        for file in filter(RECORDS.get, job.output):
+            persistence._write_record(persistence._get_key(file), RECORDS[file])
 
 
 # What unfinished training would have gone on from; see ensdistill.state.

@@ -80,7 +80,7 @@ class OutOfDistribution(Section):
     """`photographs`: pieces of the two photographs that ship with scikit-learn; else the test
     split of a source. Brought to the size and channels of the study's images."""
     path: str | list[str] | None = None
-    """For `folder`: as in `images`."""
+    """For `folder`: as in `images`, without need of train/ and classes; or just images."""
     images: Count | None = 500
     """How many: a seeded stratified choice; null for all (of the photographs: 2,000 pieces)."""
 

@@ -5,9 +5,11 @@ import h5py
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from ensdistill import InputError
 from ensdistill.images import read_description, read_images
+from ensdistill.sources import stratified
 from tests.builders import encode, fails, good_tree, make, noise, per_class, write_tree
 
 SPLITS = ("train", "val", "test")
@@ -109,6 +111,58 @@ def test_the_good_folder_is_not_refused(tmp_path):
 def test_too_few_images_are_refused(tmp_path, options, expected):
     path = write_tree(tmp_path / "tree", good_tree())
     assert expected in fails(tmp_path / "images.h5", path=path, **options)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "expected"),
+    [
+        ((10, 10), 19, [(10, 9), (9, 10)]),  # one is left: not every class is
+        ((10, 10, 1), 10, [(5, 4, 1), (4, 5, 1)]),
+        ((10, 10, 1), 20, [(10, 9, 1), (9, 10, 1)]),
+        ((100, 3, 1), 10, [(8, 1, 1)]),
+        ((1, 1, 1), 3, None),
+    ],
+)
+def test_a_subset_has_every_class_in_its_share_whatever_is_left_out(sizes, count, expected):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    if expected is None:
+        with pytest.raises(InputError, match="3 test images are wanted, but there are only 3"):
+            stratified(labels, count, 0, "test", "abc", rest=False)
+        return
+    masks = [
+        stratified(labels, count, seed, "test", "abc"[: len(sizes)], rest=False)
+        for seed in (0, 0, 1)
+    ]
+    for mask in masks:
+        assert tuple(np.bincount(labels[mask])) in expected
+    np.testing.assert_array_equal(masks[0], masks[1])
+    assert (masks[0] != masks[2]).any()
+
+
+@pytest.mark.parametrize("rest", [True, False])
+def test_where_every_class_is_in_both_parts_the_choice_is_scikit_learns(rest):
+    labels = np.random.default_rng(0).integers(0, 4, 200)
+    _, chosen = train_test_split(np.arange(200), test_size=60, random_state=5, stratify=labels)
+    mask = stratified(labels, 60, 5, "test", "abcd", rest=rest)
+    assert set(np.flatnonzero(mask)) == set(chosen)
+
+
+@pytest.mark.parametrize(
+    ("rest", "sizes", "expected"),
+    [
+        (True, (20, 1), "4 val images cannot be chosen from 21 with every class in both parts: "
+         "there is only 1 of 'rare'"),
+        (False, (20, 0), "4 val images cannot be chosen from 20 with every class among them: "
+         "there are only 0 of 'rare'"),
+        (True, (3, 2), "4 val images cannot be chosen from 5 images of 2 classes with every class "
+         "in both parts"),
+    ],
+)  # fmt: skip
+def test_a_class_that_is_too_small_is_named(rest, sizes, expected):
+    labels = np.repeat([0, 1], sizes)
+    with pytest.raises(InputError) as caught:
+        stratified(labels, 4, 0, "val", ["common", "rare"], rest=rest)
+    assert str(caught.value) == expected
 
 
 def test_fewer_images_than_classes_are_refused(tmp_path):

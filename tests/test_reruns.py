@@ -138,12 +138,14 @@ def own_images(section, **options):
             for label in "ab"
             for i in range(6)
         }
-        write_tree(project.folder / "own", files)
+        write_tree(project.folder / "own", {**files, f"{splits[0]}/a/0.heic": b""})
         project.change(
             "studies", "tiny", section, value={"source": "folder", "path": "own", **options}
         )
         target = {"images": "images", "out_of_distribution": "shifted"}[section]
-        project.run(f"results/tiny/{target}.h5")
+        told = project.run(f"results/tiny/{target}.h5").stderr
+        sentence = f"own: images read: {len(files)}; skipped: formats that are not read (1)"
+        assert f"{target} tiny: warning: {sentence}" in told
         project.run("--touch")
         assert project.planned() == NOTHING
         own = project.folder / f"own/{splits[0]}/a/0.png"
@@ -357,6 +359,17 @@ def test_changes_that_rerun_nothing_do_so_together(changed, monkeypatch):
         ROWS[row][0](changed)
     monkeypatch.setenv("PATH", str(changed.folder), prepend=os.pathsep)
     assert changed.planned(*MACHINE) == NOTHING
+
+
+def test_what_failed_is_planned_again(changed):
+    """Snakemake alone notes the settings of a failed job, and then finds nothing to be done."""
+    setting("images", "test", value=90)(changed)
+    code("workflow_scripts/images.py", "job(snakemake):", "job(snakemake):\n    raise OSError")(
+        changed
+    )
+    assert changed.snakemake().returncode != 0
+    assert not changed.file("images.h5").exists()
+    assert changed.planned() == EVERYTHING
 
 
 def test_the_table_has_these_rows_and_says_where_nothing_runs():

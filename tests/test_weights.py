@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from ensdistill.logits import read_attributes, read_logits
 
 from ensdistill import InputError
 from ensdistill.files import write_hdf5
 from ensdistill.images import read_images
-from ensdistill.logits import read_attributes, read_logits
 from ensdistill.students import build_student, predict
 from ensdistill.studies import Study
 from ensdistill.training import train_student
