@@ -57,15 +57,28 @@ ARCHIVES = {
 }
 """The archives by the names they have here."""
 
-ARCHIVES_OF = {
-    "cifar10": ["cifar-10-python.tar.gz"],
-    "cifar100": ["cifar-100-python.tar.gz"],
-    "svhn": ["svhn_train_32x32.mat", "svhn_test_32x32.mat"],
-    "tinyimagenet": ["tiny-imagenet-200.zip"],
-    "cifar10_c": ["CIFAR-10-C.tar"],
-    "cifar100_c": ["CIFAR-100-C.tar"],
+
+class Source(NamedTuple):
+    """A data set that config.yaml can name."""
+
+    reader: str
+    """The function of `ensdistill.sources` that reads it."""
+    archives: tuple[str, ...] = ()
+    """The archives that it is read from, in the order in which the reader wants them."""
+
+
+SOURCES = {
+    "digits": Source("digits"),
+    "cifar10": Source("cifar", ("cifar-10-python.tar.gz",)),
+    "cifar100": Source("cifar", ("cifar-100-python.tar.gz",)),
+    "svhn": Source("svhn", ("svhn_train_32x32.mat", "svhn_test_32x32.mat")),
+    "tinyimagenet": Source("tinyimagenet", ("tiny-imagenet-200.zip",)),
+    "folder": Source("folder"),
 }
-"""The archives that a source is read from, in the order in which its reader wants them."""
+"""By the names that config.yaml uses."""
+
+OFFICIAL_CORRUPTIONS = {"cifar10": "CIFAR-10-C.tar", "cifar100": "CIFAR-100-C.tar"}
+"""By source, the archive of its corrupted test images."""
 
 
 def verify(path: str | os.PathLike[str]) -> str:

@@ -14,9 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ensdistill import InputError
+from ensdistill import InputError, sources
+from ensdistill.downloads import SOURCES
 from ensdistill.files import open_hdf5, write_hdf5
-from ensdistill.sources import SOURCES, Split, stratified
+from ensdistill.sources import Dataset, Split, stratified
+
+
+def read_source(source: str, **options: Any) -> Dataset:
+    """All images of a source of `downloads.SOURCES`; `options` are its reader's."""
+    return getattr(sources, SOURCES[source].reader)(source=source, **options)
 
 
 def write_images(
@@ -34,7 +40,7 @@ def write_images(
 
     Args:
         output: the file to write, whole or not at all.
-        source: a key of `SOURCES`; `options` are its other arguments.
+        source: a key of `downloads.SOURCES`; `options` are its reader's other arguments.
         train, validation, test: images per split; None for all there are. Subsets are
             stratified choices by `seed`; validation images never serve for training.
         attributes: what else the file should say of itself.
@@ -45,7 +51,7 @@ def write_images(
     Raises:
         InputError: the source is unusable or too small.
     """
-    data = SOURCES[source](source=source, seed=seed, test=test, **options)
+    data = read_source(source, seed=seed, test=test, **options)
     images, labels = data.train
     count, classes = len(labels), len(data.classes)
     if validation + (train or classes) > count:

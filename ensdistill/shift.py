@@ -21,8 +21,8 @@ from ensdistill import InputError
 from ensdistill.corruptions import KINDS, SEVERITIES, corrupt
 from ensdistill.downloads import verify
 from ensdistill.files import open_hdf5, write_hdf5
-from ensdistill.images import read_images
-from ensdistill.sources import SOURCES, as_array
+from ensdistill.images import read_images, read_source
+from ensdistill.sources import as_array
 
 PIECES = 2000
 """How many pieces of photographs there are."""
@@ -160,8 +160,8 @@ def _others(
         whole = [Image.fromarray(photograph).convert(mode) for photograph in photographs]
         pictures = _pieces(whole, width, height, min(images or PIECES, PIECES), seed)
     else:
-        data = SOURCES[source](
-            source=source,
+        data = read_source(
+            source,
             path=path,
             size=max(height, width),
             test=None,

@@ -1,4 +1,4 @@
-"""Image sources: what each gives before a study splits it."""
+"""Image sources: what each gives before a study splits it. `downloads.SOURCES` lists them."""
 
 import hashlib
 import io
@@ -7,7 +7,7 @@ import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,16 +198,6 @@ def _check_classes(where: str, trained: set[str], tested: set[str]) -> None:
     ):
         if missing:
             raise InputError(f"{where}: class {min(missing)!r} is in {there}/ but not in {absent}/")
-
-
-SOURCES: dict[str, Callable[..., Dataset]] = {
-    "digits": digits,
-    "cifar10": cifar,
-    "cifar100": cifar,
-    "svhn": svhn,
-    "tinyimagenet": tinyimagenet,
-    "folder": folder,
-}
 
 
 def _decode(name: str, data: bytes, size: int | None) -> Image.Image:

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ensdistill import InputError
 from ensdistill.config_errors import sentence
+from ensdistill.downloads import OFFICIAL_CORRUPTIONS, SOURCES
 from ensdistill.methods import (
     Architecture,
     Count,
@@ -35,7 +36,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 class Images(Section):
     """Where images come from and how many each split has."""
 
-    source: Literal["digits", "cifar10", "cifar100", "svhn", "tinyimagenet", "folder"] = "digits"
+    source: Literal[*SOURCES] = "digits"
     """`digits` ships with scikit-learn, `folder` is your own data, the others are downloaded."""
     path: str | list[str] | None = None
     """For `folder`: a directory or tar/zip archives that hold train/<class>/… and
@@ -74,9 +75,7 @@ class Corruptions(Section):
 class OutOfDistribution(Section):
     """Images of other things, which a network should be unsure about."""
 
-    source: Literal[
-        "photographs", "digits", "cifar10", "cifar100", "svhn", "tinyimagenet", "folder"
-    ] = "photographs"
+    source: Literal["photographs", *SOURCES] = "photographs"
     """`photographs`: pieces of the two photographs that ship with scikit-learn; else the test
     split of a source. Brought to the size and channels of the study's images."""
     path: str | list[str] | None = None
@@ -227,7 +226,7 @@ class Study(Section):
                 raise ValueError(f"'published' has {system!r}; this study has {', '.join(systems)}")
         source = self.images.source
         if self.corruptions.source == "official" and (
-            source not in ("cifar10", "cifar100") or self.images.test is not None
+            source not in OFFICIAL_CORRUPTIONS or self.images.test is not None
         ):
             raise ValueError(
                 "corruptions of source 'official' need images of source 'cifar10' or 'cifar100', "

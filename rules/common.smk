@@ -6,7 +6,7 @@ from functools import cache
 from snakemake.exceptions import WorkflowError
 
 from ensdistill import InputError
-from ensdistill.downloads import ARCHIVES, ARCHIVES_OF
+from ensdistill.downloads import ARCHIVES, OFFICIAL_CORRUPTIONS, SOURCES
 from ensdistill.digests import code_digest
 from ensdistill.methods import parse_architecture
 from ensdistill.own_data import known_state
@@ -150,7 +150,19 @@ def method_of(wildcards):
 
 def archives_of(source):
     """The downloads that a source is read from, if any."""
-    return [f"results/downloads/{archive}" for archive in ARCHIVES_OF.get(source, [])]
+    archives = SOURCES[source].archives if source in SOURCES else ()
+    return [f"results/downloads/{archive}" for archive in archives]
+
+
+def reading_code(script, section):
+    """A parameter function: it changes with code that reads the source of a study's images."""
+
+    def digest(wildcards):
+        source = getattr(STUDIES[wildcards.study], section).source
+        known = (source,) if source in SOURCES else ()
+        return code(script, sources=tuple(SOURCES[it].reader for it in known), SOURCES=known)
+
+    return digest
 
 
 @cache
@@ -167,8 +179,9 @@ def own_data(study, section):
 def official_corruptions(wildcards):
     """The download of a study's corrupted images, unless they are made here."""
     study = STUDIES[wildcards.study]
-    official = study.corruptions.source == "official"
-    return archives_of(f"{study.images.source}_c") if official else []
+    if study.corruptions.source != "official":
+        return []
+    return f"results/downloads/{OFFICIAL_CORRUPTIONS[study.images.source]}"
 
 
 def shift(wildcards):

@@ -30,7 +30,7 @@ rule images:
     params:
         images=lambda wildcards: STUDIES[wildcards.study].images.model_dump(),
         own_data=lambda wildcards: own_data(wildcards.study, "images"),
-        code=code("images"),
+        code=reading_code("images", "images"),
     script:
         "../workflow_scripts/images.py"
 
@@ -52,6 +52,6 @@ rule shifted:
     params:
         settings=shift,
         own_data=lambda wildcards: own_data(wildcards.study, "out_of_distribution"),
-        code=code("shifted"),
+        code=reading_code("shifted", "out_of_distribution"),
     script:
         "../workflow_scripts/shifted.py"

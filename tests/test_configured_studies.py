@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from ensdistill.downloads import ARCHIVES_OF
+from ensdistill.downloads import SOURCES
 from ensdistill.learning import learning
 from ensdistill.methods import Recipe
 from ensdistill.students import build_student, count_parameters
@@ -49,8 +49,8 @@ def test_a_clean_checkout_plans_the_right_jobs(project, name):
     assert jobs >= {"perturbed", "swept", "transferred", "distances"}
     assert {job for job in jobs if job.startswith("figure_")} == {f"figure_{x}" for x in FIGURES}
     downloads = {job.split()[1] for job in jobs if job.startswith("download ")}
-    sources = study.images.source, study.out_of_distribution.source
-    assert downloads == {archive for source in sources for archive in ARCHIVES_OF.get(source, [])}
+    sources = {study.images.source, study.out_of_distribution.source} & SOURCES.keys()
+    assert downloads == {archive for source in sources for archive in SOURCES[source].archives}
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -14,8 +14,15 @@ import numpy as np
 import pytest
 from torchvision import datasets
 
-from ensdistill import DamagedFile, InputError, downloads, files
-from ensdistill.downloads import ARCHIVES, ARCHIVES_OF, Archive, download, verify
+from ensdistill import DamagedFile, InputError, downloads, files, sources
+from ensdistill.downloads import (
+    ARCHIVES,
+    OFFICIAL_CORRUPTIONS,
+    SOURCES,
+    Archive,
+    download,
+    verify,
+)
 from tests.builders import md5
 
 NAME = "cifar-10-python.tar.gz"
@@ -248,7 +255,9 @@ def test_the_registry_is_the_publishers():
     for split in ("train", "test"):
         url, name, checksum = datasets.SVHN.split_list[split]
         assert ARCHIVES[f"svhn_{name}"] == (url, checksum)
-    assert sorted(chain.from_iterable(ARCHIVES_OF.values())) == sorted(ARCHIVES)
+    read = [*chain.from_iterable(it.archives for it in SOURCES.values())]
+    assert sorted([*read, *OFFICIAL_CORRUPTIONS.values()]) == sorted(ARCHIVES)
+    assert all(callable(getattr(sources, it.reader)) for it in SOURCES.values())
 
 
 def test_a_verified_archive_has_its_sha256(target, monkeypatch):

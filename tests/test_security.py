@@ -28,10 +28,10 @@ from PIL import Image
 
 from ensdistill import InputError, sources
 from ensdistill.files import write_hdf5
-from ensdistill.images import read_description, read_images
+from ensdistill.images import read_description, read_images, read_source
 from ensdistill.predictions import read_attributes, read_prediction, splits_of
 from ensdistill.shift import KINDS, write_shifted
-from ensdistill.sources import SOURCES, folder
+from ensdistill.sources import folder, tinyimagenet
 from ensdistill.students import build_student
 from ensdistill.studies import read_configuration
 from ensdistill.weights import load_student, read_header, save_student
@@ -156,15 +156,15 @@ def test_pickles_in_an_archive_that_is_not_the_official_one_are_not_run(
         write_tar(tmp_path / "downloads" / name, members, "w:gz")
     archives = [str(tmp_path / "downloads" / name) for name in names]
     before = sorted(tmp_path.rglob("*"))
-    message = refusal(SOURCES[source], source=source, archives=archives)
+    message = refusal(read_source, source=source, archives=archives)
     assert message.startswith(f"{archives[0]}: not the official")
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def sources_archives(source):
-    from ensdistill.downloads import ARCHIVES_OF
+    from ensdistill.downloads import SOURCES
 
-    return ARCHIVES_OF[source]
+    return SOURCES[source].archives
 
 
 def test_a_pickle_among_corrupted_images_is_not_run(tmp_path, monkeypatch, canary, hostile):
@@ -774,7 +774,7 @@ def test_an_image_above_the_limit_is_refused_in_tinyimagenet_too(tmp_path, monke
     }
     path = Path(write_zip(tmp_path / f"{top}.zip", files))
     archive = publish(monkeypatch, path, path.read_bytes())
-    message = refusal(SOURCES["tinyimagenet"], archives=[archive])
+    message = refusal(tinyimagenet, archives=[archive])
     assert message.startswith(f"{archive}/{top}/train/n1/images/n1_0.JPEG: not a readable image")
     assert "exceeds limit of 89478485 pixels" in message
 

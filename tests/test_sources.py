@@ -14,10 +14,10 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from ensdistill import InputError
-from ensdistill.downloads import ARCHIVES_OF
+from ensdistill.downloads import SOURCES
 from ensdistill.folders import ImageFolder
 from ensdistill.images import read_description, read_images
-from ensdistill.sources import SOURCES, folder, tinyimagenet
+from ensdistill.sources import folder, svhn, tinyimagenet
 from tests.builders import (
     encode,
     fails,
@@ -531,7 +531,7 @@ def test_cifar_keeps_the_official_order_and_validates_on_the_last_images(
 @pytest.mark.parametrize("harm", ["shorter", "longer", "missing"])
 def test_another_archive_than_the_official_one_is_refused(tmp_path, monkeypatch, source, harm):
     content = b"official"
-    archives = [publish(monkeypatch, tmp_path / name, content) for name in ARCHIVES_OF[source]]
+    archives = [publish(monkeypatch, tmp_path / name, content) for name in SOURCES[source].archives]
     last = Path(archives[-1])
     if harm == "missing":
         last.unlink()
@@ -554,7 +554,7 @@ def test_svhn_has_its_ten_as_zero_and_validates_on_a_stratified_choice(tmp_path,
         archives.append(publish(monkeypatch, tmp_path / f"svhn_{name}", content))
         expected[split] = pixels.transpose(3, 2, 0, 1), digits.ravel() % 10
     monkeypatch.setattr(datasets.SVHN, "split_list", split_list)
-    data = SOURCES["svhn"](source="svhn", archives=archives)
+    data = svhn(archives=archives)
     for read, meant in zip((*data.train, *data.test), sum(expected.values(), ()), strict=True):
         np.testing.assert_array_equal(read, meant)
         assert read.dtype == (np.uint8 if read.ndim == 4 else np.int64)
