@@ -10,14 +10,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ensdistill import InputError, numerics
 from ensdistill.batch_ensemble import BatchEnsembleConv2d
-from ensdistill.networks import build_network, member_logits
+from ensdistill.networks import build_network
 from ensdistill.numerics import check_gradients, choose_precision, set_float32
 from ensdistill.perturbations import ods_direction
 
 CPU = torch.device("cpu")
 
 
-class BrokenKernel(TorchDispatchMode):
+class Mode(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # or PyTorch would import its compiler, which takes seconds
+
+
+class BrokenKernel(Mode):
     """One operation gives a wrong result, but not in float64, as a faulty kernel of a library.
 
     Args:
@@ -45,6 +51,11 @@ class BrokenKernel(TorchDispatchMode):
             changed[self.index] = self.wrong(changed[self.index])
             return tuple(changed)
         return result
+
+
+def member_logits(model, x):
+    members = getattr(model, "ensemble_size", 1)
+    return model(x.repeat(members, 1, 1, 1)).float().unflatten(0, (members, len(x)))
 
 
 def loss(model, x, y):
@@ -324,7 +335,7 @@ def test_ods_direction_under_bfloat16_is_a_float32_gradient():
 @pytest.mark.parametrize("members", [1, 2])
 def test_no_convolution_of_ours_has_one_position_and_a_stride(members):
     # oneDNN computes wrong weight gradients for it on AVX2 with fewer than 8 channels.
-    class Seen(TorchDispatchMode):
+    class Seen(Mode):
         calls = 0
 
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
