@@ -35,8 +35,8 @@ MOST_WORK = 2 * 10**9
 def choose_precision(asked: Precision, device: torch.device) -> tuple[Precision, str]:
     """The precision to train in: the one asked for if the processor computes it in hardware.
 
-    bfloat16 without such instructions is slower than float32: measured for a training step, 1.6 to
-    3 times on AVX-512 (oneDNN emulates it) and 5 to 8 times on AVX2 (PyTorch's own loop).
+    bfloat16 without such instructions is slower than float32: measured for a training step, 1.5 to
+    3 times on AVX-512 (oneDNN emulates it) and 6 to 10 times on AVX2 (PyTorch's own loop).
 
     Args:
         asked: of the study.
