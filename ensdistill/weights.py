@@ -105,7 +105,8 @@ def origin(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     header = read_header(path)
     own = {"digest", "ensdistill", "torch", "device", "precision", "precision_reason"}
-    return {key: header[key] for key in header.keys() - own} | {"weights": header["digest"]}
+    kept = {key: value for key, value in header.items() if key not in own}  # in their order
+    return {**kept, "weights": header["digest"]}
 
 
 def _read(
