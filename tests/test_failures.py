@@ -444,12 +444,15 @@ def test_a_key_given_twice_is_refused_in_every_file_that_snakemake_reads(changed
     other.write_text("run: [tiny]\nrun: [tiny]\n")
     done = changed.snakemake("--dry-run", "--configfile", other)
     assert done.returncode != 0
-    assert f"{other}: the key 'run' is given twice, in lines 1 and 2" in done.stderr
-    assert "Traceback" not in done.stderr
+    said = done.stdout + done.stderr  # a dry run says everything on stdout
+    assert f"{other}: the key 'run' is given twice, in lines 1 and 2" in said
+    assert "Traceback" not in said
     other.write_text("run: [tiny]\n")
     changed.run("--dry-run", "--configfile", other)
     with (changed.folder / "config.yaml").open("a") as file:
         file.write("run: [tiny]\n")
     done = changed.snakemake("--dry-run")
     assert done.returncode != 0
-    assert re.search(r"config.yaml: the key 'run' is given twice, in lines 1 and \d+", done.stderr)
+    assert re.search(
+        r"config.yaml: the key 'run' is given twice, in lines 1 and \d+", done.stdout + done.stderr
+    )
