@@ -215,6 +215,15 @@ def test_sweep_shows_the_diversity_at_every_size_beside_that_of_clean_images(swe
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "2", "4"]
 
 
+def test_sweep_shows_whatever_perturbation_a_study_has(swept, tmp_path):
+    frame = swept[0].replace({"perturbation": {"gaussian": "uniform"}})
+    (axis,) = sweep.draw(stored(tmp_path / "u.csv", frame)).axes
+    curves = {line.get_label(): line for line in axis.lines if line.get_label()[0] != "_"}
+    assert list(curves) == ["ODS", "ConfODS", "uniform"]
+    np.testing.assert_allclose(curves["uniform"].get_ydata(), [0.1, 0.2, 0.4])
+    assert len({line.get_color() for line in curves.values()}) == 3
+
+
 def test_sweep_has_no_line_at_a_size_of_nothing(swept, tmp_path):
     (axis,) = sweep.draw(stored(tmp_path / "0.csv", swept[0].assign(study_eta=0))).axes
     assert len(axis.lines) == 5
