@@ -118,7 +118,7 @@ def grid_of_panels(
     grid = figure.add_gridspec(rows, cols + beside)
     for place, (title, subtitle) in enumerate(panels):
         axis = figure.add_subplot(grid[divmod(place, cols)])
-        axis.set_title(textwrap.fill(title, 19), pad=15)
+        axis.set_title(wrapped(title, 19), pad=15)
         axis.annotate(subtitle, (0, 1), (0, 6), "axes fraction", "offset points", color=GREY)
         axes.append(axis)
     return figure, axes
@@ -128,7 +128,7 @@ def panels_by_system(
     systems: Iterable[str], titles: Iterable[str], height: float
 ) -> tuple[Figure, Sequence[Axes]]:
     """A figure with panels side by side that share a row per system, `height` inches or more."""
-    names, titles = [textwrap.fill(name, 20) for name in systems], list(titles)
+    names, titles = [wrapped(name, 20) for name in systems], list(titles)
     height = max(height, *(0.13 * (name.count("\n") + 1) + 0.05 for name in names))
     figure = Figure(figsize=(WIDTH, 0.9 + height * len(names)), layout="constrained")
     axes = figure.subplots(1, len(titles), sharey=True)
@@ -148,6 +148,11 @@ def label_outer(axes: Sequence[Axes], cols: int, xlabel: str, ylabel: str) -> No
         left, bottom = place % cols == 0, place + cols >= len(axes)
         axis.tick_params(labelleft=left, labelbottom=bottom)
         axis.set(xlabel=xlabel if bottom else "", ylabel=ylabel if left else "")
+
+
+def wrapped(name: str, width: int) -> str:
+    """A name in lines of so many characters, cut after the fourth."""
+    return "\n".join(textwrap.wrap(name, width, max_lines=4, placeholder="…"))
 
 
 def two_digits(value: float) -> str:
@@ -178,7 +183,9 @@ def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
         columns = np.array_split([len(str(handle.get_label())) for handle in handles], cols)
         if sum(lengths.max() + 7 for lengths in columns) < 115:
             break
-    figure.legend(handles=handles, loc="outside upper center", ncols=cols)
+    names = [str(handle.get_label()) for handle in handles]
+    names = [name if len(name) <= 100 else f"{name[:99]}…" for name in names]
+    figure.legend(handles=handles, labels=names, loc="outside upper center", ncols=cols)
 
 
 def plain_numbers(scale: Axis) -> None:

@@ -155,6 +155,21 @@ def test_images_of_any_shape_make_a_sheet_of_readable_size(tmp_path, height, wid
     assert ("stretched" in figure.get_supxlabel()) == (shown != height / width)
 
 
+@pytest.mark.parametrize("label", ["x" * 400, "ab " * 130])
+def test_a_long_label_leaves_a_figure_its_size(tmp_path, label):
+    frame = pd.DataFrame({"system": ["A", label], "replicate": 0, "n": 5})
+    for key in ("error", "cosine"):
+        frame = frame.assign(**{key: 0.5, f"{key}_low": 0.4, f"{key}_high": 0.6})
+    assert (jacobians.draw(frame).get_size_inches() <= (7, 3)).all()
+    curve = pd.DataFrame({"system": ["DE-1", "DE-2", label], "n": 1})
+    for key in ("acc", "nll", "ece"):
+        curve = curve.assign(**{key: [1.0, 2, 3], f"{key}_std": 0.1})
+    figure = de_curve.draw(curve)
+    figure.draw_without_rendering()
+    assert figure.legends[0].get_window_extent().width < figure.bbox.width
+    assert figure.axes[0].get_window_extent().width > 100
+
+
 def test_saturation_shows_every_teacher_on_train_and_on_test(tmp_path):
     rows = [
         {"split": split, "teacher": teacher, "doubt": doubt, "share": share, "n": 10}
@@ -198,6 +213,15 @@ def test_sweep_shows_the_diversity_at_every_size_beside_that_of_clean_images(swe
     texts = [text.get_text() for text in axis.texts]
     assert texts == ["train, clean: 0.10", "test, clean: 0.30", "the study: η = 2/255"]
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "2", "4"]
+
+
+def test_sweep_shows_whatever_perturbation_a_study_has(swept, tmp_path):
+    frame = swept[0].replace({"perturbation": {"gaussian": "uniform"}})
+    (axis,) = sweep.draw(stored(tmp_path / "u.csv", frame)).axes
+    curves = {line.get_label(): line for line in axis.lines if line.get_label()[0] != "_"}
+    assert list(curves) == ["ODS", "ConfODS", "uniform"]
+    np.testing.assert_allclose(curves["uniform"].get_ydata(), [0.1, 0.2, 0.4])
+    assert len({line.get_color() for line in curves.values()}) == 3
 
 
 def test_sweep_has_no_line_at_a_size_of_nothing(swept, tmp_path):

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from ensdistill import claims_page, tables
+from ensdistill.files import read_csv, write_csv
 from ensdistill.latex import CHARACTERS, latex
 from ensdistill.metrics import METRICS
 
@@ -174,6 +175,16 @@ def test_what_a_system_does_not_have_is_a_dash(scores, show, read):
     place = next(i for i, title in enumerate(head) if title.startswith("Diversity"))
     absent = [row[0] for row in rows if row[place].replace("--", "–") == "–"]
     assert absent == ["DE-1", "B"]
+
+
+@pytest.mark.parametrize(("show", "read"), FORMATS)
+def test_a_method_called_like_a_missing_value_is_in_the_table(scores, tmp_path, show, read):
+    names = {"DE-1": "DE-1", "DE-2": "DE-2", "A": "None", "B": "NA", "C": "nan"}
+    write_csv(tmp_path / "scores.csv", scores.assign(system=scores["system"].map(names)))
+    summary = tables.summarize(read_csv(tmp_path / "scores.csv"))
+    assert [row[0] for row in read(show(summary))[1:]] == list(names.values())
+    write_csv(tmp_path / "results.csv", summary)
+    assert read_csv(tmp_path / "results.csv")["system"].tolist() == list(names.values())
 
 
 LABELS = {

@@ -1,7 +1,6 @@
 """Diversity of the teachers by confidence, on train, perturbed train and test."""
 
 import json
-import textwrap
 from collections.abc import Sequence
 
 import matplotlib
@@ -22,6 +21,7 @@ from ensdistill.drawing import (
     label_outer,
     styled,
     two_digits,
+    wrapped,
 )
 from ensdistill.files import open_hdf5
 from ensdistill.predictions import Mixture, Prediction, read_ensemble
@@ -115,7 +115,7 @@ def draw_bins(frame: pd.DataFrame) -> Figure:
     for row, mean in enumerate(means.values()):
         summary.text(mean, row, f" {two_digits(mean)}", va="center")
     summary.set(xlim=(0, 1.35 * (max(means.values()) or 1)), xlabel="Pairwise KL (nats)")
-    summary.set_yticks(range(len(groups)), [textwrap.fill(name, 18) for name in groups])
+    summary.set_yticks(range(len(groups)), [wrapped(name, 18) for name in groups])
     summary.tick_params(axis="y", length=0)
     summary.invert_yaxis()
     summary.xaxis.set_major_locator(ticker.MaxNLocator(3, steps=[1, 2, 5, 10]))
