@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from ensdistill.networks import build_network
@@ -123,14 +124,35 @@ def test_zero_gradient_gives_zero_not_nan(direction):
     assert torch.equal(epsilon, torch.zeros(2, 3, 2, 2))
 
 
-def test_w_is_uniform_in_minus_one_to_one():
-    # With one-dimensional inputs and two classes only the sign of w₁ − w₂ shows: half and half.
-    teacher = LinearTeacher(torch.tensor([[1.0], [-1.0]]), torch.zeros(2))
-    epsilon = ods_direction(
-        teacher, torch.zeros(4000, 1, 1, 1), 1.0, generator=torch.Generator().manual_seed(0)
-    )
-    assert set(epsilon.flatten().tolist()) == {1.0, -1.0}
-    assert epsilon.mean().item() == pytest.approx(0, abs=0.05)
+def uniformity(w=None):
+    """p values of what shows of w ~ U(−1, 1): order within an image, and which class is first.
+
+    Logits that are the ten pixels, at equal probabilities: ε is w − w̄, scaled. Shift and scale of w
+    never show, U(0, 1) gives the same ε. But between the smallest and the largest of uniform values
+    the others lie uniformly, which no other kind of distribution has.
+    """
+    teacher = LinearTeacher(torch.eye(10), torch.zeros(10))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.zeros(4000, 1, 2, 5)
+    epsilon = ods_direction(teacher, x, 1.0, w, generator=generator).flatten(1)
+    ordered = epsilon.double().sort(1).values.numpy()
+    low, high = ordered[:, :1], ordered[:, -1:]
+    between = ((ordered[:, 1:-1] - low) / (high - low)).ravel()
+    first = np.bincount(epsilon.argmax(1).numpy(), minlength=10)
+    return stats.kstest(between, "uniform").pvalue, stats.chisquare(first).pvalue
+
+
+def test_w_is_uniform_anew_for_each_image_and_class():
+    assert min(uniformity()) > 0.001
+    rng = np.random.default_rng(1)
+    uniform = rng.uniform(-1, 1, (4000, 10))
+    for other in (
+        rng.normal(size=(4000, 10)),
+        np.sign(uniform) * uniform**2,
+        np.tile(uniform[0], (4000, 1)),
+        uniform + np.eye(10)[0] / 2,
+    ):
+        assert min(uniformity(torch.tensor(other, dtype=torch.float32))) < 1e-6
 
 
 def step_at(x, teachers, seed=5):
