@@ -88,13 +88,15 @@ def mean_of(values: ArrayLike, weights: Weights) -> Estimate:
 def interval(*sides: Estimate, log: bool = False, seed: int = 0) -> Interval:
     """The mean over seeds of one quantity, or the difference of two, with its 95 % interval.
 
-    The interval is the estimate plus the quantiles of the resampled deviations, each moved by a
-    draw of the seeds' error: the standard error of the mean, or of the difference of means
-    [Welch 1947], times Student's t with Welch and Satterthwaite's degrees of freedom. A side
-    with a single seed adds none, so then the interval speaks of those students only.
+    A difference is paired by seed: students of the same seed start alike and see the same images in
+    the same order, whatever their method. The interval is the estimate plus the quantiles of the
+    resampled deviations, each moved by a draw of the seeds' error: the standard error of the mean
+    over R seeds times Student's t with R − 1 degrees of freedom. A single seed adds none, so then
+    the interval speaks of those students only.
 
     Args:
-        sides: one quantity, or two whose difference (first − second) is wanted.
+        sides: one quantity, or two whose difference (first − second) is wanted; both of the same
+            seeds, or one of them of a single one.
         log: take logarithms first and return to the original scale: a geometric mean, or the
             ratio of two.
         seed: of the draws.
@@ -105,25 +107,20 @@ def interval(*sides: Estimate, log: bool = False, seed: int = 0) -> Interval:
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = np.log if log else np.asarray
         pairs = [(scale(side.measured), scale(side.resampled)) for side in sides]
-        signs = (1, -1)[: len(pairs)]
-        estimate = sum(sign * full.mean() for sign, (full, _) in zip(signs, pairs, strict=True))
-        means = sum(
-            sign * resampled.mean(1) for sign, (_, resampled) in zip(signs, pairs, strict=True)
-        )
+        signed = list(zip((1, -1)[: len(pairs)], pairs, strict=True))
+        seeds = sum(sign * measured for sign, (measured, _) in signed)
+        means = sum(sign * resampled.mean(1) for sign, (_, resampled) in signed)
+    estimate, count = seeds.mean(), len(seeds)
     if not (np.isfinite(estimate) and np.isfinite(means).all()):
         return Interval(np.nan, np.nan, np.nan)
     # Centred: an expected calibration error grows by resampling alone. At the median, so that
     # the estimate lies inside where values are clipped, as Deep Ensemble Equivalents are.
     deviations = means - np.median(means)
-    repeated = [full for full, _ in pairs if len(full) > 1]
-    variances = [full.var(ddof=1) / len(full) for full in repeated]
-    total = sum(variances)
-    if total > 0:
-        shares = zip(variances, repeated, strict=True)
-        freedom = total**2 / sum(part**2 / (len(full) - 1) for part, full in shares)
+    if count > 1:
+        error = seeds.std(ddof=1) / np.sqrt(count)
         # Evenly spread over the distribution, in random order: its tails without their chance.
         ranks = np.random.default_rng(seed).permutation(len(deviations)) + 0.5
-        deviations = deviations + np.sqrt(total) * stdtrit(freedom, ranks / len(deviations))
+        deviations = deviations + error * stdtrit(count - 1, ranks / len(deviations))
     tail = (1 - LEVEL) / 2
     low, high = estimate + np.quantile(deviations, [tail, 1 - tail])
     ends = np.array([estimate, low, high])

@@ -22,7 +22,8 @@ TAIL = (1 - LEVEL) / 2
 METHOD = (
     f"In parentheses: the {PERCENT} interval by a bootstrap over images ({RESAMPLES:,} resamples, "
     "the same images for both sides of a comparison); for students, the error of a mean "
-    "over few seeds is added, by Welch's t. With one seed a row speaks of that student only, not "
+    "over few seeds is added, by Student's t; two methods are compared seed by seed, for students "
+    "of the same seed start alike. With one seed a row speaks of that student only, not "
     "of its method; and all rows speak of this one ensemble of teachers, not of others.",
     "Supported: the whole interval lies among the claimed values; not supported: none of it does; "
     "undecided: part of it does, or the quantity is undefined. Where a claim has a bound on one "

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from scipy.special import softmax
-from scipy.stats import gmean, norm, t, ttest_ind
+from scipy.stats import gmean, norm, t, ttest_rel
 
 from ensdistill import bootstrap
 from ensdistill.bootstrap import Estimate, image_weights, interval, mean_of
@@ -108,12 +108,13 @@ def test_over_seeds_alone_the_interval_is_students(seeds):
     assert ends(found) == pytest.approx(expected, abs=0.04 * (expected[1] - expected[0]))
 
 
-@pytest.mark.parametrize(("few", "many"), [(3, 3), (2, 6), (5, 4)])
-def test_a_difference_over_seeds_alone_has_welchs_interval(few, many):
-    rng = np.random.default_rng(few)
-    first, second = rng.normal(2, 1, few), rng.normal(0, 0.2, many)
+@pytest.mark.parametrize("seeds", [2, 3, 6])
+def test_a_difference_over_seeds_alone_is_paired_by_seed(seeds):
+    rng = np.random.default_rng(seeds)
+    start = rng.normal(0, 5, seeds)  # what students of the same seed share
+    first, second = start + rng.normal(2, 1, seeds), start + rng.normal(0, 0.2, seeds)
     found = interval(exact(first), exact(second))
-    reference = ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    reference = ttest_rel(first, second).confidence_interval(0.95)
     width = reference.high - reference.low
     assert found.estimate == pytest.approx(first.mean() - second.mean())
     assert ends(found) == pytest.approx([reference.low, reference.high], abs=0.04 * width)
@@ -193,12 +194,15 @@ def rates(worlds, sides):
     return {kind: [count[word] / worlds for word in decided] for kind, count in counts.items()}
 
 
-def means_of_students(weights, seeds, effect):
-    """Worlds in which images differ most, students of one method less."""
+def means_of_students(weights, seeds, effect, shared=0.0):
+    """Worlds in which images differ most, students of one method less, by what is `shared` too.
+
+    `shared` is the deviation of what students of the same seed have in common.
+    """
     rng = np.random.default_rng(seeds)
 
     def sides(world):
-        image = rng.normal(0, 2, (IMAGES, 1))
+        image = rng.normal(0, 2, (IMAGES, 1)) + rng.normal(0, shared, seeds)
         first, second = (
             image + mean + rng.normal(0, 0.2, seeds) + rng.normal(0, 0.5, (IMAGES, seeds))
             for mean in (effect, 0)
@@ -209,21 +213,24 @@ def means_of_students(weights, seeds, effect):
     return sides
 
 
+@pytest.mark.parametrize("shared", [0.0, 1.0])
 @pytest.mark.parametrize("seeds", [3, 5])
-def test_without_an_effect_verdicts_are_rarely_wrong(weights, seeds):
-    found = rates(1000, means_of_students(weights, seeds, effect=0))
+def test_without_an_effect_verdicts_are_rarely_wrong(weights, seeds, shared):
+    found = rates(1000, means_of_students(weights, seeds, 0, shared))
     # 2.5 % each are allowed; 5 % of 1000 worlds vary by 0.7 %.
     assert 0.01 < sum(found["ours"]) < 0.07
     assert max(found["ours"]) < 0.04
     assert sum(found["naive"]) > 0.5  # whoever ignores seeds finds an effect in every other world
 
 
+@pytest.mark.parametrize("shared", [0.0, 1.0])
 @pytest.mark.parametrize("seeds", [3, 5])
-def test_a_large_effect_is_nearly_always_found(weights, seeds):
-    found = rates(300, means_of_students(weights, seeds, effect=1.2))
+def test_a_large_effect_is_nearly_always_found(weights, seeds, shared):
+    # With 3 seeds two degrees of freedom are left, and their interval is wide.
+    found = rates(300, means_of_students(weights, seeds, {3: 1.6, 5: 1.2}[seeds], shared))
     assert found["ours"][0] > 0.95
     assert found["ours"][1] == 0
-    smaller = rates(300, means_of_students(weights, seeds, effect=0.8))
+    smaller = rates(300, means_of_students(weights, seeds, 0.8, shared))
     assert smaller["ours"][0] > smaller["unpaired"][0] + 0.1  # pairing by image finds more
 
 
