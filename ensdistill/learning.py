@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ensdistill.numerics import Precision, autocast
+from ensdistill.numerics import Precision, autocast, check_gradients
 from ensdistill.objectives import OBJECTIVES, Parts
 from ensdistill.perturbations import PERTURBATIONS
-from ensdistill.students import Step
+from ensdistill.students import Step, Student
 
 SMALLEST_FACTOR = 0.01
 """Of the learning rate: at the first epoch, and at the end of `warmup_linear`."""
@@ -65,6 +65,25 @@ def train_step(
     parts["loss"].backward()
     optimizer.step()
     return {name: value.detach() for name, value in parts.items()}
+
+
+def check_first_step(
+    student: Student,
+    learning: Learning,
+    train: tuple[Tensor, Tensor],
+    batch_size: int,
+    precision: Precision,
+) -> None:
+    """Refuse to train on wrong gradients; see `check_gradients`. It changes nothing."""
+    images, y = (part[:batch_size] for part in train)
+    x = (images.float() / 255).contiguous(memory_format=torch.channels_last)
+
+    def loss(model: Student, x: Tensor, y: Tensor) -> Tensor:
+        generators = torch.Generator(x.device).manual_seed(0), torch.Generator().manual_seed(0)
+        step = Step(model, learning.teachers, x, y, 0.0, *generators)
+        return learning.objective(step, learning.perturbation(step))["loss"]
+
+    check_gradients(student, x, y, loss, precision)
 
 
 def learning_rate_factor(

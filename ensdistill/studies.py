@@ -15,20 +15,15 @@ from ensdistill.config_errors import sentence
 from ensdistill.downloads import OFFICIAL_CORRUPTIONS, SOURCES
 from ensdistill.methods import (
     Architecture,
-    Count,
-    Eta,
     Labels,
     Method,
     NamedArchitecture,
     NoPerturbation,
-    Number,
-    Positive,
     Recipe,
-    Section,
-    Share,
     Single,
 )
 from ensdistill.metrics import METRICS
+from ensdistill.sections import Count, Eta, Number, Positive, Section, Share
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 

@@ -24,6 +24,7 @@ from ensdistill.images import read_description, read_images
 from ensdistill.jobs import Interrupted, deferred_interrupts
 from ensdistill.learning import (
     Learning,
+    check_first_step,
     learning,
     learning_rate_factor,
     train_step,
@@ -31,7 +32,7 @@ from ensdistill.learning import (
 from ensdistill.methods import Recipe
 from ensdistill.metrics import accuracy, ensemble_probs, nll
 from ensdistill.networks import fold_batch_norms
-from ensdistill.numerics import Precision, check_gradients, choose_precision, set_float32
+from ensdistill.numerics import Precision, choose_precision, set_float32
 from ensdistill.state import TrainingState
 from ensdistill.students import Step, Student, build_student, count_parameters, predict
 from ensdistill.weights import load_student, read_header, save_student
@@ -329,31 +330,12 @@ def train_student(
     state = TrainingState(Path(weights).parent / "state.pt", same["digest"])
     with state.exclusive():
         taught = learning(networks, parts["objective"], parts["perturbation"])
-        _check_first_step(student, taught, train, recipe["batch_size"], precision)
+        check_first_step(student, taught, train, recipe["batch_size"], precision)
         predictor, rows = fit(
             student, taught, train, validation, Recipe(**recipe), state=state, **settings
         )
         write_csv(history, pd.DataFrame(rows))
         save_student(weights, predictor, made)
-
-
-def _check_first_step(
-    student: Student,
-    learning: Learning,
-    train: tuple[Tensor, Tensor],
-    batch_size: int,
-    precision: Precision,
-) -> None:
-    """Refuse to train on wrong gradients; see `check_gradients`. It changes nothing."""
-    images, y = (part[:batch_size] for part in train)
-    x = (images.float() / 255).contiguous(memory_format=torch.channels_last)
-
-    def loss(model: Student, x: Tensor, y: Tensor) -> Tensor:
-        generators = torch.Generator(x.device).manual_seed(0), torch.Generator().manual_seed(0)
-        step = Step(model, learning.teachers, x, y, 0.0, *generators)
-        return learning.objective(step, learning.perturbation(step))["loss"]
-
-    check_gradients(student, x, y, loss, precision)
 
 
 def _new_student(parts: Mapping[str, Any], images: Mapping[str, Any]) -> Student:
