@@ -55,7 +55,7 @@ def code_digest(script: str | os.PathLike[str], **chosen: Collection[str]) -> st
     Raises:
         KeyError: something chosen does not exist.
     """
-    root, walk = _Module(Path(script)), _Walk(chosen)
+    root, walk = _Module(Path(script).read_text(encoding="utf-8")), _Walk(chosen)
     walk.follow(root, root.tree.body)
     walk.reached["", ""] = ast.dump(root.tree)
     text = "\n".join(f"{key}{walk.reached[key]}" for key in sorted(walk.reached))
@@ -72,7 +72,8 @@ class _Walk:
 
     def module(self, name: str) -> "_Module":
         if name not in self.modules:
-            self.modules[name] = _Module(_path(name))
+            path = _path(name)
+            self.modules[name] = _module(path, path.read_text(encoding="utf-8"))
         return self.modules[name]
 
     def follow(self, owner: "_Module", nodes: list[ast.AST]) -> None:
@@ -115,7 +116,7 @@ class _Walk:
         if symbol in self.chosen:
             entries = _entries(nodes)
             nodes = [entries[key] for key in sorted(self.chosen[symbol])]
-        self.reached[name, symbol] = "\n".join(map(ast.dump, nodes))
+        self.reached[name, symbol] = "\n".join(map(_dump, nodes))
         self.follow(owner, nodes)
         for used in _names(nodes) & owner.definitions.keys():
             self.reach(name, used)
@@ -139,8 +140,8 @@ def _entries(nodes: list[ast.AST]) -> dict[str, ast.AST]:
 class _Module:
     """The parsed top level of a file: its definitions and its imports from this package."""
 
-    def __init__(self, path: Path):
-        self.tree = _parse(path.read_text(encoding="utf-8"))
+    def __init__(self, text: str):
+        self.tree = _parse(text)
         self.definitions: dict[str, list[ast.AST]] = {}
         self.imports: dict[str, tuple[str, str | None]] = {}
         for node in self.tree.body:
@@ -158,14 +159,29 @@ class _Module:
                     )
 
 
+# What follows is asked of the same code for every script that reaches it.
+
+
+@cache
+def _module(path: Path, text: str) -> _Module:
+    return _Module(text)
+
+
+_dump = cache(ast.dump)
+
+
 def _names(nodes: list[ast.AST]) -> set[str]:
     """Every name that code mentions, alone or after a dot."""
-    parts = [part for node in nodes for part in ast.walk(node)]
-    return {
+    return set().union(*map(_names_in, nodes))
+
+
+@cache
+def _names_in(node: ast.AST) -> frozenset[str]:
+    return frozenset(
         part.id if isinstance(part, ast.Name) else part.attr
-        for part in parts
+        for part in ast.walk(node)
         if isinstance(part, ast.Name | ast.Attribute)
-    }
+    )
 
 
 def _defined_names(node: ast.stmt) -> list[str]:
@@ -183,7 +199,7 @@ def _defined_names(node: ast.stmt) -> list[str]:
     return [part.id for t in targets for part in ast.walk(t) if isinstance(part, ast.Name)]
 
 
-@cache  # once, not for each script anew
+@cache
 def _parse(text: str) -> ast.Module:
     """Code without strings that stand alone: docstrings of modules, functions, constants."""
     tree = ast.parse(text)
