@@ -8,6 +8,10 @@ ACCENTS |= {"\u030b": "H", "\u030c": "v", "\u0327": "c"}
 """Commands of accents, by the combining character."""
 
 
+UNICODE_ENGINE = r"\ifdefined\Umathcode"
+"""XeTeX and LuaTeX have this command; pdfTeX skips what follows unread."""
+
+
 def _commands(characters: str, commands: str, form: str) -> dict[str, str]:
     return {
         character: form.format(command)
@@ -63,5 +67,4 @@ def _character(one: str) -> str:
     letter, *marks = unicodedata.normalize("NFD", one)
     if len(marks) == 1 and letter.isascii() and marks[0] in ACCENTS:
         return rf"\{ACCENTS[marks[0]]}{{{letter}}}"
-    # Only XeTeX and LuaTeX have this command; pdfTeX skips the letter unread.
-    return rf"\ifdefined\Umathcode {one}\else U+{ord(one):04X}\fi{{}}"
+    return rf"{UNICODE_ENGINE} {one}\else U+{ord(one):04X}\fi{{}}"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from ensdistill.latex import latex
+from ensdistill.latex import UNICODE_ENGINE, latex
 from ensdistill.markup import html_page, markdown, markdown_table, number, unbroken
 from ensdistill.metrics import METRICS
 
@@ -150,6 +150,12 @@ def to_markdown(summary: pd.DataFrame) -> str:
     return f"{markdown_table(lines)}\n\n{legend.rstrip()}\n"
 
 
+FOR_OTHER_ENGINES = (
+    "% pdfLaTeX has no command for some letters and shows their code points (U+...): "
+    "use XeLaTeX or LuaLaTeX, and a font that has them."
+)
+
+
 def to_latex(summary: pd.DataFrame) -> str:
     r"""A `tabular` for the booktabs package; best student bold, second best underlined."""
 
@@ -172,6 +178,7 @@ def to_latex(summary: pd.DataFrame) -> str:
     return "\n".join(
         [
             f"% {latex(LEGEND)}",
+            *([FOR_OTHER_ENGINES] if UNICODE_ENGINE in "".join([*body, source]) else []),
             rf"\begin{{tabular}}{{l{'r' * (columns - 1)}}}",
             r"\toprule",
             line([latex(title).replace("T{*}", "$T^*$") for title in _titles()]),

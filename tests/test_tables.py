@@ -233,6 +233,9 @@ def test_a_table_of_any_labels_compiles(scores, tmp_path):
 
 def test_the_latex_table_is_ascii_whatever_its_own_words_are(beside):
     assert tables.to_latex(beside).isascii()
+    assert tables.FOR_OTHER_ENGINES not in tables.to_latex(beside)
+    chinese = tables.to_latex(beside.replace({"system": {"A": "漢"}}))
+    assert chinese.splitlines()[1] == tables.FOR_OTHER_ENGINES
 
 
 def claims_of(*rows):
