@@ -79,18 +79,3 @@ for result in RESULTS.values():
             code=code("figure", reports=(f"{result.name}.draw",), **result.chosen),
         script:
             "../workflow_scripts/figure.py"
-
-
-def reported(study):
-    """The files of a study for the report that exist, with all that Snakemake then looks for."""
-    table = ["tables/results.csv", "tables/results.html"]
-    needed = {name: table for name in table} | {"claims.html": ["claims.html"]}
-    for name in FIGURES:
-        figure = f"figures/{name}.png"
-        of_table = "tables/results.csv" in RESULTS[name].drawn_from
-        needed[figure] = [figure, *(table if of_table else [])]
-    return [
-        f"results/{study}/{name}"
-        for name, files in needed.items()
-        if all(os.path.exists(f"results/{study}/{file}") for file in files)
-    ]

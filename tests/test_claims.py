@@ -26,7 +26,7 @@ LABELS = {
 SPREAD = {"be": 1.4, "kd_single": 1.5, "kd": 0.85, "kd_gaussian": 0.85, "kd_ods": 0.3}
 SPREAD["kd_conf_ods"] = 0.6
 """Of a student's error; that of a teacher is 1.2 for each member on its own."""
-SEEDS = {name: 2 if name == "kd" else 3 for name in LABELS}
+SEEDS = dict.fromkeys(LABELS, 3)
 
 
 class World:
