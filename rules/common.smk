@@ -2,6 +2,7 @@ import math
 import os
 import re
 from functools import cache
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
@@ -144,8 +145,8 @@ def judging_code(script, **chosen):
 
 def method_of(wildcards):
     """The method of a job's student; None for a teacher."""
-    role, _, rest = wildcards.get("network", "").partition("/")
-    return rest.partition("/")[0] if role == "students" else wildcards.get("method")
+    role, *rest = Path(wildcards.get("network", ".")).parts or [""]
+    return rest[0] if role == "students" else wildcards.get("method")
 
 
 def archives_of(source):

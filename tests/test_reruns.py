@@ -273,7 +273,7 @@ ROWS = {
         NOTHING,
     ),
     "how networks are trained": (
-        code("ensdistill/training.py", "peaks = [", "peaks = [1.0 * "),
+        code("ensdistill/training.py", "= factor * peak", "= 1.0 * factor * peak"),
         TRAINING,
     ),
     "how intervals are computed": (
@@ -323,6 +323,7 @@ WITHOUT = [row for row, (_, reruns) in ROWS.items() if reruns == NOTHING]
 MACHINE = ["--sdm", "conda", "--set-threads", "student=2", "--set-resources", "student:gpu=2"]
 
 
+OF_ODS_ALONE = {"transferred", "transfer", "directions", "figure_transfer"}
 ENTRIES = {  # what is changed, and what learns by it
     "labels": (
         code("ensdistill/objectives.py", "loss = member_", "loss = 1.0 * member_"),
@@ -330,7 +331,7 @@ ENTRIES = {  # what is changed, and what learns by it
     ),
     "conf_ods": (
         code("ensdistill/perturbations.py", "epsilon * probs.amax", "epsilon / probs.amax"),
-        of_method("kd_conf_ods") | OF_STUDENTS | OF_TEACHERS,
+        of_method("kd_conf_ods") | OF_STUDENTS | (OF_TEACHERS - OF_ODS_ALONE),
     ),
     "one_to_one": (
         code("ensdistill/objectives.py", "lambda probs: probs,", "lambda probs: 1.0 * probs,"),
