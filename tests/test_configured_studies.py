@@ -17,7 +17,7 @@ from tests.project import FIGURES, REPOSITORY, Project
 
 STUDIES = read_configuration(yaml.safe_load(Path(REPOSITORY, "config.yaml").read_text())).studies
 SHAPES = {  # channels, side, classes, parameters of a teacher
-    "digits": (1, 8, 10, 75_002),
+    "digits": (1, 8, 10, 19_074),
     "cifar10_small": (3, 32, 10, 75_290),
     "cifar10_resnet32": (3, 32, 10, 464_154),
     "cifar100_wrn28x10": (3, 32, 100, 36_536_884),
