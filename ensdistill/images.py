@@ -52,24 +52,7 @@ def write_images(
         InputError: the source is unusable or too small.
     """
     data = read_source(source, seed=seed, test=test, **options)
-    images, labels = data.train
-    count, classes = len(labels), len(data.classes)
-    if validation + (train or classes) > count:
-        wanted = f"{validation} for validation and {train or classes} for training"
-        raise InputError(f"source {source!r} has {count} training images, fewer than {wanted}")
-    if data.official_validation:
-        held_out = np.arange(count) >= count - validation
-    else:
-        held_out = stratified(labels, validation, seed, "validation", data.classes)
-    splits = {"val": (images[held_out], labels[held_out])}
-    images, labels = images[~held_out], labels[~held_out]
-    splits["train"] = _subset(images, labels, train, seed, "train", data.classes)
-    splits["test"] = _subset(*data.test, test, seed, "test", data.classes)
-    train_images, train_labels = splits["train"]
-    absent = set(range(classes)) - set(train_labels.tolist())
-    if absent:
-        name = data.classes[min(absent)]
-        raise InputError(f"source {source!r}: no training image of class {name!r} is left")
+    splits = _split(data, source, train, validation, test, seed)
     arrays = {
         f"{split}/{name}": array
         for split, pair in splits.items()
@@ -84,10 +67,34 @@ def write_images(
             "sha256": data.sha256,
             **({"files": data.files} if data.files else {}),
             "classes": data.classes,
-            **_mean_and_std(train_images),
+            **_mean_and_std(splits["train"][0]),
         },
     )
     return data.sha256
+
+
+def _split(
+    data: Dataset, source: str, train: int | None, validation: int, test: int | None, seed: int
+) -> dict[str, Split]:
+    """Images and labels by split; arguments and errors as of `write_images`."""
+    images, labels = data.train
+    count, classes = len(labels), len(data.classes)
+    if validation + (train or classes) > count:
+        wanted = f"{validation} for validation and {train or classes} for training"
+        raise InputError(f"source {source!r} has {count} training images, fewer than {wanted}")
+    if data.official_validation:
+        held_out = np.arange(count) >= count - validation
+    else:
+        held_out = stratified(labels, validation, seed, "validation", data.classes)
+    splits = {"val": (images[held_out], labels[held_out])}
+    images, labels = images[~held_out], labels[~held_out]
+    splits["train"] = _subset(images, labels, train, seed, "train", data.classes)
+    splits["test"] = _subset(*data.test, test, seed, "test", data.classes)
+    absent = set(range(classes)) - set(splits["train"][1].tolist())
+    if absent:
+        name = data.classes[min(absent)]
+        raise InputError(f"source {source!r}: no training image of class {name!r} is left")
+    return splits
 
 
 def read_images(path: str | os.PathLike[str], split: str) -> Split:

@@ -134,11 +134,10 @@ def fit(
 ) -> tuple[Student, list[dict[str, float]]]:
     """Train a student in place with SGD.
 
-    Of epochs with equal validation accuracy the latest is kept: it has trained longest.
-
-    With a state, training goes on from where that was saved, and ends, on a CPU, with the same
-    bits as if it had never stopped. It is saved every `SAVE_EVERY` seconds, after the step during
-    which SIGTERM or SIGINT came, and at the end.
+    Of epochs with equal validation accuracy the latest is kept: it has trained longest. With a
+    state, training goes on from where that was saved, and ends, on a CPU, with the same bits as if
+    it had never stopped. It is saved every `SAVE_EVERY` seconds, after the step during which
+    SIGTERM or SIGINT came, and at the end.
 
     Args:
         student: to be trained, on the device of the images.
@@ -151,8 +150,8 @@ def fit(
 
     Returns:
         The student's predictor with the weights of its best validation; and one row per epoch:
-        learning rate, mean loss and its parts, accuracy on the training batches [%], seconds, and
-        where validated val_accuracy [%] and val_nll [nats].
+        learning rate, mean loss and its parts, accuracy on the training batches [%], seconds;
+        where validated val_accuracy [%], val_nll [nats].
 
     Raises:
         InputError: the loss is not finite; the message names step and learning rate.
@@ -166,9 +165,8 @@ def fit(
         run.load_state_dict(saved)
     with deferred_interrupts() as interrupted:
         keep = _Keeper(state, run, interrupted)
-        remaining = range(run.epoch, recipe.epochs + 1)
         # disable=None: a bar on a terminal, plain lines in a log.
-        for epoch in tqdm(remaining, unit="epoch", leave=False, disable=None):
+        for epoch in tqdm(range(run.epoch, recipe.epochs + 1), "epoch", leave=False, disable=None):
             rate = run.set_learning_rate(recipe)
             _train_epoch(run, learning, batches, seed, (epoch - 1) / recipe.epochs, precision, keep)
             row = _summary(run, len(batches), rate)
@@ -292,8 +290,7 @@ def train_student(
     the fingerprint is the same. The caller removes that file once the weights are safe.
 
     Args:
-        images: path of images.h5.
-        weights, history: paths to write; the history is a CSV with one row per epoch.
+        images, weights, history: paths; the history is a CSV with one row per epoch.
         teachers: weights files.
         seed: of initialisation, data order, augmentation and perturbations.
         parts: what is trained how, as `studies.Study.parts` returns it.
@@ -310,10 +307,6 @@ def train_student(
     torch.manual_seed(seed)
     student = _new_student(parts, read_description(images)).to(device)
     networks = [fold_batch_norms(load_student(path, device).network) for path in teachers]
-    train, validation = (
-        tuple(torch.from_numpy(array).to(device) for array in read_images(images, split))
-        for split in ("train", "val")
-    )
     settings = {**augmentation, "seed": seed, "precision": precision}
     made = attributes(
         **origin,
@@ -330,12 +323,20 @@ def train_student(
     state = TrainingState(Path(weights).parent / "state.pt", same["digest"])
     with state.exclusive():
         taught = learning(networks, parts["objective"], parts["perturbation"])
+        train = _tensors(images, "train", device)
         check_first_step(student, taught, train, recipe["batch_size"], precision)
-        predictor, rows = fit(
-            student, taught, train, validation, Recipe(**recipe), state=state, **settings
-        )
+        splits = train, _tensors(images, "val", device)
+        predictor, rows = fit(student, taught, *splits, Recipe(**recipe), state=state, **settings)
         write_csv(history, pd.DataFrame(rows))
         save_student(weights, predictor, made)
+
+
+def _tensors(
+    images: str | os.PathLike[str], split: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Images uint8 and labels int64 of one split of images.h5, on a device."""
+    pixels, labels = map(torch.from_numpy, read_images(images, split))
+    return pixels.to(device), labels.to(device)
 
 
 def _new_student(parts: Mapping[str, Any], images: Mapping[str, Any]) -> Student:
