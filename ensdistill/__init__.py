@@ -29,4 +29,8 @@ class DamagedFile(InputError):
 
     def __init__(self, path: str | os.PathLike[str], reason: str):
         super().__init__(f"{path}: {reason}")
-        self.path = path
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple[type, tuple[str | os.PathLike[str], str]]:
+        """As other processes of a pool get it."""
+        return type(self), (self.path, self.reason)

@@ -3,6 +3,7 @@ import fcntl
 import io
 import json
 import os
+import pickle
 import re
 import resource
 import stat
@@ -437,3 +438,9 @@ def test_a_file_that_is_being_written_is_not_set_aside(tmp_path):
     assert path.read_bytes() == b"halfwhole"
     assert set_aside(path)
     assert [it.name for it in tmp_path.iterdir()] == ["x.h5.damaged"]
+
+
+def test_a_damaged_file_is_told_by_other_processes_too():
+    error = DamagedFile("results/images.h5", "cut")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.path) == (str(error), error.path)
