@@ -58,7 +58,11 @@ def untrained(changed):
 
 def remove(project, name):
     """Delete a result, and what the same job makes, which Snakemake removes when that fails."""
-    made = {name, name.replace("weights.safetensors", "history.csv")}
+    made = {
+        name,
+        name.replace("weights.safetensors", "history.csv"),
+        name.replace(".png", ".pdf"),
+    }
     if name.startswith("logits/"):
         made |= {
             name.replace("shifted/", ""),

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from ensdistill.logits import read_attributes, read_logits
 
 from ensdistill import InputError
 from ensdistill.files import write_hdf5
 from ensdistill.images import read_images
+from ensdistill.predictions import read_attributes, read_prediction
 from ensdistill.students import build_student, predict
 from ensdistill.studies import Study
 from ensdistill.training import train_student
@@ -280,10 +280,10 @@ def test_logits_name_the_precision_of_their_own_step_and_the_weights_they_are_of
     assert (known["precision"], known["weights"]) == ("fp32", header["digest"])
     assert read_attributes(made.shifted) == known
     images, labels = read_images(files.images, "test")
-    logits, stored_labels = read_logits(made.images, "test")
+    prediction, stored_labels = read_prediction(made.images, "test")
     with torch.no_grad():
         expected = load_student(weights)(torch.from_numpy(images) / 255).transpose(0, 1)
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(prediction.logits, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(stored_labels, labels)
 
 
