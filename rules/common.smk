@@ -182,7 +182,7 @@ def official_corruptions(wildcards):
     study = STUDIES[wildcards.study]
     if study.corruptions.source != "official":
         return []
-    return f"results/downloads/{OFFICIAL_CORRUPTIONS[study.images.source]}"
+    return [f"results/downloads/{OFFICIAL_CORRUPTIONS[study.images.source]}"]
 
 
 def shift(wildcards):
