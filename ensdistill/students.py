@@ -47,12 +47,19 @@ class Student(nn.Module):
                 f"images must be floating point in [0, 1], not {x.dtype}: convert them, as in "
                 "x.float() / 255"
             )
-        logits = self.member_logits(x if x.ndim == 5 else x.expand(self.members, *x.shape))
+        logits = self.member_logits(x)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def member_logits(self, x: Tensor) -> Tensor:
-        """Images of each member (M, B, C, H, W) → (M, B, K), in the precision of the network."""
+        """Images as of `forward` → logits (M, B, K), in the precision of the network."""
         raise NotImplementedError
+
+    def of_each(self, x: Tensor) -> Tensor:
+        """Images of each member (M, B, C, H, W): its own, or the same for all."""
+        return x if x.ndim == 5 else x.expand(self.members, *x.shape)
+
+    def set_progress(self, progress: float) -> None:
+        """Told before each epoch which share of the training is done, 0 … 1."""
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups of parameters for the optimiser, each with `lr` and `weight_decay`."""
@@ -73,7 +80,7 @@ class Single(Student):
         self.members = 1
 
     def member_logits(self, x: Tensor) -> Tensor:
-        return self.network(x[0])[None]
+        return self.network(x[0] if x.ndim == 5 else x)[None]
 
 
 class BatchEnsemble(Student):
@@ -88,6 +95,7 @@ class BatchEnsemble(Student):
         self.members = members
 
     def member_logits(self, x: Tensor) -> Tensor:
+        x = self.of_each(x)
         return self.network(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -223,6 +223,7 @@ def _train_epoch(
     """The steps of an epoch that are not done yet."""
     started = time.perf_counter() - run.seconds
     run.student.train()
+    run.student.set_progress(progress)
     generator, host = torch.Generator(batches.labels.device), torch.Generator()
     generator.manual_seed(*seeds(seed, run.epoch, 0, 1))
     done = run.steps
