@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ensdistill.architectures import parse_architecture
 from ensdistill.batch_ensemble import BatchEnsembleConv2d, BatchEnsembleLinear, subsample
-from ensdistill.methods import parse_architecture
 
 Layer = Callable[..., nn.Module]
 

@@ -61,6 +61,10 @@ class Student(nn.Module):
     def set_progress(self, progress: float) -> None:
         """Told before each epoch which share of the training is done, 0 … 1."""
 
+    def start_from(self, backbone: "Student") -> None:
+        """Take over what another student has learnt; only some kinds begin so."""
+        raise NotImplementedError
+
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups of parameters for the optimiser, each with `lr` and `weight_decay`."""
         parameters = list(self.parameters())
@@ -110,7 +114,7 @@ class BatchEnsemble(Student):
 
 
 STUDENTS: dict[str, type[Student]] = {"single": Single, "batch_ensemble": BatchEnsemble}
-"""By the names that config.yaml uses; their options and traits are in methods.py."""
+"""By the names that config.yaml uses; their options and traits are in options.py."""
 
 
 def build_student(
@@ -147,6 +151,8 @@ class Step:
     """Of random numbers on the device of x."""
     host: torch.Generator
     """Of random numbers on the CPU, for what the host must know: asking a GPU would stop it."""
+    held_out: Tensor | None = None
+    """Images (·, C, H, W) in [0, 1] that no network is trained on, where there are some."""
 
 
 def teacher_logits(teachers: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -154,10 +160,12 @@ def teacher_logits(teachers: Sequence[nn.Module], x: Tensor) -> Tensor:
 
     Args:
         teachers: networks that map (B, C, H, W) to (B, K).
-        x: images in [0, 1].
+        x: images in [0, 1]; with (M, B, C, H, W) each teacher sees its own.
     """
     with torch.no_grad():
-        logits = torch.stack([teacher(x) for teacher in teachers])
+        own = x if x.ndim == 5 else [x] * len(teachers)
+        answers = [teacher(images) for teacher, images in zip(teachers, own, strict=True)]
+        logits = torch.stack(answers)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

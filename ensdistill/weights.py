@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ensdistill import InputError
+from ensdistill.architectures import parse_architecture
 from ensdistill.files import atomic, reading
-from ensdistill.methods import parse_architecture
 from ensdistill.students import Student, build_student
 
 

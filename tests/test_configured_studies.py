@@ -9,7 +9,7 @@ import yaml
 
 from ensdistill.downloads import SOURCES
 from ensdistill.learning import learning
-from ensdistill.methods import Recipe
+from ensdistill.recipes import Recipe
 from ensdistill.students import build_student, count_parameters
 from ensdistill.studies import read_configuration
 from ensdistill.training import fit

@@ -1,4 +1,4 @@
-"""What methods.py says of each part of a method agrees with what is computed under its name."""
+"""What options.py says of each part of a method agrees with what is computed under its name."""
 
 import inspect
 

@@ -14,7 +14,7 @@ import torch
 from ensdistill import InputError, files, training
 from ensdistill.jobs import Interrupted, fingerprint
 from ensdistill.learning import Learning, learning
-from ensdistill.methods import Recipe
+from ensdistill.recipes import Recipe
 from ensdistill.state import TrainingState
 from ensdistill.students import build_student
 from ensdistill.training import fit

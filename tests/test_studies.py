@@ -9,7 +9,9 @@ import yaml
 from pydantic import ValidationError
 
 from ensdistill import InputError
-from ensdistill.methods import OLD_KEYS, Recipe, parse_architecture
+from ensdistill.architectures import parse_architecture
+from ensdistill.methods import OLD_KEYS
+from ensdistill.recipes import Recipe
 from ensdistill.studies import Configuration, Study, read_configuration
 
 ROOT = Path(__file__).parent.parent
