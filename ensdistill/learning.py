@@ -11,10 +11,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ensdistill.batches import TrainingBatches
+from ensdistill.metrics import ensemble_probs
 from ensdistill.numerics import Precision, autocast, check_gradients
 from ensdistill.objectives import OBJECTIVES, Parts
 from ensdistill.perturbations import PERTURBATIONS
-from ensdistill.predictions import Mixture, Prediction
 from ensdistill.students import Step, Student
 
 SMALLEST_FACTOR = 0.01
@@ -33,8 +33,8 @@ class Learning:
     """An entry of `OBJECTIVES` with its options."""
     perturbation: Callable[[Step], Tensor]
     """An entry of `PERTURBATIONS` with its options."""
-    prediction: Callable[[ArrayLike], Prediction] = Mixture
-    """What the student's logits (N, M, K) mean."""
+    probs: Callable[[ArrayLike], ArrayLike] = ensemble_probs
+    """Of the student's logits (N, M, K), by which it is validated; (N, K)."""
     single_pass: bool = False
     """Whether labels teach at the perturbed images too."""
     held_out: TrainingBatches | None = None

@@ -26,6 +26,9 @@ FLOW = "a student that learns a flow over logits"
 class StudentOptions(Section):
     """Traits of a student, and options that every one has."""
 
+    name: str
+    """Chooses the student."""
+
     offers: ClassVar[frozenset[str]]
     """Which needs of objectives it meets."""
     own_objective: ClassVar[str]
@@ -184,6 +187,9 @@ class FlowMatching(SampledOptions):
 class ObjectiveOptions(Section):
     """The traits of an objective."""
 
+    name: str
+    """Chooses the objective."""
+
     needs: ClassVar[str] = LOGITS
     """What it needs of a student."""
     needs_teachers: ClassVar[bool] = True
@@ -293,6 +299,9 @@ class FlowMatchingLoss(ObjectiveOptions):
 
 class PerturbationOptions(Section):
     """The traits of a perturbation."""
+
+    name: str
+    """Chooses the perturbation."""
 
     moves: ClassVar[bool] = True
     """Whether x_distill is not x."""

@@ -75,16 +75,24 @@ def _ods(
 
     w (n, B, K) is drawn for each network unless given.
     """
-    inputs, logits = _answers(networks, x)
-    probs = (torch.stack([it.detach().to(x.dtype) for it in logits]) / temperature).softmax(-1)
-    if w is None:
-        w = torch.empty_like(probs).uniform_(-1, 1, generator=generator)
-    # g = Jᵀv, v = p∘(w − wᵀp)/τ. Only its direction counts, so v may be shifted and scaled:
-    # w relative to the top class survives p ≈ one-hot, max|v| = 1 survives bfloat16.
-    w = w - w.gather(-1, probs.argmax(-1, keepdim=True))
-    v = probs * (w - (probs * w).sum(-1, keepdim=True))
-    v = v / _largest(v, (-1,))
-    return _unit(torch.autograd.grad(logits, inputs, [*v.to(logits[0].dtype)])), probs
+    # One network after the other: graphs of several at once were measured to be slower on a CPU,
+    # where they do not fit the caches.
+    gradients, every = [], []
+    for index, network in enumerate(networks):
+        leaf, logits = _answer(network, x)
+        probs = (logits.detach().to(x.dtype) / temperature).softmax(1)
+        if w is None:
+            own = torch.empty_like(probs).uniform_(-1, 1, generator=generator)
+        else:
+            own = w[index]
+        # g = Jᵀv, v = p∘(w − wᵀp)/τ. Only its direction counts, so v may be shifted and scaled:
+        # w relative to the top class survives p ≈ one-hot, max|v| = 1 survives bfloat16.
+        own = own - own.gather(1, probs.argmax(1, keepdim=True))
+        v = probs * (own - (probs * own).sum(1, keepdim=True))
+        v = v / _largest(v, (1,))
+        gradients += torch.autograd.grad(logits, leaf, v.to(logits.dtype))
+        every.append(probs)
+    return _unit(gradients), torch.stack(every)
 
 
 def tdiv_sdiv_direction(
@@ -110,25 +118,26 @@ def tdiv_sdiv_direction(
     first, second = pair
     with torch.no_grad():
         others = [teachers[second](x)]
-    inputs, logits = _answers([teachers[first]], x)
+    leaf, answer = _answer(teachers[first], x)
+    logits = [answer]
     if student is not None:
         was_training = student.training
         student.eval()
         with torch.enable_grad():
-            own = student(inputs[0])
+            own = student(leaf)
         student.train(was_training)
         logits, others = [*logits, own[first]], [*others, own[second]]
     v = torch.stack([_surplus(i, j, x.dtype) for i, j in zip(logits, others, strict=True)])
     v = v / _largest(v, (0, -1))
     signed = [sign * it.to(z.dtype) for sign, it, z in zip((1, -1), v, logits, strict=False)]
-    return _unit(torch.autograd.grad(logits, inputs, signed))[0]
+    return _unit(torch.autograd.grad(logits, leaf, signed))[0]
 
 
-def _answers(networks: Sequence[nn.Module], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """For each network the images, as a leaf of its own, and its logits there, with a graph."""
+def _answer(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The images as a leaf, and a network's logits there, with a graph."""
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for _ in networks]
-        return inputs, [network(it) for network, it in zip(networks, inputs, strict=True)]
+        leaf = x.detach().requires_grad_()
+        return leaf, network(leaf)
 
 
 def _surplus(logits: Tensor, others: Tensor, dtype: torch.dtype) -> Tensor:

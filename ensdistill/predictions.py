@@ -7,7 +7,7 @@ float32 (N, M, K) and `labels` int64 (N,), and attributes that say what made it.
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -94,6 +94,18 @@ class Mixture(Prediction):
 
 PREDICTIONS: dict[str, type[Prediction]] = {"mixture": Mixture}
 """What stored logits can mean, by the name that their file gives."""
+
+
+PROBS: dict[str, Callable[[ArrayLike, Mapping[str, Any]], Array]] = {
+    "mixture": lambda logits, attributes: metrics.ensemble_probs(logits),
+    "dirichlet": lambda logits, attributes: metrics.dirichlet_probs(
+        logits, attributes["concentration_offset"]
+    ),
+}
+"""Their p̄ alone, of logits (N, M, K) and a file's attributes: what training validates by.
+
+Apart from the classes, so that networks need no training anew if an uncertainty changes.
+"""
 
 
 def read_prediction(path: str | os.PathLike[str], split: str) -> tuple[Prediction, Labels]:

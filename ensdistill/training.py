@@ -33,7 +33,7 @@ from ensdistill.learning import (
 from ensdistill.metrics import accuracy, nll
 from ensdistill.networks import fold_batch_norms
 from ensdistill.numerics import Precision, choose_precision, set_float32
-from ensdistill.predictions import PREDICTIONS
+from ensdistill.predictions import PROBS
 from ensdistill.recipes import Recipe
 from ensdistill.state import TrainingState
 from ensdistill.students import Step, Student, build_student, count_parameters, predict
@@ -268,7 +268,7 @@ def _validate(run: Run, validation: tuple[Tensor, Tensor], learning: Learning) -
     """Accuracy [%] and NLL on validation; the best predictor so far is kept."""
     started = time.perf_counter()
     predictor, labels = run.student.predictor(), validation[1].cpu()
-    probs = learning.prediction(predict(predictor, validation[0])).probs()
+    probs = learning.probs(predict(predictor, validation[0]))
     found = {"val_accuracy": accuracy(probs, labels), "val_nll": nll(probs, labels)}
     if found["val_accuracy"] >= run.best_accuracy:
         run.best_accuracy = found["val_accuracy"]
@@ -341,7 +341,7 @@ def train_student(
             networks,
             parts["objective"],
             parts["perturbation"],
-            prediction=partial(PREDICTIONS[parts["prediction"]].stored, attributes=parts),
+            probs=partial(PROBS[parts["prediction"]], attributes=parts),
             single_pass=parts.get("single_pass", False),
             held_out=_held_out(images, device, recipe, augmentation) if held_out else None,
         )

@@ -106,7 +106,7 @@ def training_code(wildcards):
         **entries(parts, study.parts(), *backbone),
         OBJECTIVES=(parts["objective"]["name"],),
         PERTURBATIONS=(parts["perturbation"]["name"],),
-        PREDICTIONS=(parts["prediction"],),
+        PROBS=(parts["prediction"],),
     )
 
 

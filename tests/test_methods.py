@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -15,7 +16,7 @@ from ensdistill.methods import Grid, Method
 from ensdistill.objectives import OBJECTIVES
 from ensdistill.options import MEMBERS
 from ensdistill.perturbations import PERTURBATIONS
-from ensdistill.predictions import PREDICTIONS
+from ensdistill.predictions import PREDICTIONS, PROBS
 from ensdistill.sections import as_section
 from ensdistill.students import STUDENTS, Step, build_student
 from ensdistill.studies import Study
@@ -133,6 +134,9 @@ def test_a_student_meets_the_needs_of_its_own_objective(name):
 def test_an_objective_says_what_logits_mean(name):
     _, parts = method(objective=name)
     assert parts["prediction"] in PREDICTIONS
+    logits = np.random.default_rng(0).normal(size=(5, 1, K))
+    probs = PREDICTIONS[parts["prediction"]].stored(logits, parts).probs()
+    np.testing.assert_allclose(PROBS[parts["prediction"]](logits, parts), probs, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
