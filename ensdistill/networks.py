@@ -9,14 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-<<<<<<< HEAD
 from ensdistill.architectures import parse_architecture
-from ensdistill.batch_ensemble import BatchEnsembleConv2d, BatchEnsembleLinear, subsample
-=======
 from ensdistill.batch_ensemble import BatchEnsembleConv2d, batch_ensemble_layers, subsample
 from ensdistill.layers import Layers, plain_layers
-from ensdistill.methods import parse_architecture
->>>>>>> 49d7123f16cb4f86b864cfd933b2691b4d64b059
 
 
 class Normalize(nn.Module):
