@@ -68,7 +68,11 @@ def learning(
 
 
 def train_step(
-    step: Step, learning: Learning, optimizer: torch.optim.Optimizer, precision: Precision
+    step: Step,
+    learning: Learning,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    clip_norm: float | None = None,
 ) -> Parts:
     """One update of a student in training mode.
 
@@ -77,6 +81,7 @@ def train_step(
         learning: from whom, what, and where the teachers are asked.
         precision: float32, or bfloat16 autocast of both passes.
         optimizer: of the student's parameters.
+        clip_norm: largest norm of all gradients together; None for any.
 
     Returns:
         What the history keeps, still on the device: the loss and its parts, and the accuracy [%].
@@ -85,6 +90,8 @@ def train_step(
         parts = learning.parts(step)
     optimizer.zero_grad()
     parts["loss"].backward()
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(step.student.parameters(), clip_norm)
     optimizer.step()
     return {name: value.detach() for name, value in parts.items()}
 

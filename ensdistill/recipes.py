@@ -22,6 +22,8 @@ class Recipe(Section):
     """Whether the momentum is Nesterov's."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     """Weight decay; none on the BatchEnsemble factors r and s."""
+    clip_norm: Positive | None = None
+    """Largest norm of a step's gradients, all together; longer ones are scaled down to it."""
     schedule: Literal["warmup_linear", "cosine"] = "warmup_linear"
     """`warmup_linear`: 1 until half of the epochs, linearly to 0.01 at 90 %, then 0.01;
     `cosine`: half a cosine to 0. Both after the warm-up."""

@@ -169,7 +169,7 @@ def fit(
         # disable=None: a bar on a terminal, plain lines in a log.
         for epoch in tqdm(range(run.epoch, recipe.epochs + 1), "epoch", leave=False, disable=None):
             rate = run.set_learning_rate(recipe)
-            _train_epoch(run, learning, batches, seed, (epoch - 1) / recipe.epochs, precision, keep)
+            _train_epoch(run, learning, batches, recipe, seed, precision, keep)
             row = _summary(run, len(batches), rate)
             if is_validated(epoch, recipe.epochs, recipe.validate_every):
                 row |= _validate(run, validation, learning)
@@ -185,7 +185,12 @@ def fit(
 def _optimizer(student: Student, recipe: Recipe) -> torch.optim.Optimizer:
     groups = student.parameter_groups(recipe.learning_rate, recipe.weight_decay)
     momentum = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-    return torch.optim.SGD(groups, **momentum, fused=True)
+    optimizer = torch.optim.SGD(groups, **momentum, fused=True)
+    if recipe.momentum:
+        # PyTorch cannot step where only some parameters have had gradients before.
+        for parameter in student.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _log_sizes(student: Student, images: Tensor, batches: TrainingBatches) -> None:
@@ -222,12 +227,13 @@ def _train_epoch(
     run: Run,
     learning: Learning,
     batches: TrainingBatches,
+    recipe: Recipe,
     seed: int,
-    progress: float,
     precision: Precision,
     keep: _Keeper,
 ) -> None:
     """The steps of an epoch that are not done yet."""
+    progress = (run.epoch - 1) / recipe.epochs
     started = time.perf_counter() - run.seconds
     run.student.train()
     run.student.set_progress(progress)
@@ -240,7 +246,8 @@ def _train_epoch(
         for draws, its_seed in zip((generator, host, torch), own, strict=True):
             draws.manual_seed(its_seed)
         step = Step(run.student, learning.teachers, x, y, progress, generator, host)
-        for name, value in train_step(step, learning, run.optimizer, precision).items():
+        measured = train_step(step, learning, run.optimizer, precision, recipe.clip_norm)
+        for name, value in measured.items():
             run.measured[name].append(value)
         run.seconds = time.perf_counter() - started
         keep.after_step()

@@ -636,7 +636,7 @@ def test_a_methods_recipe_is_the_students_with_its_changes():
 def test_every_setting_of_a_recipe_can_be_a_methods_own():
     changes = {
         "epochs": 9, "batch_size": 3, "learning_rate": 0.5, "momentum": 0.1, "nesterov": True,
-        "weight_decay": 0.2,
+        "weight_decay": 0.2, "clip_norm": 3.0,
         "schedule": "cosine", "warmup_epochs": 2, "validate_every": 4,
     }  # fmt: skip
     assert changes.keys() == Recipe.model_fields.keys()
