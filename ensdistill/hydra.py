@@ -106,6 +106,15 @@ class Hydra(Student):
         if was_alone and not self.alone:
             self.network.copy_first_head()
 
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Heads that wait have a group of their own: PyTorch's fused SGD needs the momentum of all
+        parameters of a group, or of none, and theirs begins when they learn.
+        """
+        learning = [*self.network.body.parameters(), *self.network.heads[0].parameters()]
+        waiting = list(self.network.heads[1:].parameters())
+        settings = {"lr": learning_rate, "weight_decay": weight_decay}
+        return [{"params": group, **settings} for group in (learning, waiting)]
+
     def predictor(self) -> "Hydra":
         if self.alone:  # the other heads have not learnt, and what is stored has all of them
             self.network.copy_first_head()
