@@ -185,12 +185,7 @@ def fit(
 def _optimizer(student: Student, recipe: Recipe) -> torch.optim.Optimizer:
     groups = student.parameter_groups(recipe.learning_rate, recipe.weight_decay)
     momentum = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-    optimizer = torch.optim.SGD(groups, **momentum, fused=True)
-    if recipe.momentum:
-        # PyTorch cannot step where only some parameters have had gradients before.
-        for parameter in student.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+    return torch.optim.SGD(groups, **momentum, fused=True)
 
 
 def _log_sizes(student: Student, images: Tensor, batches: TrainingBatches) -> None:
