@@ -17,7 +17,7 @@ SETTINGS = ["n_bins"]
 def table(ensemble: Sequence[str], students: Students, n_bins: int) -> pd.DataFrame:
     """`diversity_by_confidence` of the teachers and of every method's students, on test images.
 
-    Systems without a diversity, such as single networks, are left out.
+    Systems without a diversity, such as most single networks, are left out.
     """
     tables = []
     for name, replicates in read_systems(ensemble, students, "test").items():
