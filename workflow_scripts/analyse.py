@@ -28,7 +28,6 @@ with job(snakemake):
     made = attributes(
         **{"study": snakemake.wildcards.study, **snakemake.params.distillation, **settings},
         teachers=[read_header(path)["digest"] for path in snakemake.input.weights],
-        sets=sets,
         titles={name: snakemake.params.titles.get(name, name) for name in sets},
         device=device.type,
         precision="fp32",
