@@ -315,7 +315,7 @@ METRICS: dict[str, Metric] = {
         "Diversity",
         lambda it: mean_or_nan(it.prediction.diversity()),
         unit="nats",
-        meaning="pairwise KL between members",
+        meaning="pairwise KL between members, or between draws from a Dirichlet distribution",
     ),
     "entropy": Metric("Entropy", lambda it: entropy(it.probs), unit="nats", in_table=False),
 }

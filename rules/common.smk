@@ -280,6 +280,11 @@ def distillation(wildcards):
     return STUDIES[wildcards.study].distillation.model_dump(include={"eta", "temperature"})
 
 
+def perturbation_titles(wildcards):
+    """What figures call a study's perturbations."""
+    return STUDIES[wildcards.study].perturbation_titles()
+
+
 def eta_sweep(wildcards):
     """Sizes η around the study's own."""
     study = STUDIES[wildcards.study]
