@@ -75,8 +75,12 @@ class BatchEnsemble(Student):
 class LatentBatchEnsemble(BatchEnsemble):
     """A BatchEnsemble in training that predicts as one ordinary network [Nam et al. 2022].
 
-    Its layers are those of latent_batch_ensemble.py; the ordinary network has their mean factors.
-    BATCH_NORM_NOTE
+    Its layers are those of latent_batch_ensemble.py; the ordinary network has their mean factors,
+    and the batch normalisations of training. Statistics of its own change little while members are
+    alike: on digits (ResNet-8, M = 4, rates 0.025 and 0.05, 12 students) they moved its accuracy by
+    at most 0.4 points and its NLL by at most 0.008. At the rate 0.1 a member's factor of the only
+    input channel changed its sign in two of four students: members stayed at 98 % accuracy, the
+    ordinary network fell to 18 %, and statistics of its own would have given 98 %.
     """
 
     FACTORS = ("dr", "ds")

@@ -196,6 +196,7 @@ def test_packed_layers_start_as_those_of_a_narrow_network():
         (16, 4, {}, 8),
         (16, 4, {"widen": 4.0}, 16),
         (16, 3, {"widen": 1.0}, 5),
+        (16, 3, {}, 11),
         (4, 8, {"widen": 1.0}, 1),
         (1, 8, {"widen": 1.0}, 1),
         (16, 4, {"groups": 4}, 8),
