@@ -172,7 +172,8 @@ def transfer_logits(
 def logit_jacobians(student: Student, x: Tensor, *, mean: bool = False) -> Tensor:
     """Jacobians of every member's logits, or of their mean, with respect to the image.
 
-    Vectorised over images, members and classes; classes in chunks that bound the memory.
+    Vectorised over images, members and classes; classes in chunks that bound the memory. A student
+    that takes all images at once, such as MIMO, is given the same one for all its members.
 
     Args:
         student: frozen, in eval mode, so that images do not mix.
@@ -183,24 +184,27 @@ def logit_jacobians(student: Student, x: Tensor, *, mean: bool = False) -> Tenso
     Returns:
         (B, M, K, C·H·W); M = 1 for a single network or the mean.
     """
+    shared = mean or student.mixes_members
     with torch.enable_grad():
-        each = x.expand(1 if mean else student.members, *x.shape).clone().requires_grad_()
-        logits = student(each[0]).mean(0, keepdim=True) if mean else student(each)
-    classes = logits.shape[-1]
-    one_hot = torch.eye(classes, dtype=logits.dtype, device=x.device)
+        each = x.expand(1 if shared else student.members, *x.shape).clone().requires_grad_()
+        logits = student(each[0] if shared else each)
+        logits = logits.mean(0, keepdim=True) if mean else logits
+    # Where a member's logits depend on its own image alone, one vector per class serves all.
+    members, classes = len(logits) if shared else 1, logits.shape[-1]
+    one_hot = torch.eye(members * classes, dtype=logits.dtype, device=x.device)
     chunk = max(1, JACOBIAN_ELEMENTS // each.numel())
     gradients = [
-        # A member's logits on its image depend on nothing else: one vector per class serves all.
         torch.autograd.grad(
             logits,
             each,
-            part[:, None, None].expand(-1, *logits.shape[:2], -1),
+            part.unflatten(1, (members, 1, classes)).expand(-1, *logits.shape[:2], -1),
             retain_graph=True,
             is_grads_batched=True,
         )[0]
         for part in one_hot.split(chunk)
     ]
-    return torch.cat(gradients).flatten(3).permute(2, 1, 0, 3)
+    by_class = torch.cat(gradients).flatten(3).unflatten(0, (members, classes))
+    return by_class.permute(3, 0, 2, 1, 4).flatten(1, 2)
 
 
 def jacobian_distances(

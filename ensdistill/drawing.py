@@ -90,8 +90,8 @@ def are_many(systems: Iterable[str]) -> bool:
 
 
 def family_of(system: str) -> str:
-    """A label up to its first +, where the perturbation begins in labels of a grid."""
-    return system.partition("+")[0]
+    """A label up to its first + or comma, where the perturbation begins in labels of a grid."""
+    return re.split("[+,]", system, maxsplit=1)[0]
 
 
 def styles_of(systems: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -36,6 +36,8 @@ class MIMO(SideBySide):
     see the same image at once. Batches are not repeated, as they are in the paper's §4.2.
     """
 
+    mixes_members = True
+
     def __init__(self, architecture: Mapping[str, Any], members: int):
         super().__init__()
         self.network = build_network(**self.side_by_side(architecture, members))

@@ -17,11 +17,13 @@ class Student(nn.Module):
         network: the module that holds all weights; its state is what a weights file stores.
         members: M.
         spec: the arguments of `build_student` that build it again.
+        mixes_members: whether a member's logits depend on the other members' images too.
     """
 
     network: nn.Module
     members: int
     spec: dict[str, Any]
+    mixes_members: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W), floating point in [0, 1] → logits of every member (M, B, K).

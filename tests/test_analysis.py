@@ -32,10 +32,10 @@ BATCHES = (slice(0, 8), slice(8, 16), slice(16, 22))
 ARCHITECTURE = {"name": "resnet8", "num_classes": K, "in_channels": 1, "width": 4}
 
 
-def student(seed, members=1):
+def student(seed, members=1, kind="batch_ensemble"):
     """A frozen student in eval mode whose batch normalisation is not the identity."""
     torch.manual_seed(seed)
-    made = build_student("batch_ensemble" if members > 1 else "single", ARCHITECTURE, members)
+    made = build_student(kind if members > 1 else "single", ARCHITECTURE, members)
     for module in made.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3)
@@ -206,12 +206,13 @@ def jacobian(student, image):
     )
 
 
+@pytest.mark.parametrize("kind", ["batch_ensemble", "mimo", "packed", "hydra"])
 @pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("elements", [2**22, 700, 1])
-def test_jacobians_equal_one_backward_pass_per_logit(monkeypatch, members, elements):
+def test_jacobians_equal_one_backward_pass_per_logit(monkeypatch, members, elements, kind):
     # 4 images of 64 pixels: with 700 elements two classes at a time (one, for 3 members).
     monkeypatch.setattr(analysis, "JACOBIAN_ELEMENTS", elements)
-    made = student(7, members).double()
+    made = student(7, members, kind).double()
     x = torch.rand(4, 1, 8, 8, dtype=torch.float64)
     expected = torch.stack([jacobian(made, image) for image in x])
     assert expected.abs().amax((0, 2, 3)).min() > 1e-2

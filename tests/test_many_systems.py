@@ -21,7 +21,7 @@ from ensdistill.reports import (
 )
 
 FAMILIES = ["Single", "KD", "LatentBE", "Hydra", "Proxy-EnD²", "EnD²", "DLF", "Packed", "MIMO"]
-WHERE = ["", "+Gaussian", "+ODS", "+ConfODS", "+TDiv–SDiv, one pass"]
+WHERE = ["", "+Gaussian", ", own recipe", "+ConfODS", "+TDiv–SDiv, one pass"]
 METHODS = [f"{family}{where}" for family in FAMILIES for where in WHERE]
 SYSTEMS = ["DE-1", "DE-4", *METHODS]
 RNG = np.random.default_rng(0)

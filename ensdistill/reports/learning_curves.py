@@ -106,7 +106,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     teachers = [count_of([counts.pop(TEACHERS)], "teacher")] if TEACHERS in counts else []
     students = [count_of(counts.values(), "student") + " per method"] if counts else []
     shown = "Mean" if many else "Mean (line) and range (band)"
-    note = " A colour for all whose name begins alike, up to a +." if many else ""
+    note = " A colour for all whose name begins alike, up to a + or a comma." if many else ""
     add_note(figure, f"{shown} of n = {' and '.join(teachers + students)}.{note}")
     return figure
 
