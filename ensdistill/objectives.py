@@ -11,6 +11,14 @@ from torch import Tensor
 from torch.distributions import Dirichlet, kl_divergence
 from torch.nn import functional as F
 
+from ensdistill.flow_matching import NOISE, flow_matching_loss, random_times
+from ensdistill.gaussian_logits import (
+    discrepancy,
+    expected_squares,
+    known_squares,
+    posterior,
+    scaled_loss,
+)
 from ensdistill.students import Step, teacher_logits
 
 Parts = dict[str, Tensor]
@@ -143,12 +151,10 @@ def proxy_dirichlet_loss(
     """
     concentration = (logits.double() / temperature).exp() + 1
     log_probs = (teacher_logits.double() / temperature).log_softmax(-1)
-    mean = log_probs.exp().mean(0)
-    classes = mean.shape[-1]
-    # mean_m KL(p̄ ‖ p_m); each of these tensors has one number per image.
-    divergence = (
-        mean * (mean.clamp_min(torch.finfo(mean.dtype).tiny).log() - log_probs.mean(0))
-    ).sum(-1)
+    log_mean = log_probs.logsumexp(0) - math.log(len(log_probs))
+    mean, classes = log_mean.exp(), log_mean.shape[-1]
+    # mean_m KL(p̄ ‖ p_m); this and all that follows has one number per image.
+    divergence = (mean * (log_mean - log_probs.mean(0))).sum(-1)
     precision = (classes - 1) / (2 * divergence + torch.finfo(torch.float32).eps)
     student = Dirichlet(concentration, validate_args=False)
     if direction == "forward":
@@ -178,8 +184,77 @@ def _of_one(step: Step, x_distill: Tensor, loss: Callable[[Tensor, Tensor], Tens
     """A loss of one network's logits (B, K) and the teachers' (M, B, K), without autocast."""
     logits = step.student(x_distill)
     value = loss(logits[0], teacher_logits(step.teachers, x_distill))
-    accuracy = _accuracy(logits, step.y) if x_distill is step.x else value.new_full((), torch.nan)
-    return {"loss": value, "accuracy": accuracy}
+    return {"loss": value, "accuracy": _accuracy_at(step, x_distill, logits)}
+
+
+FREE_PHASE = 0.1
+"""Share of the training of `gaussian_likelihood` in which every teacher's latents are free."""
+
+
+def gaussian_likelihood(step: Step, x_distill: Tensor) -> Parts:
+    """−log likelihood of the teachers' centred logits at x̃ under `GaussianLogits`, by EM.
+
+    An E-step, and one step of SGD on the M-step's loss per image and class, as `scaled_loss` has
+    it; no labels [Park et al. 2025, arXiv 2510.19290]. In the first tenth of the training Z_i are
+    parameters of the student, and MMD²(Z, N(0, I)) is added with weight 1. Neither that length nor
+    the weight is published; weights from 0 to 100 made no difference on digits.
+    """
+    network = step.student.network
+    mean, loadings = network(x_distill)
+    logits = teacher_logits(step.teachers, x_distill)
+    with torch.autocast(x_distill.device.type, enabled=False):
+        given = logits - logits.mean(-1, keepdim=True) - mean, loadings, network.lower
+        variance = network.log_variance.exp()
+        if step.progress < FREE_PHASE:
+            latents = step.student.latents
+            squares, penalty = known_squares(*given, latents), discrepancy(latents)
+        else:
+            squares, penalty = expected_squares(*given, posterior(*given, variance)), 0.0
+        loss = scaled_loss(squares, variance, mean.numel()) + penalty
+        with torch.no_grad():
+            sampled = network.sample(mean, loadings)
+    return {
+        "loss": loss,
+        "squared_error": squares.detach() / mean.numel(),
+        "variance": variance.detach(),
+        "accuracy": _accuracy_at(step, x_distill, sampled),
+    }
+
+
+def flow_matching(step: Step, x_distill: Tensor) -> Parts:
+    """Squared error of the velocity from noise to the centred logits of a teacher, at x̃.
+
+    L/(16K) with L of `flow_matching_loss`, for `FlowMatching` [Park et al. 2025, ICML]; no labels.
+    Teacher (one for the batch), noise and times are drawn anew in each step. Per class and in units
+    of the noise's variance one learning rate fits every K: the published 10⁻⁴ (K = 10) and 3·10⁻⁴
+    (K = 100) for L are 0.016 and 0.48 here, the published weight decay 3·10⁻⁶ and 3·10⁻⁷.
+
+    `accuracy` is that of the expected logits E[h₁ | x] = v(0, x, 0): one call of v, not 13 S.
+    """
+    network = step.student.network
+    features = network.features(x_distill)
+    index = int(torch.randint(len(step.teachers), (), generator=step.host))
+    (logits,) = teacher_logits([step.teachers[index]], x_distill)
+    with torch.autocast(x_distill.device.type, enabled=False):
+        h1 = logits - logits.mean(-1, keepdim=True)
+        h0 = NOISE * torch.randn(h1.shape, generator=step.generator, device=h1.device)
+        times = random_times(len(h1), step.generator)
+        error = flow_matching_loss(lambda h, t: network.velocity(h, features, t), h0, h1, times)
+        with torch.no_grad():
+            zeros = torch.zeros_like(h1)
+            expected = network.velocity(zeros, features, zeros[:, 0])
+    return {
+        "loss": error / (NOISE**2 * h1.shape[1]),
+        "velocity_error": error.detach(),
+        "accuracy": _accuracy_at(step, x_distill, expected[None]),
+    }
+
+
+def _accuracy_at(step: Step, x_distill: Tensor, logits: Tensor) -> Tensor:
+    """Accuracy [%] at x̃ where that is x; else NaN, as the labels are of x."""
+    if x_distill is step.x:
+        return _accuracy(logits, step.y)
+    return logits.new_full((), torch.nan)
 
 
 OBJECTIVES: dict[str, Callable[..., Parts]] = {
@@ -188,5 +263,7 @@ OBJECTIVES: dict[str, Callable[..., Parts]] = {
     "ensemble_mean": ensemble_mean,
     "dirichlet": dirichlet,
     "proxy_dirichlet": proxy_dirichlet,
+    "gaussian_likelihood": gaussian_likelihood,
+    "flow_matching": flow_matching,
 }
 """By the names that config.yaml uses; their options and traits are in options.py."""
