@@ -3,6 +3,7 @@
 An objective looks at a `Step` alone. Its options, such as α and τ, are keyword arguments.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -237,8 +238,8 @@ def flow_matching(step: Step, x_distill: Tensor) -> Parts:
     (logits,) = teacher_logits([step.teachers[index]], x_distill)
     with torch.autocast(x_distill.device.type, enabled=False):
         h1 = logits - logits.mean(-1, keepdim=True)
-        h0 = NOISE * torch.randn(h1.shape, generator=step.generator, device=h1.device)
-        times = random_times(len(h1), step.generator)
+        h0 = NOISE * torch.empty_like(h1).normal_(generator=step.generator)
+        times = random_times(len(h1), step.generator).to(h1.dtype)
         error = flow_matching_loss(lambda h, t: network.velocity(h, features, t), h0, h1, times)
         with torch.no_grad():
             zeros = torch.zeros_like(h1)
