@@ -314,23 +314,29 @@ class Study(Section):
             **({"single_pass": True} if chosen.perturbation.is_single_pass() else {}),
         }
 
-    def perturbations(self) -> dict[str, dict[str, Any]]:
+    def perturbations(self, sized: bool = False) -> dict[str, dict[str, Any]]:
         """Where the teachers are analysed: the perturbations of the methods and of the paper's.
+
+        Args:
+            sized: only those that have a size η.
 
         Returns:
             Options by name, with the study's η and τ.
         """
         known = self.distillation.model_dump()
-        return {name: _filled(kind(), known) for name, kind in self._kinds().items()}
+        return {name: _filled(kind(), known) for name, kind in self._kinds(sized).items()}
 
-    def perturbation_titles(self) -> dict[str, str]:
+    def perturbation_titles(self, sized: bool = False) -> dict[str, str]:
         """What figures call these perturbations, by name."""
-        return {name: kind.title for name, kind in self._kinds().items()}
+        return {name: kind.title for name, kind in self._kinds(sized).items()}
 
-    def _kinds(self) -> dict[str, type[PerturbationOptions]]:
+    def _kinds(self, sized: bool) -> dict[str, type[PerturbationOptions]]:
         methods = [*PAPERS_METHODS.values(), *self.methods.values()]
+        kinds = {it.perturbation.name: type(it.perturbation) for it in methods}
         return {
-            it.perturbation.name: type(it.perturbation) for it in methods if it.perturbation.moves
+            name: kind
+            for name, kind in kinds.items()
+            if kind.moves and ("eta" in kind.model_fields or not sized)
         }
 
 

@@ -116,13 +116,13 @@ def network_code(wildcards):
     return code("logits", **entries(parts))
 
 
-def analysis_code(function):
+def analysis_code(function, sized=False):
     """A parameter function: it changes with a function of ensdistill.analysis and what it uses."""
 
     def digest(wildcards):
         study = STUDIES[wildcards.study]
         used = entries(study.parts())
-        perturbations = ("none", *study.perturbations())
+        perturbations = ("none", *study.perturbations(sized))
         return code("analyse", analysis=(function,), PERTURBATIONS=perturbations, **used)
 
     return digest
@@ -280,18 +280,18 @@ def distillation(wildcards):
     return STUDIES[wildcards.study].distillation.model_dump(include={"eta", "temperature"})
 
 
-def perturbation_titles(wildcards):
-    """What figures call a study's perturbations."""
-    return STUDIES[wildcards.study].perturbation_titles()
+def perturbation_titles(sized=False):
+    """A parameter function: what figures call a study's perturbations."""
+    return lambda wildcards: STUDIES[wildcards.study].perturbation_titles(sized)
 
 
 def eta_sweep(wildcards):
-    """Sizes η around the study's own."""
+    """Sizes η around the study's own, for the perturbations that have a size."""
     study = STUDIES[wildcards.study]
     eta = study.distillation.eta or 1 / 255
     return {
         "etas": [eta * factor for factor in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)],
-        "perturbations": study.perturbations(),
+        "perturbations": study.perturbations(sized=True),
     }
 
 

@@ -44,7 +44,7 @@ rule perturbed:
         images=None,
         settings=lambda wildcards: {"perturbations": STUDIES[wildcards.study].perturbations()},
         beside=["held_out"],
-        titles=perturbation_titles,
+        titles=perturbation_titles(),
         code=analysis_code("perturbed_logits"),
     script:
         "../workflow_scripts/analyse.py"
@@ -61,8 +61,8 @@ use rule perturbed as swept with:
         images=lambda wildcards: STUDIES[wildcards.study].analyses.train_images,
         settings=eta_sweep,
         beside=[],
-        titles=perturbation_titles,
-        code=analysis_code("sweep_logits"),
+        titles=perturbation_titles(sized=True),
+        code=analysis_code("sweep_logits", sized=True),
 
 
 use rule perturbed as transferred with:

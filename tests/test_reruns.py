@@ -218,6 +218,13 @@ ROWS = {
         setting("methods", "kd_ods", value={"label": "KD+ODS", "perturbation": "ods"}),
         of_method("kd_ods") | OF_STUDENTS,
     ),
+    "a method at a perturbation without a size": (
+        setting("methods", "kd_mixup", value={"label": "KD+mixup", "perturbation": "mixup"}),
+        of_method("kd_mixup")
+        | OF_STUDENTS
+        | {"perturbed", "diversity_teachers", "directions", "sweep", "examples", "claims"}
+        | {"figure_diversity_teachers", "figure_sweep", "figure_examples"},
+    ),
     "a method less": (all_but_one_method, OF_STUDENTS),
     "a method's `label`": (
         setting("methods", "kd", "label", value="KD 1:1"),
@@ -332,7 +339,11 @@ ENTRIES = {  # what is changed, and what learns by it
         TRAINING,
     ),
     "conf_ods": (
-        code("ensdistill/perturbations.py", "epsilon * probs.amax", "epsilon / probs.amax"),
+        code(
+            "ensdistill/perturbations.py",
+            "epsilon[0] * probs[0].amax",
+            "epsilon[0] / probs[0].amax",
+        ),
         of_method("kd_conf_ods") | OF_STUDENTS | (OF_TEACHERS - OF_ODS_ALONE),
     ),
     "one_to_one": (
