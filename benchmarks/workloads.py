@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import plain
+from ensdistill.architectures import parse_architecture
 from ensdistill.batches import TrainingBatches
 from ensdistill.learning import learning, train_step
-from ensdistill.methods import parse_architecture
 from ensdistill.networks import fold_batch_norms
 from ensdistill.objectives import member_cross_entropy
 from ensdistill.students import Step, Student, build_student

@@ -30,27 +30,34 @@ def perturbed_logits(
     images: Tensor,
     *,
     perturbations: Mapping[str, Options],
+    held_out: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 256,
 ) -> Arrays:
     """The teachers' logits on images as they are and under every perturbation.
 
-    As in training, the source of ODS and ConfODS is drawn anew for each batch.
+    As in training, the source of ODS and ConfODS is drawn anew for each batch. Teachers are always
+    compared at the same input: where a perturbation gives each of them its own, image n is taken at
+    the input of teacher n mod M. No student takes part, so that of TDiv–SDiv the teachers' part is
+    left.
 
     Args:
         teachers: M frozen networks in eval mode, (B, C, H, W) → (B, K).
         images: uint8 (N, C, H, W), on the teachers' device.
         perturbations: options by name.
+        held_out: uint8 (H, C, H, W), for a perturbation that takes other images than these: each
+            batch gets the next ones, the first again after the last.
         seed: of all draws.
 
     Returns:
         `clean/logits` and `<perturbation>/logits` float32 (N, M, K); `clean/examples` and
         `<perturbation>/examples` float32, the first 8 images in [0, 1] as the networks saw them.
+        Of a perturbation that takes held-out images at most H instead of N: each counts once.
     """
     arrays = {}
     for name, options in {"clean": {"name": "none"}, **perturbations}.items():
         logits, examples = [], []
-        for x in _perturbed(teachers, images, options, seed, batch_size):
+        for x in _perturbed(teachers, images, options, seed, batch_size, held_out):
             logits.append(_answers(teachers, x))
             examples.append(x[: EXAMPLES - sum(map(len, examples))].cpu())
         arrays[f"{name}/logits"] = torch.cat(logits).numpy()
@@ -69,13 +76,16 @@ def sweep_logits(
 ) -> Arrays:
     """The teachers' logits under every perturbation at each of several sizes η.
 
-    A perturbation's directions are the same at all sizes. Arguments as `perturbed_logits`.
+    A perturbation's directions are the same at all sizes. Arguments as `perturbed_logits`; those
+    perturbations are left out that have no size, the option `eta`.
 
     Returns:
         `<perturbation>/logits` float32 (len(etas), N, M, K).
     """
     arrays = {}
     for name, options in perturbations.items():
+        if "eta" not in options:
+            continue
         sizes = []
         for eta in etas:
             batches = _perturbed(teachers, images, {**options, "eta": eta}, seed, batch_size)
@@ -85,16 +95,29 @@ def sweep_logits(
 
 
 def _perturbed(
-    teachers: Sequence[nn.Module], images: Tensor, options: Options, seed: int, batch_size: int
+    teachers: Sequence[nn.Module],
+    images: Tensor,
+    options: Options,
+    seed: int,
+    batch_size: int,
+    held_out: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Batches of perturbed images in [0, 1]; the same draws for the same seed."""
+    """Batches (B, C, H, W) of perturbed images in [0, 1]; the same draws for the same seed."""
     options = dict(options)
     perturbation = PERTURBATIONS[options.pop("name")]
     generator = torch.Generator(images.device).manual_seed(seed)
     host = torch.Generator().manual_seed(seed)
-    for batch in images.split(batch_size):
-        step = Step(None, teachers, batch.float() / 255, None, 1.0, generator, host)
-        yield perturbation(step, **options)
+    for places in torch.arange(len(images), device=images.device).split(batch_size):
+        others = None if held_out is None else held_out[places % len(held_out)].float() / 255
+        x = images[places].float() / 255
+        moved = perturbation(
+            Step(None, teachers, x, None, 1.0, generator, host, held_out=others), **options
+        )
+        if moved is others:
+            moved = moved[places < len(held_out)]
+        if moved.ndim == 5:  # an input for each teacher
+            moved = moved[places % len(moved), places - places[0]]
+        yield moved
 
 
 def transfer_logits(
@@ -108,7 +131,10 @@ def transfer_logits(
 ) -> Arrays:
     """What every network says where ODS from every network leads [Nam et al. 2021, Fig. 6].
 
-    All sources share the same w for the same image, so that their directions compare.
+    All sources share the same w for the same image, so that their directions compare. It is about
+    ODS alone, whatever else a study has: whether others disagree where one network leads can be
+    asked of directions that one network gives. Noise and held-out images have no such source, TDiv
+    has two, ODS-each one for every teacher; and ConfODS takes shorter steps in the same directions.
 
     Args:
         networks: P frozen networks in eval mode.
@@ -143,36 +169,42 @@ def transfer_logits(
     }
 
 
-def logit_jacobians(student: Student, x: Tensor) -> Tensor:
-    """Jacobians of every member's logits with respect to the image.
+def logit_jacobians(student: Student, x: Tensor, *, mean: bool = False) -> Tensor:
+    """Jacobians of every member's logits, or of their mean, with respect to the image.
 
-    Vectorised over images, members and classes; classes in chunks that bound the memory.
+    Vectorised over images, members and classes; classes in chunks that bound the memory. A student
+    that takes all images at once, such as MIMO, is given the same one for all its members.
 
     Args:
         student: frozen, in eval mode, so that images do not mix.
         x: images (B, C, H, W) in [0, 1].
+        mean: of the members' mean logits, all at the same image; what they share, such as the
+            network from whose features logits are sampled, is then passed once.
 
     Returns:
-        (B, M, K, C·H·W); M = 1 for a single network.
+        (B, M, K, C·H·W); M = 1 for a single network or the mean.
     """
+    shared = mean or student.mixes_members
     with torch.enable_grad():
-        each = x.expand(student.members, *x.shape).clone().requires_grad_()
-        logits = student(each)
-    classes = logits.shape[-1]
-    one_hot = torch.eye(classes, dtype=logits.dtype, device=x.device)
+        each = x.expand(1 if shared else student.members, *x.shape).clone().requires_grad_()
+        logits = student(each[0] if shared else each)
+        logits = logits.mean(0, keepdim=True) if mean else logits
+    # Where a member's logits depend on its own image alone, one vector per class serves all.
+    members, classes = len(logits) if shared else 1, logits.shape[-1]
+    one_hot = torch.eye(members * classes, dtype=logits.dtype, device=x.device)
     chunk = max(1, JACOBIAN_ELEMENTS // each.numel())
     gradients = [
-        # A member's logits on its image depend on nothing else: one vector per class serves all.
         torch.autograd.grad(
             logits,
             each,
-            part[:, None, None].expand(-1, *logits.shape[:2], -1),
+            part.unflatten(1, (members, 1, classes)).expand(-1, *logits.shape[:2], -1),
             retain_graph=True,
             is_grads_batched=True,
         )[0]
         for part in one_hot.split(chunk)
     ]
-    return torch.cat(gradients).flatten(3).permute(2, 1, 0, 3)
+    by_class = torch.cat(gradients).flatten(3).unflatten(0, (members, classes))
+    return by_class.permute(3, 0, 2, 1, 4).flatten(1, 2)
 
 
 def jacobian_distances(
@@ -181,11 +213,12 @@ def jacobian_distances(
     """How near the logit Jacobians of students are to those of their teachers.
 
     Distilling at x + η·ε approximates matching Jacobians [Nam et al. 2021, §3.2]. A student
-    that is a single network is compared with every teacher.
+    that is a single network is compared with every teacher; so is the mean of one whose members
+    are not as many as the teachers, such as samples of logits.
 
     Args:
         teachers: M frozen teachers in eval mode.
-        students: of M members, or one, by name; in eval mode, on the same device.
+        students: by name; in eval mode, on the same device.
         images: uint8 (N, C, H, W).
 
     Returns:
@@ -200,7 +233,8 @@ def jacobian_distances(
         of_teachers = torch.cat([logit_jacobians(teacher, x) for teacher in teachers], 1).flatten(2)
         length = of_teachers.norm(dim=2)
         for name, student in students.items():
-            own = logit_jacobians(student, x).flatten(2).expand_as(of_teachers)
+            mean = student.members not in (1, len(teachers))
+            own = logit_jacobians(student, x, mean=mean).flatten(2).expand_as(of_teachers)
             error = (own - of_teachers).norm(dim=2) / length
             cosine = (own * of_teachers).sum(2) / (own.norm(dim=2) * length)
             parts.setdefault(f"{name}/error", []).append(error.cpu())

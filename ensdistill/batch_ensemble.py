@@ -9,10 +9,13 @@ and its own bias. A layer takes M·B rows, of which rows jB … (j+1)B−1 belon
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ensdistill.layers import Layers
 
 SCALED = {"cpu": 2**19, "cuda": 2**23}
 """Up to so many numbers in its input a layer scales activations, beyond it makes M weights.
@@ -40,7 +43,7 @@ def subsample(x: Tensor, stride: int) -> Tensor:
     return x.permute(0, 2, 3, 1)[:, ::stride, ::stride].permute(0, 3, 1, 2)
 
 
-class _BatchEnsembleLayer(nn.Module):
+class BatchEnsembleLayer(nn.Module):
     """The parameters that both layers share: weight, r (M, in), s (M, out), bias (M, out)."""
 
     def __init__(self, weight_shape: tuple[int, ...], ensemble_size: int, bias: bool):
@@ -50,18 +53,25 @@ class _BatchEnsembleLayer(nn.Module):
         out_features, in_features = weight_shape[:2]
         self.ensemble_size = ensemble_size
         self.weight = nn.Parameter(torch.empty(weight_shape))
-        self.r = nn.Parameter(torch.empty(ensemble_size, in_features))
-        self.s = nn.Parameter(torch.empty(ensemble_size, out_features))
-        self.bias = nn.Parameter(torch.empty(ensemble_size, out_features)) if bias else None
+        self._make_factors(in_features, out_features, bias)
         self.reset_parameters()
 
+    def _make_factors(self, in_features: int, out_features: int, bias: bool) -> None:
+        self.r = nn.Parameter(torch.empty(self.ensemble_size, in_features))
+        self.s = nn.Parameter(torch.empty(self.ensemble_size, out_features))
+        self.bias = nn.Parameter(torch.empty(self.ensemble_size, out_features)) if bias else None
+
     def reset_parameters(self) -> None:
-        """Weight as PyTorch's plain layers, r and s ~ N(1, 0.5²), bias 0."""
+        """Weight as PyTorch's plain layers, bias 0, and r and s."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        nn.init.normal_(self.r, 1.0, 0.5)
-        nn.init.normal_(self.s, 1.0, 0.5)
+        self._reset_factors()
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def _reset_factors(self) -> None:
+        """r and s ~ N(1, 0.5²)."""
+        nn.init.normal_(self.r, 1.0, 0.5)
+        nn.init.normal_(self.s, 1.0, 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] % self.ensemble_size:
@@ -75,11 +85,15 @@ class _BatchEnsembleLayer(nn.Module):
         """Equation 1: every member's rows through its own weight W_j = W ∘ (s_j r_jᵀ)."""
         factors = self.s[:, :, None] * self.r[:, None, :]
         factors = factors.reshape(*factors.shape, *[1] * (self.weight.ndim - 2))
-        weights, biases = _as_autocast(x, self.weight * factors, self.bias)
+        weights, biases = _as_autocast(x, self.weight * factors, self._biases())
         if biases is None:
             biases = [None] * self.ensemble_size
         rows = x.chunk(self.ensemble_size)
         return torch.cat([self._map(*it) for it in zip(rows, weights, biases, strict=True)])
+
+    def _biases(self) -> Tensor | None:
+        """Of each member (M, out), if it has any."""
+        return self.bias
 
     def _scaled(self, x: Tensor) -> Tensor:
         """Equation 5: all rows through W, scaled by r_j before and by s_j behind."""
@@ -90,7 +104,7 @@ class _BatchEnsembleLayer(nn.Module):
         def by_member(x: Tensor) -> Tensor:
             return x.unflatten(0, (self.ensemble_size, x.shape[0] // self.ensemble_size))
 
-        x, r, s, bias = _as_autocast(x, x, self.r, self.s, self.bias)
+        x, r, s, bias = _as_autocast(x, x, self.r, self.s, self._biases())
         out = by_member(self._map((by_member(x) * of_rows(r)).flatten(0, 1), self.weight, None))
         out = out * of_rows(s) if bias is None else torch.addcmul(of_rows(bias), out, of_rows(s))
         return out.flatten(0, 1)
@@ -104,7 +118,7 @@ class _BatchEnsembleLayer(nn.Module):
         return f"weight=({shape}), ensemble_size={self.ensemble_size}, bias={self.bias is not None}"
 
 
-class BatchEnsembleConv2d(_BatchEnsembleLayer):
+class BatchEnsembleConv2d(BatchEnsembleLayer):
     """A 2-D convolution with M members, W_j = W ∘ (s_j r_jᵀ) [Wen et al. 2020, eq. 1].
 
     Args:
@@ -146,7 +160,7 @@ class BatchEnsembleConv2d(_BatchEnsembleLayer):
         return F.conv2d(x, weight, bias, 1 if self.subsamples else self.stride, self.padding)
 
 
-class BatchEnsembleLinear(_BatchEnsembleLayer):
+class BatchEnsembleLinear(BatchEnsembleLayer):
     """A linear layer with M members, W_j = W ∘ (s_j r_jᵀ) [Wen et al. 2020, eq. 1].
 
     Args:
@@ -171,3 +185,11 @@ class BatchEnsembleLinear(_BatchEnsembleLayer):
 
     def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
+
+
+def batch_ensemble_layers(ensemble_size: int) -> Layers:
+    """Of a BatchEnsemble of M members, each with its own biases."""
+    return Layers(
+        partial(BatchEnsembleConv2d, ensemble_size=ensemble_size),
+        partial(BatchEnsembleLinear, ensemble_size=ensemble_size),
+    )

@@ -25,7 +25,7 @@ from ensdistill.predictions import read_ensemble
 from ensdistill.reports.directions import direction_cosines
 from ensdistill.reports.jacobians import jacobian_means
 from ensdistill.resampled import ResampledSystems
-from ensdistill.systems import PERTURBATIONS, Students
+from ensdistill.systems import Students
 
 MUCH = 2.0
 """How many times more counts as much more (≫)."""
@@ -158,8 +158,8 @@ def _on_teachers(
 ) -> None:
     """Claims on the teachers' diversity, and on directions that transfer."""
     with open_hdf5(perturbed) as file:
-        sets = json.loads(file.attrs["sets"])
-        train = {name: pairwise_kl(file[f"{name}/logits"][:], "none") for name in sets}
+        titles = json.loads(file.attrs["titles"])
+        train = {name: pairwise_kl(file[f"{name}/logits"][:], "none") for name in titles}
     test = read_ensemble(ensemble, "test")[0].diversity()
     on_train = image_weights(len(train["clean"]))
     clean, on_test = mean_of(train["clean"], on_train), mean_of(test, image_weights(len(test), 1))
@@ -176,7 +176,7 @@ def _on_teachers(
         ("conf_ods", "ConfODS raises the teachers' diversity", above(1)),
     ):
         moved = mean_of(train[name], on_train)
-        quantity = f"diversity on train, {PERTURBATIONS[name]} ÷ clean"
+        quantity = f"diversity on train, {titles[name]} ÷ clean"
         add(claim, quantity, (moved, clean), claimed, len(on_train[0]), log=True)
     with open_hdf5(transferred) as file:
         still, moved = file["clean/logits"][:], file["ods/logits"][:]

@@ -2,13 +2,15 @@
 
 Deep ensembles and teachers are black. A student method has the same colour and marker in every
 figure of a study, by its place among the study's methods; a perturbation has those of the paper's
-method that uses it.
+method that uses it. Of more than `MANY` methods each has a row of its own instead of an entry in a
+legend, and a colour is that of a family.
 """
 
 import os
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -17,6 +19,7 @@ import pandas as pd
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -54,6 +57,7 @@ styled = matplotlib.rc_context(STYLE)
 # Okabe and Ito's palette without black, the ensembles', and yellow, which is too light for lines.
 COLOURS = ["#56B4E9", "#CC79A7", "#009E73", "#E69F00", "#0072B2", "#D55E00"]
 MARKERS = "svD^PX<pd>h"
+SHADES = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.1, 1, 256)))
 SPLITS = {"train": INK, "test": "#999999"}
 PERTURBED = {
     name: {"color": COLOURS[place], "marker": MARKERS[place]}
@@ -62,6 +66,8 @@ PERTURBED = {
 ENSEMBLE = re.compile(r"DE-\d+")
 TEACHERS = "teachers"
 """What the networks with the system `teacher` are called."""
+MANY = 12
+"""Methods up to which colours, markers and line styles tell them apart."""
 
 
 @styled
@@ -73,18 +79,41 @@ def save(figure: Figure, paths: Iterable[str | os.PathLike[str]]) -> None:
             figure.savefig(temporary, dpi=300, metadata=undated[temporary.suffix])
 
 
+def is_method(system: str) -> bool:
+    """Whether a system is one of students."""
+    return system != TEACHERS and not ENSEMBLE.fullmatch(system)
+
+
+def are_many(systems: Iterable[str]) -> bool:
+    """Whether there are more than `MANY` methods among the systems."""
+    return sum(map(is_method, set(systems))) > MANY
+
+
+def family_of(system: str) -> str:
+    """A label up to its first + or comma, where the perturbation begins in labels of a grid."""
+    return re.split("[+,]", system, maxsplit=1)[0]
+
+
 def styles_of(systems: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line style by system; those of the methods go by their order."""
-    styles: dict[str, dict[str, Any]] = {}
-    place = 0
-    for name in systems:
+    """Colour, marker and line style by system; those of the methods go by their order.
+
+    Of many methods, colour and line style are those of the family, markers those of the rest.
+    """
+    names = list(dict.fromkeys(systems))
+    many, styles = are_many(names), dict[str, dict[str, Any]]()
+    families, rests = dict[str, int](), dict[str, int]()
+    for name in names:
         styles[name] = {"color": INK, "mfc": "white" if name == "DE-1" else INK}
         styles[name] |= {"marker": "o", "ls": "-"}
-        if name != TEACHERS and not ENSEMBLE.fullmatch(name):
-            cycle, index = divmod(place, len(COLOURS))
-            style = {"color": COLOURS[index], "marker": MARKERS[place % len(MARKERS)]}
-            styles[name] = style | {"mfc": COLOURS[index], "ls": ["-", "--", ":"][cycle % 3]}
-            place += 1
+        if is_method(name):
+            family = family_of(name) if many else name
+            rest = name.removeprefix(family) if many else name
+            cycle, index = divmod(families.setdefault(family, len(families)), len(COLOURS))
+            marker = MARKERS[rests.setdefault(rest, len(rests)) % len(MARKERS)]
+            style = {"color": COLOURS[index], "marker": marker, "mfc": COLOURS[index]}
+            styles[name] = style | {"ls": ["-", "--", ":"][cycle % 3]}
+            if many and cycle:
+                styles[name]["mfc"] = "white"
     return styles
 
 
@@ -93,8 +122,10 @@ def styles_of_perturbations(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     others = [name for name in dict.fromkeys(names) if name not in PERTURBED]
     styles = {name: style for name, style in PERTURBED.items() if name in set(names)}
     for place, name in enumerate(others):
-        free = place % (len(COLOURS) - len(PERTURBED))
+        cycle, free = divmod(place, len(COLOURS) - len(PERTURBED))
         styles[name] = {"color": COLOURS[free], "marker": MARKERS[place % len(MARKERS)]}
+        if cycle:
+            styles[name]["ls"] = ["--", ":"][(cycle - 1) % 2]
     return styles
 
 
@@ -125,14 +156,28 @@ def grid_of_panels(
 
 
 def panels_by_system(
-    systems: Iterable[str], titles: Iterable[str], height: float
+    systems: Iterable[str],
+    titles: Iterable[str],
+    height: float,
+    width_ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with panels side by side that share a row per system, `height` inches or more."""
-    names, titles = [wrapped(name, 20) for name in systems], list(titles)
+    """A figure with panels side by side that share a row per system, `height` inches or more.
+
+    Rows of many systems are lower, with lines between families and scales at both ends.
+    """
+    systems, titles = list(systems), list(titles)
+    many = are_many(systems)
+    names = [wrapped(name, 34 if many else 20) for name in systems]
+    height = min(height, 0.2) if many else height
     height = max(height, *(0.13 * (name.count("\n") + 1) + 0.05 for name in names))
     figure = Figure(figsize=(WIDTH, 0.9 + height * len(names)), layout="constrained")
-    axes = figure.subplots(1, len(titles), sharey=True)
+    axes = figure.subplots(1, len(titles), sharey=True, width_ratios=width_ratios)
     for axis, title in zip(axes, titles, strict=True):
+        if many:
+            axis.tick_params(axis="x", top=True, labeltop=True)
+            for row, pair in enumerate(pairwise(map(family_of, systems))):
+                if len(set(pair)) > 1:
+                    axis.axhline(row + 0.5, color=GREY, lw=0.5, zorder=1.6)
         axis.set_yticks(range(len(names)), names)
         axis.set_yticks(np.arange(1, len(names)) - 0.5, minor=True)
         axis.tick_params(axis="y", which="both", length=0)
@@ -140,6 +185,51 @@ def panels_by_system(
         axis.set(title=title, ylim=(len(names) - 0.5, -0.5))
         axis.xaxis.set_major_locator(ticker.MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     return figure, axes
+
+
+def rows_of_bins(
+    groups: Mapping[str, pd.DataFrame],
+    titles: tuple[str, str],
+    place: str,
+    value: str,
+    overall: str,
+    **colours: Any,
+) -> Figure:
+    """A row per system of dots, one per bin of confidence that has images: coloured by a value, and
+    as large as its share of images; and beside them the system's overall value.
+
+    Args:
+        groups: by system, one row per bin: count, and the columns named below.
+        titles: of the two panels.
+        place: the column of confidences, `value` of colours, `overall` of what is beside.
+        colours: norm and cmap.
+    """
+    figure, (bins, mean) = panels_by_system(groups, titles, 0.2, width_ratios=(3, 1))
+    for row, group in enumerate(groups.values()):
+        share = group["count"] / group["count"].sum()
+        group, share = group[share > 0], share[share > 0]
+        edge = {"edgecolor": GREY, "lw": 0.3, "clip_on": False, "zorder": 3}
+        size = dot_diameter(share) ** 2
+        dots = bins.scatter(group[place], [row] * len(group), size, group[value], **edge, **colours)
+        mean.plot(group[overall].iloc[0], row, "o", color=INK, ms=4)
+    bins.set(xlim=(0, 1), xlabel="Confidence")
+    mean.set_xlim(left=0)
+    bar = {"location": "bottom", "aspect": 50, "shrink": 0.8, "pad": 0.01}
+    figure.colorbar(dots, ax=bins, label=titles[0], **bar)
+    add_legend(figure, legend_of_shares())
+    return figure
+
+
+def legend_of_shares() -> list[Line2D]:
+    """What sizes of dots mean."""
+    shares = {"≤ 0.1 %": 1e-3, "1 %": 1e-2, "10 %": 1e-1, "100 % of images in the bin": 1}
+    dot = {"ls": "", "marker": "o", "color": GREY, "mec": "white", "mew": 0.4}
+    return [Line2D([], [], ms=dot_diameter(share), label=x, **dot) for x, share in shares.items()]
+
+
+def dot_diameter(share: Any) -> Any:
+    """Of a dot, in points: 8 for all images, 2 less per power of ten down to a thousandth."""
+    return 8 + 2 * np.log10(np.clip(share, 1e-3, 1))
 
 
 def label_outer(axes: Sequence[Axes], cols: int, xlabel: str, ylabel: str) -> None:

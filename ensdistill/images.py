@@ -1,9 +1,9 @@
 """The one images.h5 in which every study begins.
 
 images.h5 has `/train`, `/val` and `/test`, each with `images` uint8 (N, C, H, W) and `labels`
-int64 (N,); its attributes hold classes, mean and std of the training pixels (per channel, in
-[0, 1]), the source, the SHA-256 of what was read, and for own data how many files were read and
-how many skipped, by why.
+int64 (N,), and `/held_out` where the study holds images out. Its attributes hold classes, mean and
+std of the training pixels (per channel, in [0, 1]), the source, the SHA-256 of what was read, and
+for own data how many files were read and how many skipped, by why.
 """
 
 import json
@@ -33,6 +33,7 @@ def write_images(
     validation: int,
     test: int | None,
     seed: int,
+    held_out: int | None = None,
     attributes: dict[str, Any],
     **options: Any,
 ) -> str:
@@ -43,6 +44,7 @@ def write_images(
         source: a key of `downloads.SOURCES`; `options` are its reader's other arguments.
         train, validation, test: images per split; None for all there are. Subsets are
             stratified choices by `seed`; validation images never serve for training.
+        held_out: images that serve for neither, nor for testing; none unless told.
         attributes: what else the file should say of itself.
 
     Returns:
@@ -52,7 +54,7 @@ def write_images(
         InputError: the source is unusable or too small.
     """
     data = read_source(source, seed=seed, test=test, **options)
-    splits = _split(data, source, train, validation, test, seed)
+    splits = _split(data, source, train, validation, test, seed, held_out or 0)
     arrays = {
         f"{split}/{name}": array
         for split, pair in splits.items()
@@ -74,20 +76,31 @@ def write_images(
 
 
 def _split(
-    data: Dataset, source: str, train: int | None, validation: int, test: int | None, seed: int
+    data: Dataset,
+    source: str,
+    train: int | None,
+    validation: int,
+    test: int | None,
+    seed: int,
+    held_out: int,
 ) -> dict[str, Split]:
     """Images and labels by split; arguments and errors as of `write_images`."""
     images, labels = data.train
     count, classes = len(labels), len(data.classes)
-    if validation + (train or classes) > count:
-        wanted = f"{validation} for validation and {train or classes} for training"
+    if validation + held_out + (train or classes) > count:
+        aside = f"{validation} for validation{f', {held_out} held out' if held_out else ''}"
+        wanted = f"{aside} and {train or classes} for training"
         raise InputError(f"source {source!r} has {count} training images, fewer than {wanted}")
     if data.official_validation:
-        held_out = np.arange(count) >= count - validation
+        chosen = np.arange(count) >= count - validation
     else:
-        held_out = stratified(labels, validation, seed, "validation", data.classes)
-    splits = {"val": (images[held_out], labels[held_out])}
-    images, labels = images[~held_out], labels[~held_out]
+        chosen = stratified(labels, validation, seed, "validation", data.classes)
+    splits = {"val": (images[chosen], labels[chosen])}
+    images, labels = images[~chosen], labels[~chosen]
+    if held_out:
+        chosen = stratified(labels, held_out, seed, "held_out", data.classes)
+        splits["held_out"] = images[chosen], labels[chosen]
+        images, labels = images[~chosen], labels[~chosen]
     splits["train"] = _subset(images, labels, train, seed, "train", data.classes)
     splits["test"] = _subset(*data.test, test, seed, "test", data.classes)
     absent = set(range(classes)) - set(splits["train"][1].tolist())

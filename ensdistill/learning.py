@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from ensdistill.batches import TrainingBatches
+from ensdistill.metrics import ensemble_probs
 from ensdistill.numerics import Precision, autocast, check_gradients
 from ensdistill.objectives import OBJECTIVES, Parts
 from ensdistill.perturbations import PERTURBATIONS
@@ -30,23 +33,46 @@ class Learning:
     """An entry of `OBJECTIVES` with its options."""
     perturbation: Callable[[Step], Tensor]
     """An entry of `PERTURBATIONS` with its options."""
+    probs: Callable[[ArrayLike], ArrayLike] = ensemble_probs
+    """Of the student's logits (N, M, K), by which it is validated; (N, K)."""
+    single_pass: bool = False
+    """Whether labels teach at the perturbed images too."""
+    held_out: TrainingBatches | None = None
+    """Images that no network is trained on, for `Step.held_out`."""
+
+    def parts(self, step: Step) -> Parts:
+        """The loss of a step, and its parts; `Step.held_out` is drawn here."""
+        if self.held_out:
+            step = replace(step, held_out=next(self.held_out.epoch(step.generator))[0])
+        x_distill = self.perturbation(step)
+        if self.single_pass:
+            step = replace(step, x=x_distill)
+        return self.objective(step, x_distill)
 
 
 def learning(
     teachers: Sequence[nn.Module],
     objective: Mapping[str, Any],
     perturbation: Mapping[str, Any],
+    **how: Any,
 ) -> Learning:
-    """A method's objective and perturbation, each given by its name and its options."""
+    """A method's objective and perturbation, each given by its name and its options.
+
+    `how` are other fields of a `Learning`.
+    """
     entries = []
     for registry, chosen in ((OBJECTIVES, objective), (PERTURBATIONS, perturbation)):
         options = dict(chosen)
         entries.append(partial(registry[options.pop("name")], **options))
-    return Learning(teachers, *entries)
+    return Learning(teachers, *entries, **how)
 
 
 def train_step(
-    step: Step, learning: Learning, optimizer: torch.optim.Optimizer, precision: Precision
+    step: Step,
+    learning: Learning,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    clip_norm: float | None = None,
 ) -> Parts:
     """One update of a student in training mode.
 
@@ -55,14 +81,17 @@ def train_step(
         learning: from whom, what, and where the teachers are asked.
         precision: float32, or bfloat16 autocast of both passes.
         optimizer: of the student's parameters.
+        clip_norm: largest norm of all gradients together; None for any.
 
     Returns:
         What the history keeps, still on the device: the loss and its parts, and the accuracy [%].
     """
     with autocast(step.x.device, precision):
-        parts = learning.objective(step, learning.perturbation(step))
+        parts = learning.parts(step)
     optimizer.zero_grad()
     parts["loss"].backward()
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(step.student.parameters(), clip_norm)
     optimizer.step()
     return {name: value.detach() for name, value in parts.items()}
 
@@ -81,7 +110,7 @@ def check_first_step(
     def loss(model: Student, x: Tensor, y: Tensor) -> Tensor:
         generators = torch.Generator(x.device).manual_seed(0), torch.Generator().manual_seed(0)
         step = Step(model, learning.teachers, x, y, 0.0, *generators)
-        return learning.objective(step, learning.perturbation(step))["loss"]
+        return learning.parts(step)["loss"]
 
     check_gradients(student, x, y, loss, precision)
 

@@ -1,265 +1,25 @@
-"""What config.yaml may say of a method: the options and traits of its three axes.
+"""Methods: a student, an objective and a perturbation; and grids of all that go together.
 
-A method is a student (what is trained), an objective (what it minimises) and a perturbation (at
-which inputs the teachers are asked). config.yaml names each, alone or with its own options:
-`perturbation: ods`, or `perturbation: {name: ods, eta: 4/255}`. What is computed under these names
-is in students.py, objectives.py and perturbations.py. The Snakefile reads this module in every
-process, so it does not import PyTorch.
+The Snakefile reads this module in every process, so it does not import PyTorch.
 """
 
-import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from functools import cache
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    create_model,
-    field_validator,
-    model_validator,
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from ensdistill.options import (
+    AnyObjective,
+    AnyPerturbation,
+    AnyStudent,
+    BatchEnsemble,
+    NoPerturbation,
+    ObjectiveOptions,
+    PerturbationOptions,
 )
-
-from ensdistill.sections import Count, Eta, Positive, Section, Share, as_section, one_of
-
-# --- architectures ---------------------------------------------------------------------------
-
-
-class Family(NamedTuple):
-    """How the names of some architectures are written."""
-
-    pattern: str
-    """A regular expression; its groups are the sizes that the builder takes."""
-    beside_blocks: int | None = None
-    """Where depth is a size: it must be 6n and so many layers, n ≥ 1."""
-
-
-ARCHITECTURES = {
-    "resnet": Family(r"resnet-?(?P<depth>\d+)", beside_blocks=2),
-    "wrn": Family(r"wrn-?(?P<depth>\d+)[x_-](?P<widen>\d+)", beside_blocks=4),
-}
-"""By family; the builders are in networks.ARCHITECTURES."""
-
-
-def parse_architecture(name: str) -> tuple[str, dict[str, int]]:
-    """Family and sizes of a name such as `resnet32` (depth) or `wrn28x10` (depth and widen).
-
-    Raises:
-        ValueError: there is no such family, or no such size.
-    """
-    for family, (pattern, beside) in ARCHITECTURES.items():
-        if match := re.fullmatch(pattern, name):
-            sizes = {key: int(value) for key, value in match.groupdict().items()}
-            if beside is not None and (sizes["depth"] <= beside or (sizes["depth"] - beside) % 6):
-                raise ValueError(
-                    f"{name!r} does not exist: a {family} has 6n+{beside} layers, n ≥ 1"
-                )
-            if not all(sizes.values()):
-                raise ValueError(f"{name!r} does not exist: its sizes must be at least 1")
-            return family, sizes
-    raise ValueError(f"unknown architecture {name!r}: try resnet32 or wrn28x10")
-
-
-class Architecture(Section):
-    """The layers of a network."""
-
-    name: str = "resnet32"
-    """`resnet{6n+2}`, such as resnet32, or `wrn{6n+4}x{k}`, such as wrn28x10."""
-    width: Count = 16
-    """Channels of the first stage (of a WRN: before the factor k)."""
-
-    @field_validator("name")
-    @classmethod
-    def _exists(cls, name: str) -> str:
-        parse_architecture(name)
-        return name
-
-
-NamedArchitecture = Annotated[
-    Architecture, BeforeValidator(as_section, json_schema_input_type=str | Architecture)
-]
-
-
-# --- recipes ---------------------------------------------------------------------------------
-
-
-class Recipe(Section):
-    """How networks of one role are trained: stochastic gradient descent and its schedule."""
-
-    epochs: Count = 300
-    """Passes over the training split."""
-    batch_size: Count = 64
-    """Images per step; a BatchEnsemble of M members makes M rows of each."""
-    learning_rate: Positive = 0.05
-    """Peak learning rate; the BatchEnsemble factors r and s get half of it."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum of SGD."""
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    """Weight decay; none on the BatchEnsemble factors r and s."""
-    schedule: Literal["warmup_linear", "cosine"] = "warmup_linear"
-    """`warmup_linear`: 1 until half of the epochs, linearly to 0.01 at 90 %, then 0.01;
-    `cosine`: half a cosine to 0. Both after the warm-up."""
-    warmup_epochs: Count = 5
-    """Epochs in which the learning rate grows linearly from 0.01 of its peak to its peak."""
-    validate_every: Count = 30
-    """Epochs between validations; the last tenth of the epochs is always validated, and the
-    network with the best validation accuracy is kept."""
-
-    @model_validator(mode="after")
-    def _warms_up_in_time(self) -> Self:
-        if self.warmup_epochs > self.epochs:
-            raise ValueError("'warmup_epochs' is larger than 'epochs'")
-        return self
-
-
-RecipeChanges = create_model(
-    "RecipeChanges",
-    __base__=Section,
-    __doc__="Settings of a recipe that differ; null for the study's.",
-    **{
-        name: (
-            Annotated[(field.annotation, Field(), *field.metadata)] | None,
-            Field(None, description=field.description),
-        )
-        for name, field in Recipe.model_fields.items()
-    },
-)
-
-
-# --- students --------------------------------------------------------------------------------
-
-
-class StudentOptions(Section):
-    """Options that every student has."""
-
-    has_members: ClassVar[bool]
-    """Whether it has as many members as there are teachers, so that each can learn from one."""
-    prediction: ClassVar[str] = "mixture"
-    """What its stored logits mean: a key of `predictions.PREDICTIONS`."""
-
-    architecture: NamedArchitecture | None = None
-    """The architecture of this method's students; the study's unless told."""
-
-
-class Single(StudentOptions):
-    """One ordinary network."""
-
-    has_members = False
-
-    name: Literal["single"] = "single"
-    """Chooses this student."""
-
-
-class BatchEnsemble(StudentOptions):
-    """M members that share one set of weights and differ by rank-one factors."""
-
-    has_members = True
-
-    name: Literal["batch_ensemble"] = "batch_ensemble"
-    """Chooses this student."""
-
-
-# --- objectives ------------------------------------------------------------------------------
-
-
-class ObjectiveOptions(Section):
-    """The traits of an objective."""
-
-    needs_teachers: ClassVar[bool] = True
-    """Whether teachers are asked."""
-    needs_members: ClassVar[bool] = False
-    """Whether it teaches member by member."""
-
-
-class Labels(ObjectiveOptions):
-    """Cross-entropy with the labels."""
-
-    needs_teachers = False
-
-    name: Literal["labels"] = "labels"
-    """Chooses this objective."""
-
-
-class DistillationOptions(ObjectiveOptions):
-    """Options of a loss with teachers; what a method does not set is the study's."""
-
-    alpha: Share | None = None
-    """α: weight of the teachers against the labels."""
-    temperature: Positive | None = None
-    """τ: temperature of the softmax, in the loss and in the perturbation."""
-
-
-class OneToOne(DistillationOptions):
-    """Teacher j teaches member j."""
-
-    needs_members = True
-
-    name: Literal["one_to_one"] = "one_to_one"
-    """Chooses this objective."""
-
-
-class EnsembleMean(DistillationOptions):
-    """The teachers' mean probabilities teach every member."""
-
-    name: Literal["ensemble_mean"] = "ensemble_mean"
-    """Chooses this objective."""
-
-
-# --- perturbations ---------------------------------------------------------------------------
-
-
-class PerturbationOptions(Section):
-    """The traits of a perturbation."""
-
-    passes: ClassVar[int] = 2
-    """Forward passes of the student in a step: a second one where x_distill is not x."""
-    teacher_gradients: ClassVar[int] = 0
-    """Gradients of a teacher's output with respect to its input in a step."""
-
-
-class NoPerturbation(PerturbationOptions):
-    """The images as they are."""
-
-    passes = 1
-
-    name: Literal["none"] = "none"
-    """Chooses this perturbation."""
-
-
-class Gaussian(PerturbationOptions):
-    """Gaussian noise of standard deviation η."""
-
-    name: Literal["gaussian"] = "gaussian"
-    """Chooses this perturbation."""
-    eta: Eta | None = None
-    """η: root-mean-square size of the step per pixel, in units of the pixel range [0, 1]; the
-    study's unless told."""
-
-
-class ODS(Gaussian):
-    """A step of size η in a direction that diversifies one teacher's output."""
-
-    teacher_gradients = 1
-
-    name: Literal["ods"] = "ods"
-    """Chooses this perturbation."""
-    temperature: Positive | None = None
-    """τ of the softmax that is diversified; that of the objective unless told."""
-
-
-class ConfODS(ODS):
-    """ODS times the teacher's confidence."""
-
-    name: Literal["conf_ods"] = "conf_ods"
-    """Chooses this perturbation."""
-
-
-# --- methods ---------------------------------------------------------------------------------
-
-
-AnyStudent = one_of(BatchEnsemble, Single)
-AnyObjective = one_of(OneToOne, EnsembleMean, Labels)
-AnyPerturbation = one_of(NoPerturbation, Gaussian, ODS, ConfODS)
+from ensdistill.recipes import RecipeChanges
+from ensdistill.sections import Section, as_section, kinds
 
 
 def _one_line(label: str) -> str:
@@ -268,19 +28,85 @@ def _one_line(label: str) -> str:
     return label
 
 
-class Method(Section):
-    """One way to train a student: a row of the results table."""
+Label = Annotated[str, AfterValidator(_one_line)]
 
-    label: Annotated[str, AfterValidator(_one_line)]
-    """The system's name in tables and figures: one line, without blanks at its ends."""
+
+def _own_objective(known: Mapping[str, Any]) -> ObjectiveOptions | None:
+    """The objective of a method that names none; None if its student is not valid."""
+    student = known.get("student")
+    return student and _named(AnyObjective)[student.own_objective]()
+
+
+@cache
+def _named(kind: Any) -> dict[str, type[Section]]:
+    """The sections of an axis by their names."""
+    sections = [it for it in kinds(kind) if isinstance(it, type) and issubclass(it, Section)]
+    return {section.model_fields["name"].default: section for section in sections}
+
+
+class Learner(Section):
+    """A student and what it minimises."""
+
     student: AnyStudent = BatchEnsemble()
     """What is trained."""
-    objective: AnyObjective = OneToOne()
-    """What it minimises."""
+    objective: AnyObjective = Field(default_factory=_own_objective)
+    """What it minimises; the usual objective of its student unless told."""
+    recipe: RecipeChanges = RecipeChanges()
+    """Where its training differs from the study's `student`; `published` for the recipe of its
+    source."""
+
+    @model_validator(mode="after")
+    def _published_recipe_exists(self) -> Self:
+        if self.recipe.published and not self.published():
+            raise ValueError(
+                f"no recipe was published for student {self.student.name!r} with objective "
+                f"{self.objective.name!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _student_meets_needs(self) -> Self:
+        if self.objective.needs not in self.student.offers:
+            raise ValueError(_needs("objective", self.objective, self.objective.needs, self))
+        return self
+
+    def published(self) -> dict[str, Any]:
+        """The recipe of the method's source, with α and τ."""
+        return {**self.student.published, **self.objective.published}
+
+
+def _needs(axis: str, part: Section, need: str, learner: Learner) -> str:
+    """That a part of a method needs another student."""
+    example = next(name for name, it in _named(AnyStudent).items() if need in it.offers)
+    given = learner.student.name
+    return f"{axis} {part.name!r} needs {need}, such as {example!r}, not {given!r}"
+
+
+def conflict(learner: Learner, perturbation: PerturbationOptions) -> str | None:
+    """Why a perturbation does not go with a student and its objective; None if it does."""
+    objective, what = learner.objective, f"perturbation {perturbation.name!r}"
+    if perturbation.moves and not objective.needs_teachers:
+        return f"objective {objective.name!r} asks no teachers, so {what} has no use"
+    if perturbation.is_single_pass() and not objective.has_labels:
+        return f"objective {objective.name!r} has no labels, so 'single_pass' has no use"
+    need = perturbation.needs_of_student()
+    if need and need not in learner.student.offers:
+        return _needs("perturbation", perturbation, need, learner)
+    if perturbation.needs_teaching and perturbation.needs_teaching != objective.needs:
+        return (
+            f"{what} has other images for every teacher, so each must teach a member, as in "
+            f"objective 'one_to_one'; {objective.name!r} asks all of them at the same"
+        )
+    return None
+
+
+class Method(Learner):
+    """One way to train a student: a row of the results table."""
+
+    label: Label
+    """The system's name in tables and figures: one line, without blanks at its ends."""
     perturbation: AnyPerturbation = NoPerturbation()
     """At which inputs the teachers are asked."""
-    recipe: RecipeChanges = RecipeChanges()
-    """Where its training differs from the study's `student`."""
     paper: Literal["be", "kd_single", "kd", "kd_gaussian", "kd_ods", "kd_conf_ods"] | None = None
     """Which method of Nam et al. (2021) it is; the page of the paper's claims speaks of these."""
 
@@ -296,19 +122,98 @@ class Method(Section):
         return value
 
     @model_validator(mode="after")
-    def _parts_go_together(self) -> Self:
-        objective, perturbation = self.objective, self.perturbation
-        if not objective.needs_teachers and perturbation.passes > 1:
-            raise ValueError(
-                f"objective {objective.name!r} asks no teachers, so perturbation "
-                f"{perturbation.name!r} has no use"
-            )
-        if objective.needs_members and not self.student.has_members:
-            raise ValueError(
-                f"objective {objective.name!r} needs a student with members, such as "
-                f"'batch_ensemble', not {self.student.name!r}"
-            )
+    def _perturbation_goes_with_the_rest(self) -> Self:
+        if reason := conflict(self, self.perturbation):
+            raise ValueError(reason)
         return self
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of the student in a step: a second one for labels of the clean images."""
+        moved = self.perturbation.moves and not self.perturbation.is_single_pass()
+        return 1 + (moved and self.objective.has_labels)
+
+
+# --- grids -----------------------------------------------------------------------------------
+
+
+class GridLearner(Learner):
+    """A student of a grid: with its usual objective, or another one."""
+
+    label: Label | None = None
+    """Begins the labels of its methods; a usual abbreviation unless told."""
+
+    def title(self) -> str:
+        """Begins the labels of its methods."""
+        student, objective = self.student, self.objective
+        of_labels = not objective.needs_teachers and student.title_of_labels
+        return self.label or objective.title or of_labels or student.title
+
+    def suffix(self) -> str:
+        """Ends the labels of its methods."""
+        return ", own recipe" if self.recipe.published and not self.label else ""
+
+    def key(self) -> str:
+        """Begins the names of its methods."""
+        names = [self.student.name]
+        if self.objective.name != self.student.own_objective:
+            names.append(self.objective.name)
+        return "_".join([*names, *(["published"] if self.recipe.published else [])])
+
+
+def _as_learner(value: Any) -> Any:
+    """A student's name alone, or with its options, stands for it with its usual objective."""
+    alone = isinstance(value, str) or (isinstance(value, Mapping) and "name" in value)
+    return {"student": value} if alone else value
+
+
+class Grid(Section):
+    """All students at all perturbations that go together."""
+
+    students: Annotated[
+        list[
+            Annotated[
+                GridLearner,
+                BeforeValidator(_as_learner, json_schema_input_type=AnyStudent | GridLearner),
+            ]
+        ],
+        Field(min_length=1),
+    ]
+    """Students: a name, a student with options, or {student, objective, recipe, label}. A recipe is
+    the study's unless told, so that all are compared by the same."""
+    perturbations: Annotated[list[AnyPerturbation], Field(min_length=1)]
+    """Where the teachers are asked; a student that learns from labels alone goes with `none`."""
+
+    def methods(self) -> dict[str, Method]:
+        """The methods by name, `<student>_<perturbation>`; labels are made of the parts.
+
+        Raises:
+            ValueError: two have the same name, or a part goes with no other.
+        """
+        found: dict[str, Method] = {}
+        alone = {f"perturbation {it.name!r}" for it in self.perturbations}
+        for learner in self.students:
+            lonely = True
+            for perturbation in self.perturbations:
+                if conflict(learner, perturbation):
+                    continue
+                lonely = False
+                alone.discard(f"perturbation {perturbation.name!r}")
+                once = perturbation.is_single_pass()
+                name = f"{learner.key()}_{perturbation.name}{'_single_pass' if once else ''}"
+                if name in found:
+                    raise ValueError(f"two methods are called {name!r}: set one under 'methods'")
+                label = "+".join(filter(None, [learner.title(), perturbation.title]))
+                found[name] = Method(
+                    label=f"{label}{', one pass' if once else ''}{learner.suffix()}",
+                    perturbation=perturbation,
+                    **{key: getattr(learner, key) for key in Learner.model_fields},
+                )
+            if lonely:
+                alone.add(f"student {learner.student.name!r}")
+        if alone:
+            raise ValueError(f"{min(alone)} goes with none of the others")
+        return found
 
 
 OLD_KEYS = {

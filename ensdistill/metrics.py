@@ -42,6 +42,20 @@ def ensemble_probs(logits: ArrayLike) -> Array:
     return softmax(logits).mean(axis=1)
 
 
+def dirichlet_probs(logits: ArrayLike, offset: float = 0.0) -> Array:
+    """Mean over M networks of α/α₀, α = e^z + offset, (N, M, K) → (N, K); exact for any finite z.
+
+    The mean of each network's Dirichlet distribution. Offset 0 in EnD² [Malinin et al. 2020], where
+    it is softmax(z); 1 in Proxy-EnD² [Ryabinin et al. 2021], whose official evaluation uses
+    softmax(z) all the same.
+
+    >>> dirichlet_probs([[[0.0, np.log(3)]]], offset=1.0).round(4).tolist()
+    [[0.3333, 0.6667]]
+    """
+    logits = np.asarray(logits, dtype=np.float64)
+    return softmax(np.logaddexp(logits, np.log(offset)) if offset else logits).mean(axis=1)
+
+
 def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
     """Share of images whose most probable class is the label, in percent.
 
@@ -301,7 +315,7 @@ METRICS: dict[str, Metric] = {
         "Diversity",
         lambda it: mean_or_nan(it.prediction.diversity()),
         unit="nats",
-        meaning="pairwise KL between members",
+        meaning="pairwise KL between members, or between draws from a Dirichlet distribution",
     ),
     "entropy": Metric("Entropy", lambda it: entropy(it.probs), unit="nats", in_table=False),
 }

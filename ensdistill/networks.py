@@ -1,7 +1,7 @@
-"""Residual networks for small images, plain or as BatchEnsembles, from the same code."""
+"""Residual networks for small images; every kind of layers makes one from the same code."""
 
+import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ensdistill.batch_ensemble import BatchEnsembleConv2d, BatchEnsembleLinear, subsample
-from ensdistill.methods import parse_architecture
-
-Layer = Callable[..., nn.Module]
+from ensdistill.architectures import parse_architecture
+from ensdistill.batch_ensemble import BatchEnsembleConv2d, batch_ensemble_layers, subsample
+from ensdistill.layers import Layers, plain_layers
 
 
 class Normalize(nn.Module):
@@ -25,16 +24,6 @@ class Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
-
-
-def layers(ensemble_size: int) -> tuple[Layer, Layer]:
-    """How convolutions and linear layers are made: plain ones, or of a BatchEnsemble of M > 1."""
-    if ensemble_size == 1:
-        return partial(nn.Conv2d, bias=False), nn.Linear
-    return (
-        partial(BatchEnsembleConv2d, ensemble_size=ensemble_size),
-        partial(BatchEnsembleLinear, ensemble_size=ensemble_size),
-    )
 
 
 def in_float32(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -51,20 +40,23 @@ class BasicBlock(nn.Module):
 
     normalized = (("conv1", "norm1"), ("conv2", "norm2"))
 
-    def __init__(self, conv: Layer, in_channels: int, out_channels: int, stride: int):
+    def __init__(self, layers: Layers, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.conv1 = conv(in_channels, out_channels, 3, stride=stride, padding=1)
+        self.conv1 = layers.conv(in_channels, out_channels, 3, stride=stride, padding=1)
         self.norm1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = conv(out_channels, out_channels, 3, padding=1)
+        self.conv2 = layers.conv(out_channels, out_channels, 3, padding=1)
         self.norm2 = nn.BatchNorm2d(out_channels)
-        self.stride, self.padding = stride, out_channels - in_channels
+        self.stride, self.packed = stride, layers.packed
+        self.channels = in_channels // layers.packed
+        self.padding = (out_channels - in_channels) // layers.packed
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu_(self.norm1(self.conv1(x)))
         out = self.norm2(self.conv2(out))
         if self.stride != 1 or self.padding:
             x = subsample(x, self.stride).permute(0, 2, 3, 1)  # channels last, for F.pad
-            x = F.pad(x, (0, self.padding)).permute(0, 3, 1, 2)
+            x = F.pad(x.unflatten(3, (self.packed, self.channels)), (0, self.padding))
+            x = x.flatten(3).permute(0, 3, 1, 2)
         return F.relu_(out.add_(x))
 
 
@@ -73,14 +65,14 @@ class PreActivationBlock(nn.Module):
 
     normalized = (("conv1", "norm2"),)
 
-    def __init__(self, conv: Layer, in_channels: int, out_channels: int, stride: int):
+    def __init__(self, layers: Layers, in_channels: int, out_channels: int, stride: int):
         super().__init__()
         self.norm1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = conv(in_channels, out_channels, 3, stride=stride, padding=1)
+        self.conv1 = layers.conv(in_channels, out_channels, 3, stride=stride, padding=1)
         self.norm2 = nn.BatchNorm2d(out_channels)
-        self.conv2 = conv(out_channels, out_channels, 3, padding=1)
+        self.conv2 = layers.conv(out_channels, out_channels, 3, padding=1)
         changes = stride != 1 or in_channels != out_channels
-        self.shortcut = conv(in_channels, out_channels, 1) if changes else None
+        self.shortcut = layers.conv(in_channels, out_channels, 1) if changes else None
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +89,8 @@ class ResidualNetwork(nn.Module):
     Under bfloat16 autocast normalisation, stem, average and linear layer compute in float32.
 
     Shape:
-        input (M·B, C, H, W) in [0, 1], member-major → logits (M·B, K). M is `ensemble_size`.
+        input (rows, C, H, W) in [0, 1] → logits (rows, K). How rows, C and K belong to members is
+        the affair of the layers.
     """
 
     normalized = (("stem", "stem_norm"),)
@@ -110,40 +103,46 @@ class ResidualNetwork(nn.Module):
         stage_channels: Sequence[int],
         num_classes: int,
         in_channels: int,
-        ensemble_size: int,
+        layers: Layers,
         mean: Sequence[float],
         std: Sequence[float],
     ):
         super().__init__()
-        self.ensemble_size = ensemble_size
-        conv, linear = layers(ensemble_size)
         self.normalize = Normalize(mean, std)
-        self.stem = conv(in_channels, stem_channels, 3, padding=1)
+        self.stem = (layers.stem or layers.conv)(in_channels, stem_channels, 3, padding=1)
         pre_activation = block is PreActivationBlock
         self.stem_norm = nn.Identity() if pre_activation else nn.BatchNorm2d(stem_channels)
         blocks, channels = [], stem_channels
         for stage, out_channels in enumerate(stage_channels):
             for index in range(blocks_per_stage):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(block(conv, channels, out_channels, stride))
+                blocks.append(block(layers, channels, out_channels, stride))
                 channels = out_channels
         self.blocks = nn.Sequential(*blocks)
+        self.blocks_per_stage = blocks_per_stage
         self.final_norm = nn.BatchNorm2d(channels) if pre_activation else nn.Identity()
         self.pre_activation = pre_activation
-        self.head = linear(channels, num_classes)
+        self.head = layers.linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | BatchEnsembleConv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                # PyTorch takes the outputs of all groups for the fan-out of each.
+                if (groups := getattr(module, "groups", 1)) > 1:
+                    module.weight.data *= math.sqrt(groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        # bfloat16 pixels would lose a sixth of a perturbation with η = 1/255.
-        x = in_float32(self._stem, x)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = self.stem_norm(x)
-        x = self.blocks(x if self.pre_activation else F.relu_(x))
-        x = F.relu_(self.final_norm(x)) if self.pre_activation else x
-        return in_float32(self._head, x)
+        # Parts that `hydra.split` has taken away are None.
+        if self.stem is not None:
+            # bfloat16 pixels would lose a sixth of a perturbation with η = 1/255.
+            x = in_float32(self._stem, x)
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            x = self.stem_norm(x)
+            x = x if self.pre_activation else F.relu_(x)
+        x = self.blocks(x)
+        if self.pre_activation and self.final_norm is not None:
+            x = F.relu_(self.final_norm(x))
+        return x if self.head is None else in_float32(self._head, x)
 
     def _stem(self, x: Tensor) -> Tensor:
         return self.stem(self.normalize(x).contiguous(memory_format=torch.channels_last))
@@ -177,13 +176,18 @@ def wrn(depth: int, widen: int, width: int, **options: Any) -> ResidualNetwork:
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"resnet": resnet, "wrn": wrn}
 """Builders by family; methods.ARCHITECTURES says how their names are written.
 
-A builder takes the sizes in the name, `width`, and num_classes, in_channels, ensemble_size, mean
-and std as `build_network`.
+A builder takes the sizes in the name, `width`, num_classes, in_channels, mean and std as
+`build_network`, and the `Layers` that it is made of.
 """
 
 
 def build_network(
-    name: str, num_classes: int, in_channels: int = 3, ensemble_size: int = 1, **options: Any
+    name: str,
+    num_classes: int,
+    in_channels: int = 3,
+    ensemble_size: int = 1,
+    layers: Layers | None = None,
+    **options: Any,
 ) -> nn.Module:
     """A network by name, in channels_last memory format: (M·B, C, H, W) → (M·B, K).
 
@@ -194,6 +198,7 @@ def build_network(
         in_channels: C.
         ensemble_size: M; above 1 every convolution and linear layer is a BatchEnsemble layer,
             with member biases, and batch normalisation is shared by all members.
+        layers: what it is made of, if it is neither plain nor a BatchEnsemble.
         **options: `width`, the channels of the first stage (16 unless told; times k in a WRN);
             `mean` and `std`, per channel, of the pixels in [0, 1] (default 0 and 1).
 
@@ -208,12 +213,14 @@ def build_network(
     defaults = {"width": 16, "mean": [0.0] * in_channels, "std": [1.0] * in_channels}
     if unknown := options.keys() - defaults.keys():
         raise ValueError(f"unknown network option {', '.join(map(repr, sorted(unknown)))}")
+    if layers is None:
+        layers = plain_layers() if ensemble_size == 1 else batch_ensemble_layers(ensemble_size)
     family, sizes = parse_architecture(name)
     network = ARCHITECTURES[family](
         **sizes,
         num_classes=num_classes,
         in_channels=in_channels,
-        ensemble_size=ensemble_size,
+        layers=layers,
         **(defaults | options),
     )
     return network.to(memory_format=torch.channels_last)

@@ -4,9 +4,11 @@ An objective looks at a `Step` alone. Its options, such as α and τ, are keywor
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributions import Dirichlet, kl_divergence
 from torch.nn import functional as F
 
 from ensdistill.flow_matching import NOISE, flow_matching_loss, random_times
@@ -77,7 +79,8 @@ def distillation(
 
     Args:
         step: the step.
-        x_distill: x̃ (B, C, H, W); x itself where the teachers are asked at the images as they are.
+        x_distill: x̃ (B, C, H, W), or (M, B, C, H, W) where each teacher is asked, and teaches, at
+            images of its own; x itself where the teachers are asked at the images as they are.
         targets: makes the members' targets (M, B, K) of the teachers' probabilities (M, B, K).
         alpha: α in [0, 1].
         temperature: τ > 0.
@@ -99,6 +102,98 @@ def distillation(
 def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
     """Accuracy [%] of the mean of the members' probabilities; logits (M, B, K)."""
     return 100 * (logits.softmax(-1).mean(0).argmax(-1) == y).float().mean()
+
+
+def _accuracy_at(step: Step, x_distill: Tensor, logits: Tensor) -> Tensor:
+    """Accuracy [%] at x̃ where that is x; else NaN, as the labels are of x."""
+    if x_distill is step.x:
+        return _accuracy(logits, step.y)
+    return logits.new_full((), torch.nan)
+
+
+SMOOTHING = 1e-3
+"""Share of the uniform distribution in the teachers' probabilities of `dirichlet_loss`."""
+
+
+def dirichlet_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """EnD²: −log likelihood of the teachers' probabilities under Dir(α), α = e^{z/τ}.
+
+    L = τ² · mean_b [ Σ_k lnΓ(α_k) − lnΓ(α₀) − Σ_k (α_k − 1)·mean_m ln p̂_mk ], with the teachers'
+    probabilities p_m = softmax(t_m/τ) smoothed, p̂ = (1 − 10⁻³)(p_m − 1/K) + 1/K [Malinin et al.
+    2020, eq. 13, and their code]. In float64, as α spans many orders of magnitude.
+
+    Args:
+        logits: of the student, z (B, K).
+        teacher_logits: t (M, B, K).
+        temperature: τ.
+    """
+    concentration = (logits.double() / temperature).exp()
+    probs = (teacher_logits.double() / temperature).softmax(-1)
+    uniform = 1 / probs.shape[-1]
+    log_probs = ((1 - SMOOTHING) * (probs - uniform) + uniform).log().mean(0)
+    normalizer = concentration.lgamma().sum(-1) - concentration.sum(-1).lgamma()
+    return temperature**2 * (normalizer - ((concentration - 1) * log_probs).sum(-1)).mean()
+
+
+def proxy_dirichlet_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float,
+    direction: Literal["reverse", "forward"] = "reverse",
+) -> Tensor:
+    """Proxy-EnD²: divergence between Dir(α), α = e^{z/τ} + 1, and a proxy for the teachers.
+
+    The proxy is Dir(β), β = β₀·p̄ + 1, with the teachers' mean probabilities p̄ at τ and
+    β₀ = (K − 1) / (2·mean_m KL(p̄ ‖ p_m)) [Ryabinin et al. 2021, §4]. In float64.
+
+    - reverse: KL(Dir(α) ‖ Dir(β)) as their code scales it, up to a constant:
+      mean_b { −Σ_k p̄_k [ψ(α_k) − ψ(α₀)] + KL(Dir(α) ‖ Dir(1)) / (β₀ + K) };
+    - forward: mean_b KL(Dir(β) ‖ Dir(α)).
+
+    Args:
+        logits: of the student, z (B, K).
+        teacher_logits: t (M, B, K).
+        temperature: τ.
+        direction: reverse, which is zero-forcing, or forward.
+    """
+    concentration = (logits.double() / temperature).exp() + 1
+    log_probs = (teacher_logits.double() / temperature).log_softmax(-1)
+    mean = log_probs.exp().mean(0)
+    classes = mean.shape[-1]
+    # mean_m KL(p̄ ‖ p_m); each of these tensors has one number per image.
+    divergence = (
+        mean * (mean.clamp_min(torch.finfo(mean.dtype).tiny).log() - log_probs.mean(0))
+    ).sum(-1)
+    precision = (classes - 1) / (2 * divergence + torch.finfo(torch.float32).eps)
+    student = Dirichlet(concentration, validate_args=False)
+    if direction == "forward":
+        proxy = Dirichlet(mean * precision[:, None] + 1, validate_args=False)
+        return kl_divergence(proxy, student).mean()
+    total = concentration.sum(-1, keepdim=True)
+    expected = -(mean * (concentration.digamma() - total.digamma())).sum(-1)
+    flat = Dirichlet(torch.ones_like(concentration), validate_args=False)
+    return (expected + kl_divergence(student, flat) / (precision + classes)).mean()
+
+
+def dirichlet(step: Step, x_distill: Tensor, *, first_temperature: float) -> Parts:
+    """`dirichlet_loss`; in the second half of the training τ falls linearly to 1."""
+    share = min(2 * (1 - step.progress), 1)
+    temperature = 1 + share * (first_temperature - 1)
+    return _of_one(step, x_distill, lambda z, t: dirichlet_loss(z, t, temperature))
+
+
+def proxy_dirichlet(
+    step: Step, x_distill: Tensor, *, temperature: float, direction: Literal["reverse", "forward"]
+) -> Parts:
+    """`proxy_dirichlet_loss` at the inputs where the teachers are asked."""
+    return _of_one(step, x_distill, lambda z, t: proxy_dirichlet_loss(z, t, temperature, direction))
+
+
+def _of_one(step: Step, x_distill: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Parts:
+    """A loss of one network's logits (B, K) and the teachers' (M, B, K), without autocast."""
+    logits = step.student(x_distill)
+    value = loss(logits[0], teacher_logits(step.teachers, x_distill))
+    return {"loss": value, "accuracy": _accuracy_at(step, x_distill, logits)}
 
 
 FREE_PHASE = 0.1
@@ -164,18 +259,13 @@ def flow_matching(step: Step, x_distill: Tensor) -> Parts:
     }
 
 
-def _accuracy_at(step: Step, x_distill: Tensor, logits: Tensor) -> Tensor:
-    """Accuracy [%] at x̃ where that is x; else NaN, as the labels are of x."""
-    if x_distill is step.x:
-        return _accuracy(logits, step.y)
-    return logits.new_full((), torch.nan)
-
-
 OBJECTIVES: dict[str, Callable[..., Parts]] = {
     "labels": labels,
     "one_to_one": one_to_one,
     "ensemble_mean": ensemble_mean,
+    "dirichlet": dirichlet,
+    "proxy_dirichlet": proxy_dirichlet,
     "gaussian_likelihood": gaussian_likelihood,
     "flow_matching": flow_matching,
 }
-"""By the names that config.yaml uses; their options and traits are in methods.py."""
+"""By the names that config.yaml uses; their options and traits are in options.py."""

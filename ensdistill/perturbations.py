@@ -1,18 +1,21 @@
 """Where the teachers are asked: (step) → x̃ = clip(x + η·ε, 0, 1), at which they disagree.
 
 A perturbation looks at a `Step` alone. Its options, such as η (in units of the pixel range), are
-keyword arguments. It returns images of the shape of x, or x itself where nothing moves.
+keyword arguments. It returns images (B, C, H, W), or those of each teacher (M, B, C, H, W), or x
+itself where nothing moves.
 
 Output-diversified sampling (ODS): Tashiro, Song and Ermon, "Diversity can be Transferred"
-(NeurIPS 2020). ConfODS: Nam et al. (NeurIPS 2021, §3).
+(NeurIPS 2020). ConfODS: Nam et al. (NeurIPS 2021, §3). TDiv–SDiv: Nam et al., "Improving Ensemble
+Distillation With Weight Averaging and Diversifying Perturbation" (ICML 2022).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ensdistill.students import Step
+from ensdistill.students import Step, Student
 
 
 def ods_direction(
@@ -39,7 +42,8 @@ def ods_direction(
     Returns:
         ε (B, C, H, W), each image of norm √D, or 0 where the gradient is 0.
     """
-    return _ods(network, x, temperature, w, generator)[0]
+    w = None if w is None else w[None]
+    return _ods([network], x, temperature, w, generator)[0][0]
 
 
 def conf_ods_direction(
@@ -55,35 +59,111 @@ def conf_ods_direction(
     Nam et al. 2021, §3. Confident images, on which the teachers agree, move furthest.
     Arguments and shapes as `ods_direction`; each image of norm C_max·√D, or 0.
     """
-    epsilon, probs = _ods(network, x, temperature, w, generator)
-    return epsilon * probs.amax(1).view(-1, 1, 1, 1)
+    w = None if w is None else w[None]
+    epsilon, probs = _ods([network], x, temperature, w, generator)
+    return epsilon[0] * probs[0].amax(1).view(-1, 1, 1, 1)
 
 
 def _ods(
-    network: nn.Module,
+    networks: Sequence[nn.Module],
     x: Tensor,
     temperature: float,
     w: Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """ε_ODS and the softmax probabilities (B, K) at which it was taken."""
+    """ε_ODS of each network (n, B, C, H, W) and the probabilities (n, B, K) at which it was taken.
+
+    w (n, B, K) is drawn for each network unless given.
+    """
+    # One network after the other: graphs of several at once were measured to be slower on a CPU,
+    # where they do not fit the caches.
+    gradients, every = [], []
+    for index, network in enumerate(networks):
+        leaf, logits = _answer(network, x)
+        probs = (logits.detach().to(x.dtype) / temperature).softmax(1)
+        if w is None:
+            own = torch.empty_like(probs).uniform_(-1, 1, generator=generator)
+        else:
+            own = w[index]
+        # g = Jᵀv, v = p∘(w − wᵀp)/τ. Only its direction counts, so v may be shifted and scaled:
+        # w relative to the top class survives p ≈ one-hot, max|v| = 1 survives bfloat16.
+        own = own - own.gather(1, probs.argmax(1, keepdim=True))
+        v = probs * (own - (probs * own).sum(1, keepdim=True))
+        v = v / _largest(v, (1,))
+        gradients += torch.autograd.grad(logits, leaf, v.to(logits.dtype))
+        every.append(probs)
+    return _unit(gradients), torch.stack(every)
+
+
+def tdiv_sdiv_direction(
+    teachers: Sequence[nn.Module],
+    student: Student | None,
+    x: Tensor,
+    pair: tuple[int, int],
+) -> Tensor:
+    """TDiv–SDiv: where two teachers differ and the members that they teach agree.
+
+    ε = √D · g/‖g‖₂ with g = ∇_x ℓ, ℓ = H(p_jᵀ, p_iᵀ) − H(p_jˢ, p_iˢ), H(p, q) = −Σ_k p_k ln q_k,
+    p_j held constant, τ = 1 [Nam et al. 2022, §3.2, and their code].
+
+    Args:
+        teachers: (B, C, H, W) → (B, K), in eval mode.
+        student: has as many members; it is asked in eval mode. None for the teachers' part alone.
+        x: images (B, C, H, W) in [0, 1].
+        pair: i and j.
+
+    Returns:
+        ε (B, C, H, W), each image of norm √D, or 0 where the gradient is 0.
+    """
+    first, second = pair
+    with torch.no_grad():
+        others = [teachers[second](x)]
+    leaf, answer = _answer(teachers[first], x)
+    logits = [answer]
+    if student is not None:
+        was_training = student.training
+        student.eval()
+        with torch.enable_grad():
+            own = student(leaf)
+        student.train(was_training)
+        logits, others = [*logits, own[first]], [*others, own[second]]
+    v = torch.stack([_surplus(i, j, x.dtype) for i, j in zip(logits, others, strict=True)])
+    v = v / _largest(v, (0, -1))
+    signed = [sign * it.to(z.dtype) for sign, it, z in zip((1, -1), v, logits, strict=False)]
+    return _unit(torch.autograd.grad(logits, leaf, signed))[0]
+
+
+def _answer(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The images as a leaf, and a network's logits there, with a graph."""
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        logits = network(x)
-    probs = (logits.detach().to(x.dtype) / temperature).softmax(1)
-    if w is None:
-        w = torch.empty_like(probs).uniform_(-1, 1, generator=generator)
-    # g = Jᵀv, v = p∘(w − wᵀp)/τ. Only its direction counts, so v may be shifted and scaled:
-    # w relative to the top class survives p ≈ one-hot, max|v| = 1 survives bfloat16.
-    w = w - w.gather(1, probs.argmax(1, keepdim=True))
-    v = probs * (w - (probs * w).sum(1, keepdim=True))
-    v = v / v.abs().amax(1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
-    (gradient,) = torch.autograd.grad(logits, x, v.to(logits.dtype))
-    largest = gradient.abs().amax((1, 2, 3), keepdim=True)
+        leaf = x.detach().requires_grad_()
+        return leaf, network(leaf)
+
+
+def _surplus(logits: Tensor, others: Tensor, dtype: torch.dtype) -> Tensor:
+    """p_i − p_j (B, K) of two logits: the gradient of H(p_j, p_i) with respect to the first."""
+    one, other = (it.detach().to(dtype).softmax(-1) for it in (logits, others))
+    surplus, top = one - other, (one + other).argmax(-1, keepdim=True)
+    # Near one-hot the top class's difference is rounding error; all differences add up to 0.
+    rest = surplus.scatter(-1, top, 0.0)
+    return rest.scatter(-1, top, -rest.sum(-1, keepdim=True))
+
+
+def _largest(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The largest size along some dimensions, which are kept; never 0, so that one may divide."""
+    return values.abs().amax(dims, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def _unit(gradients: Sequence[Tensor]) -> Tensor:
+    """Gradients (B, C, H, W) scaled to norm √D per image, or 0 where they are 0; stacked."""
+    # A single one keeps its memory format, and with it the order of the sums.
+    gradient = torch.stack([*gradients]) if len(gradients) > 1 else gradients[0][None]
+    each = (-3, -2, -1)
+    largest = gradient.abs().amax(each, keepdim=True)
     # Scaled first, so that squares of a tiny gradient do not vanish.
     unit = gradient / torch.where(largest > 0, largest, 1)
-    norm = unit.square().sum((1, 2, 3), keepdim=True).sqrt()
-    return unit * x[0].numel() ** 0.5 / torch.where(norm > 0, norm, 1), probs
+    norm = unit.square().sum(each, keepdim=True).sqrt()
+    return unit * gradient[0, 0].numel() ** 0.5 / torch.where(norm > 0, norm, 1)
 
 
 def none(step: Step) -> Tensor:
@@ -116,8 +196,43 @@ def conf_ods(step: Step, *, eta: float, temperature: float) -> Tensor:
     )
 
 
+def ods_each(step: Step, *, eta: float, temperature: float) -> Tensor:
+    """x̃ (M, B, C, H, W) with `ods_direction` of every teacher: teacher j is asked at its own.
+
+    What Nam et al. (2021, §3) call ideal and leave out, as it costs M gradients instead of one.
+    """
+
+    def directions(x: Tensor) -> Tensor:
+        return _ods(step.teachers, x, temperature, None, step.generator)[0]
+
+    return _moved(step, eta, directions)
+
+
+def tdiv_sdiv(step: Step, *, eta: float, sdiv: bool) -> Tensor:
+    """x̃ with `tdiv_sdiv_direction` of two teachers, drawn uniformly for the whole batch.
+
+    Without `sdiv`, or where no student is asked, by the teachers' part alone.
+    """
+    pair = torch.randperm(len(step.teachers), generator=step.host)[:2].tolist()
+    student = step.student if sdiv else None
+    return _moved(step, eta, lambda x: tdiv_sdiv_direction(step.teachers, student, x, pair))
+
+
+def mixup(step: Step, *, beta: float) -> Tensor:
+    """x̃ = (1 − λ)·x + λ·x_π, λ ~ Beta(β, β) per batch, π a permutation [Zhang et al. 2018]."""
+    seed = int(torch.randint(2**63 - 1, (), generator=step.host))
+    share = np.random.default_rng(seed).beta(beta, beta)
+    order = torch.randperm(len(step.x), generator=step.generator, device=step.x.device)
+    return step.x.lerp(step.x[order], share)
+
+
+def held_out(step: Step) -> Tensor:
+    """Images that no network was trained on, instead of x; as many as the step has of them."""
+    return step.held_out
+
+
 def _moved(step: Step, eta: float, direction: Callable[[Tensor], Tensor]) -> Tensor:
-    """clip(x + η·ε, 0, 1), shape of x; x itself where η is 0."""
+    """clip(x + η·ε, 0, 1), shape of ε; x itself where η is 0."""
     return (step.x + eta * direction(step.x)).clamp(0, 1) if eta else step.x
 
 
@@ -131,5 +246,9 @@ PERTURBATIONS: dict[str, Callable[..., Tensor]] = {
     "gaussian": gaussian,
     "ods": ods,
     "conf_ods": conf_ods,
+    "ods_each": ods_each,
+    "tdiv_sdiv": tdiv_sdiv,
+    "mixup": mixup,
+    "held_out": held_out,
 }
-"""By the names that config.yaml uses; their options and traits are in methods.py."""
+"""By the names that config.yaml uses; their options and traits are in options.py."""

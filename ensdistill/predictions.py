@@ -7,7 +7,7 @@ float32 (N, M, K) and `labels` int64 (N,), and attributes that say what made it.
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -58,7 +58,7 @@ class Prediction(ABC):
         return None
 
     def diversity(self) -> Array | None:
-        """KL divergence between two members, expected over pairs, (N,)."""
+        """KL divergence between two members, expected over ordered pairs, (N,)."""
         return None
 
     def disagreement(self) -> Array | None:
@@ -92,8 +92,100 @@ class Mixture(Prediction):
         return function(self.logits) if self.logits.shape[1] > 1 else None
 
 
-PREDICTIONS: dict[str, type[Prediction]] = {"mixture": Mixture}
+class Dirichlet(Prediction):
+    """Dirichlet distributions over the class probabilities π, of equal weight: one per network.
+
+    Concentrations α_k = e^{z_k} + offset of the logits z, α₀ = Σ_k α_k; offset 0 in EnD²
+    [Malinin et al. 2020], 1 in Proxy-EnD² [Ryabinin et al. 2021]. p̄ is the expected π, α/α₀ of one
+    network (the official evaluation of Proxy-EnD² uses softmax(z) instead, which ignores the
+    offset). The *members* of such a prediction are all that can be drawn from it: its mutual
+    information and diversity are the limits of those of a `Mixture` of S members from each network,
+    S → ∞. How often two of them predict different classes has no closed form.
+
+    All is computed from log α in float64 and is exact for logits of any finite size, but that the
+    diversity takes a log α below −700 as −700: as α → 0 it grows without bound.
+    """
+
+    def __init__(self, logits: ArrayLike, offset: float = 0.0):
+        super().__init__(logits)
+        z = self.logits.astype(np.float64)
+        self._log_alpha = np.logaddexp(z, np.log(offset)) if offset else z
+        self._log_total = np.logaddexp.reduce(self._log_alpha, axis=2, keepdims=True)
+        self._log_means = self._log_alpha - self._log_total
+        self._means = np.exp(self._log_means)
+
+    @classmethod
+    def stored(cls, logits: ArrayLike, attributes: Mapping[str, Any]) -> Self:
+        """The attribute `concentration_offset` is the offset, 0 if it is absent."""
+        return cls(logits, float(attributes.get("concentration_offset", 0.0)))
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        return cls(np.concatenate([part._log_alpha for part in parts], axis=1))
+
+    def probs(self) -> Array:
+        return self._means.mean(1)
+
+    def mutual_information(self) -> Array:
+        """Of prediction and π, (N,): H(p̄) − E H(π), with −E H(π) = Σ_k p_k(ψ(α_k+1) − ψ(α₀+1)).
+
+        Of one network H(p) + Σ_k p_k(ψ(α_k+1) − ψ(α₀+1)) [Malinin & Gales 2018, §3].
+        """
+        between = self.entropy() - metrics.entropy(self._means, "none").mean(1)
+        excess = _digamma_excess(self._log_alpha) - _digamma_excess(self._log_total)
+        return between + np.sum(self._means * excess, axis=2).mean(1)
+
+    def diversity(self) -> Array:
+        """KL(π_i ‖ π_j) of two independent draws, expected over them and all M² pairs, (N,).
+
+        Both of one network: (K−1)/α₀. Of networks i and j: Σ_k p_ik(ψ(α_ik+1) − ψ(α_i0+1) −
+        ψ(α_jk) + ψ(α_j0)). Two members of the limit that `Dirichlet` describes are of the same
+        network with probability 1/M.
+        """
+        networks = range(self.logits.shape[1])
+        pairs = [self._divergence(i, j) for i in networks for j in networks]
+        return np.mean(pairs, axis=0)
+
+    def _divergence(self, i: int, j: int) -> Array:
+        total = np.maximum(self._log_total, LOWEST)
+        if i == j:
+            return (self.logits.shape[2] - 1) * np.exp(-total[:, i, 0])
+        alpha = np.maximum(self._log_alpha, LOWEST)
+        # ψ(a+1) − log a, and with ψ(a+1) = ψ(a) + 1/a also ψ(a) − log a.
+        above = _digamma_excess(alpha[:, i]) - _digamma_excess(total[:, i])
+        below = _digamma_excess(alpha[:, j]) - _digamma_excess(total[:, j])
+        below += np.exp(-total[:, j]) - np.exp(-alpha[:, j])
+        logs = self._log_means[:, i] - self._log_means[:, j]
+        return np.sum(self._means[:, i] * (logs + above - below), axis=1)
+
+
+LOWEST = -700.0
+"""A logarithm whose exponential, and its inverse, still are float64."""
+
+
+def _digamma_excess(log_a: Array) -> Array:
+    """ψ(a+1) − log a of a positive a, to at least ten digits; a large a is never computed."""
+    from scipy.special import digamma
+
+    small = np.exp(np.minimum(log_a, 7.0))
+    inverse = np.exp(-np.maximum(log_a, 7.0))
+    return np.where(log_a < 7.0, digamma(small + 1) - log_a, inverse / 2 - inverse**2 / 12)
+
+
+PREDICTIONS: dict[str, type[Prediction]] = {"mixture": Mixture, "dirichlet": Dirichlet}
 """What stored logits can mean, by the name that their file gives."""
+
+
+PROBS: dict[str, Callable[[ArrayLike, Mapping[str, Any]], Array]] = {
+    "mixture": lambda logits, attributes: metrics.ensemble_probs(logits),
+    "dirichlet": lambda logits, attributes: metrics.dirichlet_probs(
+        logits, attributes["concentration_offset"]
+    ),
+}
+"""Their p̄ alone, of logits (N, M, K) and a file's attributes: what training validates by.
+
+Apart from the classes, so that networks need no training anew if an uncertainty changes.
+"""
 
 
 def read_prediction(path: str | os.PathLike[str], split: str) -> tuple[Prediction, Labels]:

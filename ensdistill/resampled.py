@@ -59,14 +59,17 @@ class ResampledSystems:
 
 def _per_image(prediction: Prediction, labels: Labels) -> dict[str, NDArray]:
     """Values (N,) whose means over images are metrics; those that the prediction has."""
-    probs, diversity = prediction.probs(), prediction.diversity()
+    probs = prediction.probs()
+    diversity, disagreement = prediction.diversity(), prediction.disagreement()
     found = {
         "nll": nll(probs, labels, "none"),
         "bs": brier(probs, labels, "none"),
         "acc": 100.0 * (probs.argmax(1) == labels),
     }
     if diversity is not None:
-        found |= {"diversity": diversity, "disagreement": 100 * prediction.disagreement()}
+        found["diversity"] = diversity
+    if disagreement is not None:
+        found["disagreement"] = 100 * disagreement
     return found
 
 

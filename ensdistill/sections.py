@@ -75,13 +75,13 @@ class Section(BaseModel):
 @cache
 def _numeric(section: type[Section]) -> set[str]:
     """The keys of a section whose values are numbers and never texts."""
-    kinds = {key: _kinds(field.annotation) for key, field in section.model_fields.items()}
-    return {key for key, types in kinds.items() if types & {int, float} and str not in types}
+    of_keys = {key: kinds(field.annotation) for key, field in section.model_fields.items()}
+    return {key for key, types in of_keys.items() if {int, float} & {*types} and str not in types}
 
 
-def _kinds(annotation: Any) -> set[Any]:
-    """All types that a type is made of."""
-    return {annotation}.union(*map(_kinds, get_args(annotation)))
+def kinds(annotation: Any) -> list[Any]:
+    """All types that a type is made of, in the order in which they are written."""
+    return [annotation, *(it for part in get_args(annotation) for it in kinds(part))]
 
 
 def as_section(value: Any) -> Any:

@@ -5,24 +5,19 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from ensdistill import InputError
+from ensdistill.architectures import Architecture, NamedArchitecture
 from ensdistill.config_errors import sentence
 from ensdistill.downloads import OFFICIAL_CORRUPTIONS, SOURCES
-from ensdistill.methods import (
-    Architecture,
-    Labels,
-    Method,
-    NamedArchitecture,
-    NoPerturbation,
-    Recipe,
-    Single,
-)
+from ensdistill.methods import Grid, Method
 from ensdistill.metrics import METRICS
+from ensdistill.options import ONE, PerturbationOptions
+from ensdistill.recipes import Recipe
 from ensdistill.sections import Count, Eta, Number, Positive, Section, Share
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
@@ -44,6 +39,9 @@ class Images(Section):
     validation: Count = 5000
     """Images taken from the training split for validation: the last ones of CIFAR (the official
     split), otherwise a seeded stratified choice."""
+    held_out: Count | None = None
+    """Images taken from the training split beside the validation images, on which no network is
+    trained: where the perturbation `held_out` asks the teachers."""
     test: Count | None = None
     """Test images: a seeded stratified subset of this many; all unless told."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -135,15 +133,16 @@ class Published(Section):
 
 PAPERS_METHODS = {
     "be": Method(label="BE", objective="labels", paper="be"),
-    "kd_single": Method(
-        label="KD-single", student="single", objective="ensemble_mean", paper="kd_single"
-    ),
+    "kd_single": Method(label="KD-single", student="single", paper="kd_single"),
     "kd": Method(label="KD", paper="kd"),
     "kd_gaussian": Method(label="KD+Gaussian", perturbation="gaussian", paper="kd_gaussian"),
     "kd_ods": Method(label="KD+ODS", perturbation="ods", paper="kd_ods"),
     "kd_conf_ods": Method(label="KD+ConfODS", perturbation="conf_ods", paper="kd_conf_ods"),
 }
 """The methods of Nam et al. (2021), and an ordinary student of the ensemble's mean."""
+
+TEACHER = Method(label="teacher", student="single", objective="labels")
+"""How teachers learn."""
 
 
 class Study(Section):
@@ -184,7 +183,10 @@ class Study(Section):
     published: Published | None = None
     """Published results, for the tables."""
     methods: Annotated[dict[Name, Method], Field(min_length=1)] = PAPERS_METHODS
-    """The students, in the order of the table's rows; the paper's six unless told."""
+    """The students, in the order of the table's rows; the paper's six unless these or a grid are
+    given."""
+    grid: Grid | None = None
+    """More methods, behind those: all students at all perturbations that go together."""
 
     @model_validator(mode="before")
     @classmethod
@@ -192,6 +194,22 @@ class Study(Section):
         if isinstance(value, Mapping) and "network" in value:
             raise ValueError("'network' is now 'architecture'")
         return value
+
+    @model_validator(mode="after")
+    def _grid_becomes_methods(self) -> Self:
+        if self.grid is not None:
+            given = self.methods if "methods" in self.model_fields_set else {}
+            try:
+                found = self.grid.methods()
+            except ValueError as error:
+                raise ValueError(f"grid: {error}") from None
+            if twice := given.keys() & found.keys():
+                raise ValueError(f"{min(twice)!r} is a method of 'methods' and of 'grid'")
+            papers = {method.paper for method in given.values()}
+            found = {name: _of_the_paper(method, papers) for name, method in found.items()}
+            # The section is frozen for all others.
+            self.__dict__["methods"] = {**given, **found}
+        return self
 
     @model_validator(mode="after")
     def _recipes_are_possible(self) -> Self:
@@ -215,6 +233,7 @@ class Study(Section):
         for paper in papers:
             if papers.count(paper) > 1:
                 raise ValueError(f"two of 'methods' have paper: {paper}")
+        self._images_and_backbones_exist()
         systems = [*labels, *(f"DE-{size}" for size in range(1, self.pool + 1))]
         for system in self.published.scores if self.published else ():
             if system not in systems:
@@ -231,10 +250,35 @@ class Study(Section):
             raise ValueError(f"'out_of_distribution' and 'images' have one source, {source!r}")
         return self
 
+    def _images_and_backbones_exist(self) -> None:
+        for name, method in self.methods.items():
+            if method.perturbation.needs_held_out and self.images.held_out is None:
+                raise ValueError(
+                    f"methods.{name}: perturbation {method.perturbation.name!r} needs "
+                    "'images.held_out', the number of images to hold out"
+                )
+            if (backbone := self.backbone(name)) is None:
+                continue
+            if backbone not in self.methods:
+                raise ValueError(
+                    f"methods.{name}: there is no method {backbone!r} to be its 'backbone'"
+                )
+            if ONE not in self.methods[backbone].student.offers:
+                raise ValueError(
+                    f"methods.{name}: its 'backbone' {backbone!r} must be {ONE}, such as 'single'"
+                )
+
+    def backbone(self, method: str) -> str | None:
+        """The method whose student of the same seed a method's student starts from, if any."""
+        return getattr(self.methods[method].student, "backbone", None)
+
     def recipe(self, method: str) -> Recipe:
-        """The recipe of a method: the study's `student` with the method's changes."""
-        changes = self.methods[method].recipe.model_dump(exclude_none=True)
-        return Recipe(**{**self.student.model_dump(), **changes})
+        """The recipe of a method: the study's `student`, or the published one, with its changes."""
+        known, changes = {**self.student.model_dump()}, self.methods[method].recipe
+        if changes.published:
+            known |= self.methods[method].published()
+        known |= changes.model_dump(exclude_none=True)
+        return Recipe(**{key: known[key] for key in Recipe.model_fields})
 
     def parts(self, method: str | None = None) -> dict[str, Any]:
         """What is trained how: the parts of a method, or of the teachers.
@@ -244,25 +288,30 @@ class Study(Section):
 
         Returns:
             student, objective, perturbation (each with its name and options), architecture,
-            members (M, or 1), and prediction (what the student's logits mean).
+            members (M, or 1), and what the student's logits mean: prediction, with its parameters.
+            Where they apply: backbone, the method whose student it starts from, and single_pass.
         """
         if method is None:
-            single = {"student": Single(), "objective": Labels(), "perturbation": NoPerturbation()}
-            chosen, architecture = Method(label="teacher", **single), self.architecture
+            chosen, architecture = TEACHER, self.architecture
         else:
             chosen = self.methods[method]
             architecture = (
                 chosen.student.architecture or self.student_architecture or self.architecture
             )
-        objective = _filled(chosen.objective, self.distillation.model_dump())
-        perturbation = _filled(chosen.perturbation, self.distillation.model_dump() | objective)
+        student, backbone = chosen.student, method and self.backbone(method)
+        known = self.distillation.model_dump()
+        if chosen.recipe.published:
+            known |= chosen.published()
+        objective = _filled(chosen.objective, known)
         return {
-            "student": chosen.student.model_dump(exclude={"architecture"}),
-            "members": self.members if chosen.student.has_members else 1,
+            "student": student.model_dump(exclude={"architecture", "backbone"}),
+            "members": self.members if student.has_members or student.counts_teachers else 1,
             "architecture": architecture.model_dump(),
             "objective": objective,
-            "perturbation": perturbation,
-            "prediction": chosen.student.prediction,
+            "perturbation": _filled(chosen.perturbation, known | objective),
+            **chosen.objective.prediction,
+            **({"backbone": backbone} if backbone else {}),
+            **({"single_pass": True} if chosen.perturbation.is_single_pass() else {}),
         }
 
     def perturbations(self) -> dict[str, dict[str, Any]]:
@@ -271,15 +320,33 @@ class Study(Section):
         Returns:
             Options by name, with the study's η and τ.
         """
+        known = self.distillation.model_dump()
+        return {name: _filled(kind(), known) for name, kind in self._kinds().items()}
+
+    def perturbation_titles(self) -> dict[str, str]:
+        """What figures call these perturbations, by name."""
+        return {name: kind.title for name, kind in self._kinds().items()}
+
+    def _kinds(self) -> dict[str, type[PerturbationOptions]]:
         methods = [*PAPERS_METHODS.values(), *self.methods.values()]
-        kinds = dict.fromkeys(type(m.perturbation) for m in methods if m.perturbation.passes > 1)
-        options = [_filled(kind(), self.distillation.model_dump()) for kind in kinds]
-        return {it["name"]: it for it in options}
+        return {
+            it.perturbation.name: type(it.perturbation) for it in methods if it.perturbation.moves
+        }
+
+
+def _of_the_paper(method: Method, taken: Collection[str | None]) -> Method:
+    """A method of a grid that is one of the paper's says so, unless another one does already."""
+    parts = {"student", "objective", "perturbation", "recipe"}
+    for paper, known in PAPERS_METHODS.items():
+        same = all(getattr(method, part) == getattr(known, part) for part in parts)
+        if same and paper not in taken:
+            return method.model_copy(update={"paper": paper})
+    return method
 
 
 def _filled(section: Section, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a section, those that are not set from `defaults`."""
-    options = section.model_dump()
+    """What a section's entry takes: its options, those that are not set from `defaults`."""
+    options = section.model_dump(exclude={"single_pass"})
     return {key: defaults[key] if value is None else value for key, value in options.items()}
 
 

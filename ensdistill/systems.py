@@ -18,8 +18,6 @@ Students = Mapping[str, Sequence[str]]
 
 MOST_SUBSETS = 64
 """Of the pool, per ensemble size."""
-PERTURBATIONS = {"clean": "clean", "gaussian": "Gaussian", "ods": "ODS", "conf_ods": "ConfODS"}
-"""What the teachers are asked at, as figures and claims call it."""
 
 
 def by_label(labels: Sequence[str], paths: Sequence[str]) -> dict[str, list[str]]:

@@ -24,7 +24,7 @@ LEGEND = (
         for metric in COLUMNS.values()
         if metric.meaning
     )
-    + ". '–': a single network has none. Arrows point to better."
+    + ". '–': a network that predicts one distribution has none. Arrows point to better."
 )
 ABSENT = "–"
 

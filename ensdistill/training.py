@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from ensdistill.learning import (
     learning_rate_factor,
     train_step,
 )
-from ensdistill.methods import Recipe
-from ensdistill.metrics import accuracy, ensemble_probs, nll
+from ensdistill.metrics import accuracy, nll
 from ensdistill.networks import fold_batch_norms
 from ensdistill.numerics import Precision, choose_precision, set_float32
+from ensdistill.predictions import PROBS
+from ensdistill.recipes import Recipe
 from ensdistill.state import TrainingState
 from ensdistill.students import Step, Student, build_student, count_parameters, predict
 from ensdistill.weights import load_student, read_header, save_student
@@ -159,8 +161,7 @@ def fit(
     """
     batches = TrainingBatches(*train, recipe.batch_size, crop_padding, flip)
     _log_sizes(student, train[0], batches)
-    groups = student.parameter_groups(recipe.learning_rate, recipe.weight_decay)
-    run = Run(student, torch.optim.SGD(groups, momentum=recipe.momentum, fused=True))
+    run = Run(student, _optimizer(student, recipe))
     if state and (saved := state.load()):
         run.load_state_dict(saved)
     with deferred_interrupts() as interrupted:
@@ -168,10 +169,10 @@ def fit(
         # disable=None: a bar on a terminal, plain lines in a log.
         for epoch in tqdm(range(run.epoch, recipe.epochs + 1), "epoch", leave=False, disable=None):
             rate = run.set_learning_rate(recipe)
-            _train_epoch(run, learning, batches, seed, (epoch - 1) / recipe.epochs, precision, keep)
+            _train_epoch(run, learning, batches, recipe, seed, precision, keep)
             row = _summary(run, len(batches), rate)
             if is_validated(epoch, recipe.epochs, recipe.validate_every):
-                row |= _validate(run, validation)
+                row |= _validate(run, validation, learning)
             row["seconds"] = run.seconds
             logger.info(" ".join(f"{name} {value:.5g}" for name, value in row.items()))
             run.finish_epoch(row)
@@ -179,6 +180,12 @@ def fit(
     predictor = student.predictor()
     predictor.load_state_dict(run.best)
     return predictor, run.history
+
+
+def _optimizer(student: Student, recipe: Recipe) -> torch.optim.Optimizer:
+    groups = student.parameter_groups(recipe.learning_rate, recipe.weight_decay)
+    momentum = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
+    return torch.optim.SGD(groups, **momentum, fused=True)
 
 
 def _log_sizes(student: Student, images: Tensor, batches: TrainingBatches) -> None:
@@ -215,12 +222,13 @@ def _train_epoch(
     run: Run,
     learning: Learning,
     batches: TrainingBatches,
+    recipe: Recipe,
     seed: int,
-    progress: float,
     precision: Precision,
     keep: _Keeper,
 ) -> None:
     """The steps of an epoch that are not done yet."""
+    progress = (run.epoch - 1) / recipe.epochs
     started = time.perf_counter() - run.seconds
     run.student.train()
     run.student.set_progress(progress)
@@ -233,7 +241,8 @@ def _train_epoch(
         for draws, its_seed in zip((generator, host, torch), own, strict=True):
             draws.manual_seed(its_seed)
         step = Step(run.student, learning.teachers, x, y, progress, generator, host)
-        for name, value in train_step(step, learning, run.optimizer, precision).items():
+        measured = train_step(step, learning, run.optimizer, precision, recipe.clip_norm)
+        for name, value in measured.items():
             run.measured[name].append(value)
         run.seconds = time.perf_counter() - started
         keep.after_step()
@@ -257,11 +266,11 @@ def _summary(run: Run, steps: int, rate: float) -> dict[str, float]:
     return {"epoch": run.epoch, "learning_rate": rate, **means}
 
 
-def _validate(run: Run, validation: tuple[Tensor, Tensor]) -> dict[str, float]:
+def _validate(run: Run, validation: tuple[Tensor, Tensor], learning: Learning) -> dict[str, float]:
     """Accuracy [%] and NLL on validation; the best predictor so far is kept."""
     started = time.perf_counter()
     predictor, labels = run.student.predictor(), validation[1].cpu()
-    probs = ensemble_probs(predict(predictor, validation[0]))
+    probs = learning.probs(predict(predictor, validation[0]))
     found = {"val_accuracy": accuracy(probs, labels), "val_nll": nll(probs, labels)}
     if found["val_accuracy"] >= run.best_accuracy:
         run.best_accuracy = found["val_accuracy"]
@@ -276,6 +285,8 @@ def train_student(
     history: str | os.PathLike[str],
     *,
     teachers: Sequence[str | os.PathLike[str]],
+    backbone: Sequence[str | os.PathLike[str]] = (),
+    held_out: bool = False,
     device: torch.device,
     seed: int,
     parts: Mapping[str, Any],
@@ -293,6 +304,8 @@ def train_student(
     Args:
         images, weights, history: paths; the history is a CSV with one row per epoch.
         teachers: weights files.
+        backbone: weights file of the student that this one starts from, if it does.
+        held_out: whether teachers are asked at the held-out images.
         seed: of initialisation, data order, augmentation and perturbations.
         parts: what is trained how, as `studies.Study.parts` returns it.
         recipe, augmentation, precision: as in the configuration.
@@ -307,6 +320,8 @@ def train_student(
     logger.info("precision: %s", reason)
     torch.manual_seed(seed)
     student = _new_student(parts, read_description(images)).to(device)
+    for path in backbone:
+        student.start_from(load_student(path, device))
     networks = [fold_batch_norms(load_student(path, device).network) for path in teachers]
     settings = {**augmentation, "seed": seed, "precision": precision}
     made = attributes(
@@ -315,6 +330,7 @@ def train_student(
         **settings,
         recipe=recipe,
         teachers=[read_header(path)["digest"] for path in teachers],
+        **({"starts_from": [read_header(path)["digest"] for path in backbone]} if backbone else {}),
         precision_reason=reason,
         device=device.type,
     )
@@ -323,7 +339,14 @@ def train_student(
     same = attributes(fingerprint=fingerprint, **here)
     state = TrainingState(Path(weights).parent / "state.pt", same["digest"])
     with state.exclusive():
-        taught = learning(networks, parts["objective"], parts["perturbation"])
+        taught = learning(
+            networks,
+            parts["objective"],
+            parts["perturbation"],
+            probs=partial(PROBS[parts["prediction"]], attributes=parts),
+            single_pass=parts.get("single_pass", False),
+            held_out=_held_out(images, device, recipe, augmentation) if held_out else None,
+        )
         train = _tensors(images, "train", device)
         check_first_step(student, taught, train, recipe["batch_size"], precision)
         splits = train, _tensors(images, "val", device)
@@ -338,6 +361,18 @@ def _tensors(
     """Images uint8 and labels int64 of one split of images.h5, on a device."""
     pixels, labels = map(torch.from_numpy, read_images(images, split))
     return pixels.to(device), labels.to(device)
+
+
+def _held_out(
+    images: str | os.PathLike[str],
+    device: torch.device,
+    recipe: Mapping[str, Any],
+    augmentation: Mapping[str, Any],
+) -> TrainingBatches:
+    """Batches of the held-out images, augmented as training images are."""
+    return TrainingBatches(
+        *_tensors(images, "held_out", device), recipe["batch_size"], **augmentation
+    )
 
 
 def _new_student(parts: Mapping[str, Any], images: Mapping[str, Any]) -> Student:

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ensdistill import InputError
 from ensdistill.files import atomic, reading
-from ensdistill.methods import parse_architecture
-from ensdistill.students import Student, build_student
+from ensdistill.students import Student, WithoutRandomNumbers, build_student
 
 
 def save_student(
@@ -47,7 +45,7 @@ def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu
     try:
         student = _unfilled(tensors, **header["spec"])
         student.network.load_state_dict(tensors, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         # The file is whole: it may be the code that has changed.
         reason = str(error).partition("\n")[0]
         raise InputError(
@@ -57,14 +55,18 @@ def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu
     return student.to(device).eval().requires_grad_(False)
 
 
-class _WithoutRandomNumbers(TorchFunctionMode):
-    """Leaves out initialisation, which tensors without storage would answer by a long import."""
+class _Bounded(WithoutRandomNumbers):
+    """Refuses what takes more operations to build than so many tensors can explain."""
+
+    def __init__(self, tensors: int):
+        super().__init__()
+        self.left = 100 * tensors  # up to 20 for each are needed
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function.__name__.endswith(("normal_", "uniform_")):  # of tensors and of torch.nn.init
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("it has more tensors than are stored")
+        return super().__torch_function__(function, types, args, kwargs)
 
 
 def _unfilled(
@@ -75,15 +77,11 @@ def _unfilled(
     Raises:
         ValueError: it is.
     """
-    _, sizes = parse_architecture(architecture["name"])
-    in_channels = architecture["in_channels"]
-    # Even a module without numbers takes memory, and so do the default mean and std.
-    stored = any(in_channels in tensor.shape for tensor in tensors.values() if tensor.numel())
-    if sizes.get("depth", 0) > len(tensors) or not stored:
-        raise ValueError(
-            f"a {architecture['name']!r} with {in_channels} channels is not what is stored"
-        )
-    with torch.device("meta"), _WithoutRandomNumbers():
+    channels, members = architecture["in_channels"], spec["members"]
+    # Even a module without numbers takes memory, and so do mean and std of all members' channels.
+    if channels * members > sum(tensor.numel() for tensor in tensors.values()):
+        raise ValueError(f"{members} members with {channels} channels are not what is stored")
+    with torch.device("meta"), _Bounded(len(tensors)):
         student = build_student(architecture=architecture, **spec)
     for key, tensor in student.network.state_dict().items():
         found, expected = ((tuple(it.shape), it.dtype) for it in (tensors[key], tensor))

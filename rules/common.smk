@@ -9,7 +9,7 @@ from snakemake.exceptions import WorkflowError
 from ensdistill import InputError
 from ensdistill.downloads import ARCHIVES, OFFICIAL_CORRUPTIONS, SOURCES
 from ensdistill.digests import code_digest
-from ensdistill.methods import parse_architecture
+from ensdistill.architectures import parse_architecture
 from ensdistill.own_data import known_state
 from ensdistill.reports import results
 from ensdistill.studies import read_configuration
@@ -78,6 +78,7 @@ def training(wildcards):
         "recipe": recipe.model_dump(),
         "augmentation": study.augmentation.model_dump(),
         "precision": study.precision,
+        "held_out": bool(method) and study.methods[method].perturbation.needs_held_out,
         "origin": {
             "study": wildcards.study,
             "method": method or "teacher",
@@ -99,11 +100,13 @@ def training_code(wildcards):
     """A parameter that changes when code changes that trains this student or teacher."""
     study = STUDIES[wildcards.study]
     parts = study.parts(method_of(wildcards))
+    backbone = [study.parts(parts["backbone"])] if "backbone" in parts else []
     return code(
         "train",
-        **entries(parts, study.parts()),
+        **entries(parts, study.parts(), *backbone),
         OBJECTIVES=(parts["objective"]["name"],),
         PERTURBATIONS=(parts["perturbation"]["name"],),
+        PROBS=(parts["prediction"],),
     )
 
 
@@ -200,6 +203,14 @@ def teachers_of_student(wildcards):
     return teacher_files(wildcards.study, "{}/weights.safetensors", study.members)
 
 
+def backbone_of_student(wildcards):
+    """Weights of the student of the same seed that a student starts from, if it does."""
+    backbone = STUDIES[wildcards.study].backbone(wildcards.method)
+    if backbone is None:
+        return []
+    return [f"results/{wildcards.study}/students/{backbone}/{wildcards.seed}/weights.safetensors"]
+
+
 def of_pool(pattern):
     """An input function: files of all teachers, {} being the network."""
     return lambda wildcards: teacher_files(wildcards.study, pattern)
@@ -269,6 +280,11 @@ def distillation(wildcards):
     return STUDIES[wildcards.study].distillation.model_dump(include={"eta", "temperature"})
 
 
+def perturbation_titles(wildcards):
+    """What figures call a study's perturbations."""
+    return STUDIES[wildcards.study].perturbation_titles()
+
+
 def eta_sweep(wildcards):
     """Sizes η around the study's own."""
     study = STUDIES[wildcards.study]
@@ -327,10 +343,10 @@ def training_passes(wildcards):
     study = STUDIES[wildcards.study]
     if "method" not in wildcards.keys():
         return 3 * study.teacher.epochs
-    method, parts = study.methods[wildcards.method], study.parts(wildcards.method)
+    method, members = study.methods[wildcards.method], study.parts(wildcards.method)["members"]
     teachers = study.members if method.objective.needs_teachers else 0
-    gradients = 3 * method.perturbation.teacher_gradients
-    student = 3 * method.perturbation.passes * parts["members"]
+    gradients = 3 * method.perturbation.teacher_gradients(study.members)
+    student = 3 * method.passes * members
     return study.recipe(wildcards.method).epochs * (student + teachers + gradients)
 
 

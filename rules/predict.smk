@@ -43,6 +43,8 @@ rule perturbed:
         distillation=distillation,
         images=None,
         settings=lambda wildcards: {"perturbations": STUDIES[wildcards.study].perturbations()},
+        beside=["held_out"],
+        titles=perturbation_titles,
         code=analysis_code("perturbed_logits"),
     script:
         "../workflow_scripts/analyse.py"
@@ -58,6 +60,8 @@ use rule perturbed as swept with:
         distillation=distillation,
         images=lambda wildcards: STUDIES[wildcards.study].analyses.train_images,
         settings=eta_sweep,
+        beside=[],
+        titles=perturbation_titles,
         code=analysis_code("sweep_logits"),
 
 
@@ -74,6 +78,8 @@ use rule perturbed as transferred with:
         distillation=distillation,
         images=lambda wildcards: STUDIES[wildcards.study].analyses.train_images,
         settings=distillation,
+        beside=[],
+        titles={},
         code=analysis_code("transfer_logits"),
 
 

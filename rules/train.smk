@@ -30,6 +30,7 @@ rule student:
     input:
         images="results/{study}/images.h5",
         teachers=teachers_of_student,
+        backbone=backbone_of_student,
     output:
         weights="results/{study}/students/{method}/{seed}/weights.safetensors",
         history="results/{study}/students/{method}/{seed}/history.csv",

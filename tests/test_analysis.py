@@ -16,7 +16,7 @@ from ensdistill.analysis import (
     transfer_logits,
 )
 from ensdistill.perturbations import conf_ods_direction, ods_direction
-from ensdistill.students import build_student
+from ensdistill.students import Student, build_student
 
 ETA, TAU, SEED, K = 0.05, 2.0, 3, 5
 SETTINGS = {"seed": SEED, "batch_size": 8}
@@ -32,10 +32,10 @@ BATCHES = (slice(0, 8), slice(8, 16), slice(16, 22))
 ARCHITECTURE = {"name": "resnet8", "num_classes": K, "in_channels": 1, "width": 4}
 
 
-def student(seed, members=1):
+def student(seed, members=1, kind="batch_ensemble"):
     """A frozen student in eval mode whose batch normalisation is not the identity."""
     torch.manual_seed(seed)
-    made = build_student("batch_ensemble" if members > 1 else "single", ARCHITECTURE, members)
+    made = build_student(kind if members > 1 else "single", ARCHITECTURE, members)
     for module in made.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3)
@@ -104,6 +104,46 @@ def test_the_seed_decides(arrays, teachers, images):
         assert (name == "clean") == np.array_equal(arrays[key], other[key])
 
 
+def of_every_teacher(step, *, eta):
+    """The input of teacher j is x + (j+1)·η."""
+    return torch.stack([step.x + (j + 1) * eta for j in range(len(step.teachers))])
+
+
+def test_an_input_for_every_teacher_is_taken_in_turn_and_asked_of_all(
+    teachers, images, monkeypatch
+):
+    monkeypatch.setitem(analysis.PERTURBATIONS, "each", of_every_teacher)
+    options = {"each": {"name": "each", "eta": ETA}}
+    made = perturbed_logits(teachers, images, perturbations=options, **SETTINGS)
+    moved = torch.stack([image / 255 + (n % 3 + 1) * ETA for n, image in enumerate(images)])
+    close(made["each/logits"], answers(teachers, moved))
+    close(made["each/examples"], moved[:8], atol=1e-6)
+    swept = sweep_logits(teachers, images, etas=[ETA], perturbations=options, **SETTINGS)
+    np.testing.assert_array_equal(swept["each/logits"][0], made["each/logits"])
+
+
+@pytest.mark.parametrize("count", [5, 13, 22, 30])
+@pytest.mark.parametrize("half", [False, True])
+def test_held_out_images_come_in_turn(teachers, images, monkeypatch, count, half):
+    # Themselves, each once; or something made of them and of each image.
+    function = (lambda step: (step.x + step.held_out) / 2) if half else lambda step: step.held_out
+    monkeypatch.setitem(analysis.PERTURBATIONS, "others", function)
+    held_out = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8)
+    options = {"perturbations": {"others": {"name": "others"}}, **SETTINGS}
+    made = perturbed_logits(teachers, images, held_out=held_out, **options)
+    moved = torch.stack([held_out[n % count] / 255 for n in range(22)])
+    moved = (images / 255 + moved) / 2 if half else moved[:count]
+    close(made["others/logits"], answers(teachers, moved))
+    close(made["others/examples"], moved[:8], atol=1e-6)
+    assert len(made["clean/logits"]) == 22
+
+
+def test_what_has_no_size_is_not_swept(teachers, images):
+    options = {"ods": PERTURBED["ods"], "none": {"name": "none"}}
+    swept = sweep_logits(teachers, images, etas=[ETA], perturbations=options, **SETTINGS)
+    assert list(swept) == ["ods/logits"]
+
+
 def test_a_sweep_moves_images_along_the_same_directions_at_every_size(arrays, teachers, images):
     etas = [0.01, ETA, 0.3]
     swept = sweep_logits(teachers, images, etas=etas, perturbations=PERTURBED, **SETTINGS)
@@ -166,12 +206,13 @@ def jacobian(student, image):
     )
 
 
+@pytest.mark.parametrize("kind", ["batch_ensemble", "mimo", "packed", "hydra"])
 @pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("elements", [2**22, 700, 1])
-def test_jacobians_equal_one_backward_pass_per_logit(monkeypatch, members, elements):
+def test_jacobians_equal_one_backward_pass_per_logit(monkeypatch, members, elements, kind):
     # 4 images of 64 pixels: with 700 elements two classes at a time (one, for 3 members).
     monkeypatch.setattr(analysis, "JACOBIAN_ELEMENTS", elements)
-    made = student(7, members).double()
+    made = student(7, members, kind).double()
     x = torch.rand(4, 1, 8, 8, dtype=torch.float64)
     expected = torch.stack([jacobian(made, image) for image in x])
     assert expected.abs().amax((0, 2, 3)).min() > 1e-2
@@ -184,6 +225,7 @@ def test_jacobian_distances_equal_loops_over_images_and_members(monkeypatch, ima
     monkeypatch.setattr(analysis, "JACOBIAN_ELEMENTS", elements)
     teachers = [student(seed) for seed in range(3)]
     students = {"be/0": student(4, members=3), "single/0": student(5), "teacher/0": teachers[1]}
+    students["sampled/0"] = student(6, members=4)
     found = jacobian_distances(teachers, students, images[:5])
     assert set(found) == {f"{name}/{kind}" for name in students for kind in ("error", "cosine")}
 
@@ -191,6 +233,8 @@ def test_jacobian_distances_equal_loops_over_images_and_members(monkeypatch, ima
     for n, image in enumerate(images[:5].double() / 255):
         for name, made in students.items():
             own = jacobian(exact[id(made)], image).numpy()
+            if len(own) == 4:  # not one for each teacher: their mean
+                own = own.mean(0, keepdims=True)
             for j, teacher in enumerate(teachers):
                 a = own[j if len(own) > 1 else 0]
                 b = jacobian(exact[id(teacher)], image)[0].numpy()
@@ -198,6 +242,28 @@ def test_jacobian_distances_equal_loops_over_images_and_members(monkeypatch, ima
                 cosine = np.trace(a @ b.T) / (np.linalg.norm(a, "fro") * np.linalg.norm(b, "fro"))
                 assert found[f"{name}/error"][n, j] == pytest.approx(error, rel=1e-4)
                 assert found[f"{name}/cosine"][n, j] == pytest.approx(cosine, abs=1e-4)
+
+
+def test_the_mean_of_many_members_takes_one_pass_of_what_they_share():
+    class Sampled(Student):
+        members = 32
+
+        def __init__(self):
+            super().__init__()
+            self.network, self.rows = student(3).network, []
+            self.samples = torch.randn(32, 1, K)
+
+        def member_logits(self, x):
+            self.rows.append(x.shape)
+            return self.network(x) * self.samples.exp() + self.samples
+
+    made = Sampled().double()
+    x = torch.rand(4, 1, 8, 8, dtype=torch.float64)
+    expected = torch.stack([jacobian(made, image) for image in x]).mean(1, keepdim=True)
+    made.rows.clear()
+    found = logit_jacobians(made, x, mean=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
+    assert made.rows == [x.shape]
 
 
 def test_a_student_equal_to_its_teacher_has_its_jacobian(images):

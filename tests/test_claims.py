@@ -27,6 +27,7 @@ SPREAD = {"be": 1.4, "kd_single": 1.5, "kd": 0.85, "kd_gaussian": 0.85, "kd_ods"
 SPREAD["kd_conf_ods"] = 0.6
 """Of a student's error; that of a teacher is 1.2 for each member on its own."""
 SEEDS = dict.fromkeys(LABELS, 3)
+TITLES = "clean", "Gaussian", "ODS", "ConfODS"
 
 
 class World:
@@ -81,7 +82,7 @@ class World:
             "perturbed": self.write(
                 "perturbed",
                 {f"{name}/logits": logits for name, logits in self.perturbed.items()},
-                {"sets": list(self.perturbed), "eta": 0.1},
+                {"titles": dict(zip(scales, TITLES, strict=True)), "eta": 0.1},
             ),
             "transferred": self.write(
                 "transferred",

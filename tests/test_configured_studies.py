@@ -9,9 +9,9 @@ import yaml
 
 from ensdistill.downloads import SOURCES
 from ensdistill.learning import learning
-from ensdistill.methods import Recipe
+from ensdistill.recipes import Recipe
 from ensdistill.students import build_student, count_parameters
-from ensdistill.studies import read_configuration
+from ensdistill.studies import PAPERS_METHODS, read_configuration
 from ensdistill.training import fit
 from tests.project import FIGURES, REPOSITORY, Project
 
@@ -19,6 +19,9 @@ STUDIES = read_configuration(yaml.safe_load(Path(REPOSITORY, "config.yaml").read
 SHAPES = {  # channels, side, classes, parameters of a teacher
     "digits": (1, 8, 10, 19_074),
     "cifar10_small": (3, 32, 10, 75_290),
+    "digits_bench": (1, 8, 10, 19_074),
+    "cifar10_bench": (3, 32, 10, 464_154),
+    "cifar100_wrn28x4_bench": (3, 32, 100, 5_872_180),
     "cifar10_resnet32": (3, 32, 10, 464_154),
     "cifar100_wrn28x10": (3, 32, 100, 36_536_884),
     "tinyimagenet_wrn28x10": (3, 64, 200, 36_600_984),
@@ -82,7 +85,14 @@ def test_a_few_steps_on_synthetic_images_of_the_right_shape(name):
     teacher = train(None, []).network
     assert count_parameters(teacher) == parameters
     teacher.eval().requires_grad_(False)
-    student = train("kd_conf_ods", [teacher] * study.members)
+    ours = PAPERS_METHODS["kd_conf_ods"]
+    method = next(
+        name
+        for name, it in study.methods.items()
+        if (it.student, it.objective, it.perturbation)
+        == (ours.student, ours.objective, ours.perturbation)
+    )
+    student = train(method, [teacher] * study.members)
     # Each layer gets r, s and a bias per member, where only the last one had a bias, of K numbers.
     shapes = [
         module.weight.shape[:2]

@@ -67,8 +67,8 @@ def test_each_example_touches_few_files_and_plans_no_network_that_exists(extende
         for title, (touched, _) in planned.items()
     }
     assert files == {
-        "A perturbation": {"methods.py", "perturbations.py", "config.yaml"},
-        "An architecture": {"methods.py", "networks.py"},
+        "A perturbation": {"options.py", "perturbations.py", "config.yaml"},
+        "An architecture": {"architectures.py", "networks.py"},
         "A data set": {"downloads.py", "sources.py"},
         "A metric": {"metrics.py"},
     }

@@ -482,7 +482,7 @@ REACH = {
         f"teacher {STUDENTS} logits:single logits:shared",
         "logits:wrn evaluate:scores images",
     ),
-    "methods.parse_architecture": (
+    "architectures.parse_architecture": (
         f"teacher {STUDENTS} {LOGITS}",
         "evaluate:scores evaluate:reliability images table",
     ),

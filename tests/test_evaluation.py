@@ -172,7 +172,8 @@ def perturbed(tmp_path):
     arrays = {f"{name}/logits": size * rng.normal(size=(90, 2, K)) for name in ("clean", "ods")}
     path = str(tmp_path / "perturbed.h5")
     labels = arrays["clean/logits"].mean(1).argmax(1)
-    write_hdf5(path, {**arrays, "labels": labels}, {"sets": ["clean", "ods"], "eta": 0.25})
+    said = {"titles": {"clean": "as they are", "ods": "A step"}, "eta": 0.25}
+    write_hdf5(path, {**arrays, "labels": labels}, said)
     return path, arrays, labels
 
 
@@ -184,6 +185,7 @@ def test_teachers_diversity_is_shown_on_train_and_on_test(files, perturbed):
     expected = {f"train_{name}": pairwise(arrays[f"{name}/logits"]) for name in ("clean", "ods")}
     expected["test_clean"] = pairwise(test)
     assert list(table.name.unique()) == list(expected)
+    assert list(table.title.unique()) == ["Train, as they are", "Train, A step", "Test, clean"]
     for name, group in table.groupby("name"):
         assert group["count"].sum() == len(expected[name])
         assert group.mean_kl.tolist() == pytest.approx([expected[name].mean()] * 8)
@@ -225,11 +227,12 @@ def test_sweep_is_the_diversity_at_every_size(files, perturbed, tmp_path):
     etas, sets = [0.125, 0.25, 0.5], ["gaussian", "ods"]
     arrays = {f"{name}/logits": rng.normal(size=(3, 70, 2, K)) for name in sets}
     swept = str(tmp_path / "swept.h5")
-    write_hdf5(swept, arrays, {"etas": etas, "sets": sets})
+    write_hdf5(swept, arrays, {"etas": etas, "titles": dict(zip(sets, "GO", strict=True))})
     table = sweep.table(swept, perturbed[0], teachers[:2])
     rows = table.set_index(["perturbation", "eta"])
     assert list(rows.index) == [(name, eta) for name in sets for eta in etas]
     for (name, eta), row in rows.iterrows():
+        assert row.title == {"gaussian": "G", "ods": "O"}[name]
         values = pairwise(arrays[f"{name}/logits"][etas.index(eta)])
         assert is_mean_with_interval(row[["kl", "low", "high"]].tolist(), values)
         assert row.n == 70

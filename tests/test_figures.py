@@ -48,7 +48,9 @@ def diversity(tmp_path):
         bins("train_ods", [2, 8, 20, 30, 40], kl=[2.0, 1.5, 1.2, 0.8, 0.3], mean_kl=0.7, n=1),
         bins("test_clean", [1, 2, 3, 4, 10], kl=[1.0, 0.9, 0.8, 0.4, 0.1], mean_kl=0.4, n=1),
     ]
-    return stored(tmp_path / "diversity.csv", pd.concat(tables))
+    titles = ("Train, clean", "Both", "Both")
+    named = [it.assign(title=title) for it, title in zip(tables, titles, strict=True)]
+    return stored(tmp_path / "diversity.csv", pd.concat(named))
 
 
 def test_bars_are_the_bins_with_images_shaded_by_their_share(diversity):
@@ -62,6 +64,9 @@ def test_bars_are_the_bins_with_images_shaded_by_their_share(diversity):
     assert len(ods.containers[0]) == len(test.containers[0]) == 5
     assert clean.get_ylim() == ods.get_ylim() == test.get_ylim()
     assert [bar.get_width() for bar in summary.containers[0]] == [0.03, 0.7, 0.4]
+    titles = [axis.get_title(loc="left") for axis in (clean, ods, test)]
+    assert titles == [label.get_text() for label in summary.get_yticklabels()]
+    assert titles == ["Train, clean", "Both", "Both"]
 
 
 @pytest.fixture
@@ -114,6 +119,12 @@ def test_learning_curves_are_means_over_networks(tmp_path):
     assert [list(line.get_xdata()) for line in axes[4].lines] == [[2, 4], [2, 4]]
 
 
+def said_of(**titles):
+    """Attributes of perturbed images."""
+    options = {name: {"name": name, "eta": 1 / 255} for name in titles if name != "clean"}
+    return {"titles": titles, "eta": 1 / 255, "perturbations": options}
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_examples_show_the_images_the_differences_and_the_diversity(tmp_path, channels):
     rng = np.random.default_rng(0)
@@ -121,7 +132,7 @@ def test_examples_show_the_images_the_differences_and_the_diversity(tmp_path, ch
     for name in ("clean", "ods"):
         arrays[f"{name}/examples"] = rng.random((8, channels, 6, 6)).astype(np.float32)
         arrays[f"{name}/logits"] = rng.normal(size=(9, 2, 3)).astype(np.float32)
-    write_hdf5(tmp_path / "p.h5", arrays, {"sets": ["clean", "ods"], "eta": 1 / 255})
+    write_hdf5(tmp_path / "p.h5", arrays, said_of(clean="clean", ods="ODS"))
     axes = examples.draw(str(tmp_path / "p.h5")).axes
     clean, ods, difference = (np.atleast_3d(axis.images[0].get_array()) for axis in axes[:3])
     np.testing.assert_allclose(clean, arrays["clean/examples"][0].transpose(1, 2, 0))
@@ -144,7 +155,7 @@ def test_images_of_any_shape_make_a_sheet_of_readable_size(tmp_path, height, wid
         arrays[f"{name}/examples"] = np.full((5, 3, height, width), 0.5, np.float32)
         arrays[f"{name}/logits"] = np.zeros((5, 2, 3), np.float32)
     path = tmp_path / "p.h5"
-    write_hdf5(path, arrays, {"sets": ["clean", "ods", "gaussian", "conf_ods"], "eta": 1 / 255})
+    write_hdf5(path, arrays, said_of(clean="clean", ods="a", gaussian="b", conf_ods="c"))
     figure = examples.draw(str(path))
     assert (figure.get_size_inches() <= (7, 12)).all()
     figure.draw_without_rendering()
@@ -192,8 +203,13 @@ def test_saturation_shows_every_teacher_on_train_and_on_test(tmp_path):
 @pytest.fixture
 def swept(tmp_path):
     rows = [
-        {"perturbation": name, "eta": eta / 255, "kl": kl * eta, "low": kl, "high": 9 * kl, "n": 5}
-        for name, kl in (("conf_ods", 0.2), ("gaussian", 0.1), ("ods", 0.4))
+        {"perturbation": name, "title": title, "eta": eta / 255}
+        | {"kl": kl * eta, "low": kl, "high": 9 * kl, "n": 5}
+        for name, title, kl in (
+            ("conf_ods", "ConfODS", 0.2),
+            ("gaussian", "Gaussian", 0.1),
+            ("ods", "ODS", 0.4),
+        )
         for eta in (1, 2, 4)
     ]
     frame = pd.DataFrame(rows).assign(train_kl=0.1, test_kl=0.3, study_eta=2 / 255)
@@ -216,11 +232,11 @@ def test_sweep_shows_the_diversity_at_every_size_beside_that_of_clean_images(swe
 
 
 def test_sweep_shows_whatever_perturbation_a_study_has(swept, tmp_path):
-    frame = swept[0].replace({"perturbation": {"gaussian": "uniform"}})
+    frame = swept[0].replace({"gaussian": "uniform", "Gaussian": "flat"})
     (axis,) = sweep.draw(stored(tmp_path / "u.csv", frame)).axes
     curves = {line.get_label(): line for line in axis.lines if line.get_label()[0] != "_"}
-    assert list(curves) == ["ODS", "ConfODS", "uniform"]
-    np.testing.assert_allclose(curves["uniform"].get_ydata(), [0.1, 0.2, 0.4])
+    assert list(curves) == ["ODS", "ConfODS", "flat"]
+    np.testing.assert_allclose(curves["flat"].get_ydata(), [0.1, 0.2, 0.4])
     assert len({line.get_color() for line in curves.values()}) == 3
 
 

@@ -66,6 +66,22 @@ def test_a_training_subset_is_of_the_wanted_size_and_avoids_validation(tmp_path)
     assert set(splits["train"][1]) == set(range(10))
 
 
+def test_held_out_images_serve_for_nothing_else_and_leave_the_other_splits_as_they_are(tmp_path):
+    path = tmp_path / "images.h5"
+    without = digits_file(path, train=100)
+    with h5py.File(path) as file:
+        assert set(file) == set(SPLITS)
+    digits_file(path, train=100, held_out=60)
+    found = {split: set(indices(read_images(path, split))) for split in (*SPLITS, "held_out")}
+    assert len(found["held_out"]) == 60
+    everything = [index for them in found.values() for index in them]
+    assert len(everything) == len(set(everything))
+    for split in ("val", "test"):
+        assert found[split] == set(indices(without[split]))
+    labels = read_images(path, "held_out")[1]
+    assert set(np.bincount(labels)) <= {5, 6, 7}  # stratified
+
+
 def test_mean_and_std_are_those_of_the_training_pixels(tmp_path):
     splits = digits_file(tmp_path / "images.h5")
     known = read_description(tmp_path / "images.h5")
@@ -103,6 +119,10 @@ def test_the_good_folder_is_not_refused(tmp_path):
     [
         ({"validation": 9}, "has 8 training images, fewer than 9 for validation and 2 for"),
         ({"validation": 7}, "has 8 training images, fewer than 7 for validation and 2 for"),
+        (
+            {"validation": 2, "held_out": 5},
+            "has 8 training images, fewer than 2 for validation, 5 held out and 2 for training",
+        ),
         ({"validation": 2, "train": 7}, "fewer than 2 for validation and 7 for training"),
         ({"validation": 1}, "1 validation images cannot be chosen from 8 images of 2 classes"),
         ({"validation": 2, "test": 5}, "5 test images are wanted, but there are only 2"),

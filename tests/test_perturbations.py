@@ -1,4 +1,4 @@
-"""ODS and ConfODS against closed forms, plain autograd and finite differences."""
+"""Perturbations against closed forms, plain autograd and finite differences."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,13 @@ from scipy import stats
 from torch import nn
 
 from ensdistill.networks import build_network
-from ensdistill.perturbations import PERTURBATIONS, conf_ods_direction, ods_direction
-from ensdistill.students import Step
+from ensdistill.perturbations import (
+    PERTURBATIONS,
+    conf_ods_direction,
+    ods_direction,
+    tdiv_sdiv_direction,
+)
+from ensdistill.students import Step, build_student
 
 TEMPERATURE = 2.5
 
@@ -223,3 +228,147 @@ def test_every_teacher_is_the_source_anew_each_time(x):
     counts = [used.count(teacher) for teacher in teachers]
     assert sum(counts) == 300
     assert min(counts) > 70
+
+
+# --- ODS of every teacher ----------------------------------------------------------------------
+
+
+def test_ods_of_every_teacher_is_the_closed_form_of_each(linear):
+    others = [LinearTeacher(linear.weight.roll(k, 1), linear.bias * k) for k in (1, 2)]
+    teachers = [linear, *others]
+    x = torch.rand(8, 3, 2, 2, dtype=torch.float64)
+    ours = PERTURBATIONS["ods_each"](step_at(x, teachers), eta=0.05, temperature=TEMPERATURE)
+    generator = torch.Generator().manual_seed(5)
+    w = torch.empty(3, 8, 5, dtype=x.dtype).uniform_(-1, 1, generator=generator)
+    for own, teacher, weights in zip(ours, teachers, w, strict=True):
+        epsilon = torch.tensor(closed_form(teacher, x, weights, TEMPERATURE)[0])
+        torch.testing.assert_close(own, torch.clamp(x + 0.05 * epsilon, 0, 1))
+    assert PERTURBATIONS["ods_each"](step_at(x, teachers), eta=0.0, temperature=1.0) is x
+
+
+# --- TDiv-SDiv -----------------------------------------------------------------------------------
+
+
+def networks(*kinds):
+    torch.manual_seed(0)
+    architecture = {"name": "resnet8", "num_classes": 4, "in_channels": 1, "width": 4}
+    built = [build_student(kind, architecture, members=3).double() for kind in kinds]
+    for student in built:
+        for module in student.modules():
+            if isinstance(module, nn.BatchNorm2d):  # statistics of training, not those of the start
+                module.running_mean.uniform_(-0.3, 0.3)
+                module.running_var.uniform_(0.5, 2)
+    return built
+
+
+def by_differences(value, x, step=1e-6):
+    """√D·g/‖g‖ with the gradient g of value(x) (B,), by central differences."""
+    gradient = torch.zeros_like(x)
+    with torch.no_grad():
+        for index in np.ndindex(*x.shape[1:]):
+            values = []
+            for sign in (1, -1):
+                moved = x.clone()
+                moved[(slice(None), *index)] += sign * step
+                values.append(value(moved))
+            gradient[(slice(None), *index)] = (values[0] - values[1]) / (2 * step)
+    norm = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return x[0].numel() ** 0.5 * gradient / norm
+
+
+@pytest.mark.parametrize("with_student", [True, False])
+def test_tdiv_sdiv_equals_finite_differences(with_student):
+    *teachers, student = networks("single", "single", "single", "batch_ensemble")
+    teachers = [teacher.network.eval() for teacher in teachers]
+    student.train()
+    x = torch.rand(2, 1, 6, 6, dtype=torch.float64)
+    i, j = 2, 0
+    with torch.no_grad():
+        student.eval()
+        held_t, held_s = teachers[j](x).softmax(1), student(x)[j].softmax(1)
+
+    def value(x):
+        tdiv = -(held_t * teachers[i](x).log_softmax(1)).sum(1)
+        sdiv = -(held_s * student(x)[i].log_softmax(1)).sum(1)
+        return tdiv - sdiv if with_student else tdiv
+
+    expected = by_differences(value, x)
+    student.train()
+    ours = tdiv_sdiv_direction(teachers, student if with_student else None, x, (i, j))
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert student.training
+
+
+def test_tdiv_sdiv_leaves_the_student_as_it_is():
+    *teachers, student = networks("single", "single", "single", "batch_ensemble")
+    teachers = [teacher.network.eval() for teacher in teachers]
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    step = Step(
+        student.train(),
+        teachers,
+        torch.rand(4, 1, 6, 6, dtype=torch.float64),
+        None,
+        0.0,
+        *(torch.Generator().manual_seed(5) for _ in range(2)),
+    )
+    x_distill = PERTURBATIONS["tdiv_sdiv"](step, eta=0.01, sdiv=True)
+    assert not x_distill.requires_grad
+    assert all(parameter.grad is None for parameter in student.parameters())
+    assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
+
+
+def test_tdiv_sdiv_draws_pairs_of_two_teachers_that_are_the_students_members(
+    x, linear, monkeypatch
+):
+    drawn = []
+
+    def direction(teachers, student, x, pair):
+        drawn.append(tuple(pair))
+        return torch.zeros_like(x)
+
+    monkeypatch.setattr("ensdistill.perturbations.tdiv_sdiv_direction", direction)
+    step = step_at(x, [linear] * 3)
+    for _ in range(600):
+        PERTURBATIONS["tdiv_sdiv"](step, eta=0.1, sdiv=True)
+    counts = [drawn.count((i, j)) for i in range(3) for j in range(3) if i != j]
+    assert sum(counts) == 600
+    assert min(counts) > 60
+
+
+def test_tdiv_sdiv_of_teachers_that_agree_moves_nothing(x, linear):
+    epsilon = tdiv_sdiv_direction([linear, linear], None, x, (0, 1))
+    assert torch.equal(epsilon, torch.zeros_like(x))
+
+
+def test_tdiv_of_saturated_teachers_survives_float32():
+    """Both teachers nearly one-hot: p_i − p_j of the top class is rounding error."""
+    rng = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 4, 9, generator=rng, dtype=torch.float64)
+    bias = torch.tensor([40.0, 0, 0, 0], dtype=torch.float64)
+    x = torch.rand(3, 1, 3, 3, generator=rng, dtype=torch.float64)
+    exact = tdiv_sdiv_direction([LinearTeacher(w, bias) for w in weights], None, x, (0, 1))
+    rounded = [LinearTeacher(w.float(), bias.float()) for w in weights]
+    ours = tdiv_sdiv_direction(rounded, None, x.float(), (0, 1)).double()
+    cosine = (ours * exact).flatten(1).sum(1) / 9
+    assert cosine.min().item() > 0.999
+
+
+# --- mixup ----------------------------------------------------------------------------------
+
+
+def test_mixup_mixes_each_image_with_one_other_by_a_share_of_a_beta_distribution():
+    x = torch.eye(7, dtype=torch.float64).view(7, 7, 1, 1)
+    step, shares, partners = step_at(x, []), [], []
+    for _ in range(2000):
+        mixed = PERTURBATIONS["mixup"](step, beta=0.4)[:, :, 0, 0]
+        assert torch.allclose(mixed.sum(1), torch.ones(7).double())
+        assert torch.allclose(mixed.sum(0), torch.ones(7).double())  # a permutation
+        other = mixed - torch.diag(mixed.diag())
+        moved = other.sum(1) > 0
+        if moved.any():
+            share = other.sum(1)[moved]
+            assert torch.allclose(share, share[0])
+            shares.append(share[0].item())
+            partners += other[moved].argmax(1).tolist()
+    assert stats.kstest(shares, stats.beta(0.4, 0.4).cdf).pvalue > 1e-3
+    assert min(np.bincount(partners, minlength=7)) > 0.12 * len(partners)

@@ -5,10 +5,17 @@ import pytest
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from ensdistill import InputError
+from ensdistill import InputError, tables
 from ensdistill.files import write_hdf5
-from ensdistill.predictions import PREDICTIONS, Mixture, Prediction, join, read_prediction
-from ensdistill.reports import diversity_students, out_of_distribution, scores
+from ensdistill.predictions import Mixture, join, read_prediction
+from ensdistill.reports import (
+    corruptions,
+    diversity_students,
+    out_of_distribution,
+    reliability,
+    scores,
+)
+from ensdistill.resampled import ResampledSystems
 
 N, K = 60, 4
 
@@ -45,31 +52,8 @@ def test_joined_single_networks_are_the_deep_ensemble(logits):
     np.testing.assert_array_equal(joined.logits, logits)
 
 
-class Dirichlet(Prediction):
-    """Concentrations e^z + prior; what the next kind of prediction may be like."""
-
-    def __init__(self, logits, prior):
-        super().__init__(logits)
-        self.alpha = np.exp(self.logits[:, 0].astype(float)) + prior
-
-    @classmethod
-    def stored(cls, logits, attributes):
-        return cls(logits, attributes["prior"])
-
-    @classmethod
-    def join(cls, parts):
-        raise NotImplementedError
-
-    def probs(self):
-        return self.alpha / self.alpha.sum(1, keepdims=True)
-
-    def diversity(self):
-        return (K - 1) / self.alpha.sum(1)
-
-
 @pytest.fixture
-def written(tmp_path, logits, monkeypatch):
-    monkeypatch.setitem(PREDICTIONS, "dirichlet", Dirichlet)
+def written(tmp_path, logits):
     labels = np.random.default_rng(1).integers(0, K, N)
 
     def write(name, members, splits=("val", "test"), **attributes):
@@ -82,21 +66,49 @@ def written(tmp_path, logits, monkeypatch):
     return write
 
 
+DIRICHLET = {"prediction": "dirichlet", "concentration_offset": 1.0}
+
+
 def test_results_ask_whatever_kind_of_prediction_a_file_names(written, logits):
     teachers = [written("a", 1), written("b", 1, prediction="mixture")]
-    student = written("c", 1, prediction="dirichlet", prior=1.0)
+    students = {"D": [written("c", 1, **DIRICHLET)], "one": [written("d", 1)]}
     alpha = np.exp(logits[:, 0].astype(float)) + 1
-    expected = np.mean(3 / alpha.sum(1))
-    frame = scores.table(teachers, {"D": [student]}, n_bins=5).set_index("system")
-    assert frame.diversity["D"] == pytest.approx(expected)
-    probs = alpha / alpha.sum(1, keepdims=True)
-    assert frame.entropy["D"] == pytest.approx(entropy(probs, axis=1).mean())
-    table = diversity_students.table(teachers, {"D": [student]}, n_bins=5)
-    assert table.mean_kl[table.name == "D"].unique() == pytest.approx([expected])
-    shifted = written("d", 1, ["out_of_distribution"], prediction="dirichlet", prior=1.0)
-    others = [written(name, 1, ["out_of_distribution"]) for name in "ef"]
-    found = out_of_distribution.table(teachers, {"D": [student]}, others, {"D": [shifted]})
-    assert set(found.score[found.system == "D"]) == {"max_probability", "entropy"}
+    probs, expected = alpha / alpha.sum(1, keepdims=True), np.mean(3 / alpha.sum(1))
+    frame = scores.table(teachers, students, n_bins=5)
+    by_system = frame.set_index("system")
+    assert by_system.diversity["D"] == pytest.approx(expected)
+    assert by_system.entropy["D"] == pytest.approx(entropy(probs, axis=1).mean())
+    assert np.isnan(by_system.diversity["one"])
+    cells = {row.cells[0][0]: row.cells[-2][0] for row in tables._rows(tables.summarize(frame))}
+    assert (cells["D"], cells["one"]) == (f"{expected:.4f}", "–")
+    binned = diversity_students.table(teachers, students, n_bins=5)
+    assert binned.name.unique().tolist() == ["DE-2", "D"]
+    assert binned.mean_kl[binned.name == "D"].unique() == pytest.approx([expected])
+    diagram = reliability.table(teachers, students, n_bins=5)
+    bins = diagram[diagram.name == "D"]
+    confidence = np.average(bins["confidence"], weights=bins["count"])
+    assert confidence == pytest.approx(probs.max(1).mean())
+
+
+def test_shifted_images_are_judged_by_what_a_prediction_has(written, logits):
+    splits = ["out_of_distribution", "corrupted/clean/0", "corrupted/fog/3"]
+    inside = [written(name, 1) for name in "ab"], {"D": [written("c", 1, **DIRICHLET)]}
+    outside = [written(name, 1, splits) for name in "ef"]
+    outside = outside, {"D": [written("d", 1, splits, **DIRICHLET)], "one": outside[:1]}
+    found = out_of_distribution.table(*inside, *outside)
+    assert set(found.score[found.system == "D"]) == set(out_of_distribution.UNCERTAINTIES)
+    assert set(found.score[found.system == "DE-1"]) == {"max_probability", "entropy"}
+    shifted = corruptions.table(*outside, n_bins=5).groupby("system").diversity.mean()
+    alpha = np.exp(logits[:, 0].astype(float)) + 1
+    assert shifted["D"] == pytest.approx(np.mean(3 / alpha.sum(1)))
+    assert np.isnan(shifted["one"])
+
+
+def test_claims_speak_of_the_diversity_that_a_prediction_has(written):
+    teachers, students = [written(name, 1) for name in "ab"], {"D": [written("c", 1, **DIRICHLET)]}
+    found = ResampledSystems(teachers, students, 2, 5).metrics["D"]
+    assert "diversity" in found
+    assert "disagreement" not in found
 
 
 def test_an_unknown_kind_of_prediction_is_refused(written):

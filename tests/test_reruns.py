@@ -110,7 +110,9 @@ def one_more_of_each(project):
         entry = f'{function}{registry}"another": another, '
         project.edit(f"ensdistill/{file}.py", registry, entry)
     project.edit(
-        "ensdistill/methods.py", "ARCHITECTURES = {", 'ARCHITECTURES = {"another": ("another", 2),'
+        "ensdistill/architectures.py",
+        "ARCHITECTURES = {",
+        'ARCHITECTURES = {"another": ("another", 2),',
     )
 
 

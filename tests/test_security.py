@@ -307,8 +307,31 @@ def test_weights_whose_spec_is_none_are_refused(tmp_path, spec):
     assert refusal(load_student, path).startswith(f"{path}: its weights fit no network")
 
 
-def assert_unfitting(path, change):
-    student = build_student("batch_ensemble", ARCHITECTURE, members=2)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"members": 10**4},
+        {"members": 10**9},
+        {"members": 10**20},
+        {"members": -1},
+        {"architecture": ARCHITECTURE | {"in_channels": 10**9}},
+        {"architecture": ARCHITECTURE | {"name": "resnet9999998"}},
+        {"cut": "block"},
+        {"cut": ["stage"]},
+        {"widen": 1e200},
+        {"widen": float("inf")},
+        {"widen": float("nan")},
+        {"groups": 10**9},
+        {"groups": 0.5},
+    ],
+)
+@pytest.mark.parametrize("kind", ["hydra", "mimo", "packed"])
+def test_weights_that_ask_for_a_student_of_other_options_take_no_memory(tmp_path, kind, change):
+    assert_unfitting(tmp_path / "weights.safetensors", change, kind)
+
+
+def assert_unfitting(path, change, kind="batch_ensemble"):
+    student = build_student(kind, ARCHITECTURE, members=2)
     student.spec = {**student.spec, **change}
     save_student(path, student, {})
     assert refusal(load_student, path).startswith(f"{path}: its weights fit no network")

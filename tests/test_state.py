@@ -1,5 +1,6 @@
 """Training that is stopped anywhere goes on to the same bits."""
 
+import operator
 import os
 import pickle
 import signal
@@ -14,23 +15,25 @@ import torch
 from ensdistill import InputError, files, training
 from ensdistill.jobs import Interrupted, fingerprint
 from ensdistill.learning import Learning, learning
-from ensdistill.methods import Recipe
+from ensdistill.recipes import Recipe
 from ensdistill.state import TrainingState
-from ensdistill.students import build_student
+from ensdistill.students import STUDENTS, build_student
 from ensdistill.training import fit
 
 EPOCHS, STEPS = 4, 3
 
 
-def train(state=None, before_step=None, precision="fp32", learning_rate=0.25):
-    """A BatchEnsemble student of two teachers at ODS inputs: all kinds of state there are."""
+def train(
+    state=None, before_step=None, precision="fp32", learning_rate=0.25, kind="batch_ensemble"
+):
+    """A student of two teachers at ODS inputs: all kinds of state there are."""
     generator = torch.Generator().manual_seed(7)
     images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 4, (20,), generator=generator)
     architecture = {"name": "resnet8", "num_classes": 4, "in_channels": 1, "width": 4}
     torch.manual_seed(0)
     teachers = [build_student("single", architecture, 1).network.eval() for _ in range(2)]
-    student = build_student("batch_ensemble", architecture, 2)
+    student = build_student(kind, architecture, 2)
     inner = learning(
         teachers,
         {"name": "one_to_one", "alpha": 0.9, "temperature": 2.0},
@@ -65,7 +68,8 @@ def assert_same(first, second):
     (weights, history), (others, rows) = first, second
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():
-        assert torch.equal(tensor, others[name]), name
+        same = torch.equal if isinstance(tensor, torch.Tensor) else operator.eq
+        assert same(tensor, others[name]), name
     assert history == rows
 
 
@@ -80,7 +84,8 @@ def test_killed_before_any_step_training_ends_with_the_bits_of_an_undisturbed_ru
 ):
     undisturbed = train(precision=precision)
     accuracies = [row["val_accuracy"] for row in undisturbed[1]]
-    assert max(accuracies) > max(accuracies[-2:]), "the best epoch is an early one"
+    if precision == "fp32":  # in bfloat16 processors round differently
+        assert max(accuracies) > max(accuracies[-2:]), "the best epoch is an early one"
     if every_step:
         monkeypatch.setattr(training, "SAVE_EVERY", 0)
     for fatal in range(EPOCHS * STEPS):
@@ -98,6 +103,23 @@ def test_killed_before_any_step_training_ends_with_the_bits_of_an_undisturbed_ru
         assert_same(train(state, resumed.append, precision), undisturbed)
         repeated = fatal + len(resumed) - EPOCHS * STEPS
         assert repeated == (0 if every_step else fatal)
+
+
+@pytest.mark.parametrize("kind", sorted(STUDENTS.keys() - {"single", "batch_ensemble"}))
+def test_students_of_every_kind_go_on_to_the_same_bits(tmp_path, monkeypatch, kind):
+    """Killed within an epoch, before Hydra's copy of heads in the third, and after it."""
+    undisturbed = train(kind=kind)
+    monkeypatch.setattr(training, "SAVE_EVERY", 0)
+    for fatal in (4, 6, 7):
+        state = TrainingState(tmp_path / f"{fatal}.pt", "same")
+
+        def kill(step, fatal=fatal):
+            if step == fatal:
+                raise Kill
+
+        with pytest.raises(Kill):
+            train(state, kill, kind=kind)
+        assert_same(train(state, kind=kind), undisturbed)
 
 
 def test_a_state_is_saved_as_soon_as_the_time_for_it_has_come_and_at_the_end(tmp_path, monkeypatch):

@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from ensdistill.flow_matching import FlowMatching
+from ensdistill.mimo import MIMO
+from ensdistill.numerics import check_gradients
 from ensdistill.students import STUDENTS, Student, build_student, predict
 from ensdistill.weights import load_student, save_student
 
@@ -15,12 +18,19 @@ ARCHITECTURE = {
     "mean": [0.2, 0.4, 0.6], "std": [0.1, 0.2, 0.3],
 }  # fmt: skip
 MEMBERS = 3
+SAMPLED = ("gaussian_logits", "flow_matching")
+"""Whose members are samples, and parts of which learn by their own objectives alone."""
 
 
-def student_of(name: str, members: int = MEMBERS, seed: int = 0) -> Student:
-    """In eval mode, with batch normalisations that are not the identity."""
+def student_of(
+    name: str, members: int = MEMBERS, seed: int = 0, architecture: str = "resnet8"
+) -> Student:
+    """In eval mode, with members and batch normalisations that are not those at the start."""
     torch.manual_seed(seed)
-    student = build_student(name, ARCHITECTURE, members)
+    student = build_student(name, {**ARCHITECTURE, "name": architecture}, members)
+    for key, parameter in student.named_parameters():
+        if key.endswith((".dr", ".ds")):
+            nn.init.normal_(parameter, 0, 0.3)
     for norm in (it for it in student.modules() if isinstance(it, nn.BatchNorm2d)):
         nn.init.normal_(norm.running_mean, 0, 0.3)
         nn.init.uniform_(norm.running_var, 0.5, 2)
@@ -51,8 +61,8 @@ def test_a_student_says_how_it_is_built_again(student):
     again.load_state_dict(student.state_dict())
     x = torch.rand(2, 3, 8, 8)
     assert torch.equal(again.eval()(x), student(x))
-    assert student.predictor() is student
-    assert student.members == (1 if name == "single" else MEMBERS)
+    assert (student.predictor() is student) == (name != "latent_batch_ensemble")
+    assert student.members == ({"single": 1} | dict.fromkeys(SAMPLED, 32)).get(name, MEMBERS)
 
 
 def test_every_image_is_answered_alone_by_every_member(student):
@@ -70,7 +80,8 @@ def test_members_are_asked_at_the_same_images_or_each_at_its_own(student):
     each = student(own)
     assert each.shape == (student.members, 2, 5)
     for j, x in enumerate(own):
-        close(each[j], student(x)[j])
+        # A member of MIMO sees the images of the others beside its own.
+        assert torch.allclose(each[j], student(x)[j], 1e-4, 1e-5) != isinstance(student, MIMO)
     close(student(own[0].expand_as(own)), student(own[0]))
 
 
@@ -116,7 +127,8 @@ def test_a_loaded_student_can_be_copied_and_learn_on(saved, student):
     changed = [
         not torch.equal(a, b) for a, b in zip(mine.parameters(), loaded.parameters(), strict=True)
     ]
-    assert all(changed)
+    assert all(changed) != (student.spec["name"] in SAMPLED)
+    assert any(changed)
     close(loaded(x), student(x))
 
 
@@ -128,12 +140,51 @@ def test_a_loaded_student_can_be_traced(saved):
         close(traced(x), loaded(x))
 
 
-def test_a_loaded_student_can_be_exported(tmp_path):
-    save_student(tmp_path / "weights.safetensors", student_of("batch_ensemble"), {})
-    loaded, x = load_student(tmp_path / "weights.safetensors"), torch.rand(5, 3, 8, 8)
+def test_a_loaded_student_can_be_exported(saved):
+    loaded, x = load_student(saved), torch.rand(5, 3, 8, 8)
     shapes = {"x": {0: torch.export.Dim.AUTO}}
     exported = torch.export.export(loaded, (torch.rand(2, 3, 8, 8),), dynamic_shapes=shapes)
     close(exported.module()(x), loaded(x))
+
+
+@pytest.mark.parametrize("architecture", ["resnet8", "wrn10x2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_gradients_of_every_student_are_right(name, precision, architecture, caplog):
+    student = student_of(name, architecture=architecture)
+    own = torch.rand(student.members, 4, 3, 8, 8)
+
+    def loss(model, x, y):
+        logits = torch.cat([model(x), model(own[:, : len(x)])], 1)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.repeat(2 * len(own)))
+
+    with caplog.at_level("INFO"):
+        check_gradients(student, torch.rand(4, 3, 8, 8), torch.arange(4), loss, precision)
+    assert "gradients checked with 4 images" in caplog.text
+
+
+@pytest.mark.parametrize("architecture", ["resnet8", "wrn10x2"])
+def test_a_student_is_read_from_its_file_with_its_options(tmp_path, architecture):
+    options = {
+        "single": {},
+        "batch_ensemble": {},
+        "latent_batch_ensemble": {},
+        "hydra": {"cut": "linear", "together": 0.25},
+        "mimo": {},
+        "packed": {"widen": 3.0, "groups": 2},
+        "gaussian_logits": {"rank": 2, "samples": 5},
+        "flow_matching": {"width": 7, "samples": 5},
+    }
+    assert options.keys() == STUDENTS.keys()
+    x = torch.rand(2, 3, 8, 8)
+    for name, chosen in options.items():
+        student = build_student(name, {**ARCHITECTURE, "name": architecture}, MEMBERS, **chosen)
+        predictor = student.predictor()
+        save_student(tmp_path / name, predictor, {})
+        loaded = load_student(tmp_path / name)
+        assert loaded.spec == predictor.spec
+        assert predictor is not student or chosen.items() <= loaded.spec.items()
+        assert torch.equal(loaded(x), predictor.eval()(x))
 
 
 # --- predict ---------------------------------------------------------------------------------
@@ -151,7 +202,8 @@ def test_predict_does_not_depend_on_the_batch_size_and_restores_the_mode(student
     np.testing.assert_allclose(whole, parts, rtol=1e-4, atol=1e-5)
     assert whole.shape == (11, student.members, 5)
     assert whole.dtype == np.float32
-    assert all(module.training for module in student.modules())
+    frozen = set(student.network.backbone.modules() if isinstance(student, FlowMatching) else ())
+    assert all(module.training != (module in frozen) for module in student.modules())
     with torch.no_grad():
         expected = student.eval()(images.float() / 255).transpose(0, 1)
     np.testing.assert_allclose(whole, expected.numpy(), rtol=1e-4, atol=1e-5)

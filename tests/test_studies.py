@@ -9,7 +9,9 @@ import yaml
 from pydantic import ValidationError
 
 from ensdistill import InputError
-from ensdistill.methods import OLD_KEYS, Recipe, parse_architecture
+from ensdistill.architectures import parse_architecture
+from ensdistill.methods import OLD_KEYS
+from ensdistill.recipes import Recipe
 from ensdistill.studies import Configuration, Study, read_configuration
 
 ROOT = Path(__file__).parent.parent
@@ -239,7 +241,7 @@ UNKNOWN_OPTIONS = [
     ({"perturbation": {"name": "none", "eta": 0.1}}, "perturbation.eta'; known are name"),
     (
         {"perturbation": {"name": "gaussian", "temperature": 2.0}},
-        "perturbation.temperature'; known are name, eta",
+        "perturbation.temperature'; known are name, eta, single_pass",
     ),
     (
         {"student": {"name": "single", "archtecture": "resnet8"}},
@@ -369,13 +371,57 @@ TOGETHER = [
         "methods.a: objective 'labels' asks no teachers, so perturbation 'ods' has no use",
     ),
     (
-        {"methods": {"a": {"label": "X", "student": "single"}}},
+        {"methods": {"a": {"label": "X", "student": "single", "objective": "one_to_one"}}},
         "methods.a: objective 'one_to_one' needs a student with members, such as 'batch_ensemble',"
         " not 'single'",
     ),
     (
         {"methods": {"a": {"label": "X", "paper": "kd"}, "b": {"label": "Y", "paper": "kd"}}},
         "two of 'methods' have paper: kd",
+    ),
+    (
+        {"methods": {"a": {"label": "X", "perturbation": "held_out"}}},
+        "methods.a: perturbation 'held_out' needs 'images.held_out', the number of images",
+    ),
+    (
+        {"methods": {"a": {"label": "X", "student": {"name": "flow_matching", "backbone": "b"}}}},
+        "methods.a: there is no method 'b' to be its 'backbone'",
+    ),
+    (
+        {
+            "methods": {
+                "a": {"label": "X", "student": {"name": "flow_matching", "backbone": "b"}},
+                "b": {"label": "Y"},
+            }
+        },
+        "methods.a: its 'backbone' 'b' must be a student that is one network, such as 'single'",
+    ),
+    (
+        {"methods": {"a": {"label": "X", "student": "flow_matching"}}},
+        "the key 'methods.a.student.backbone' is missing",
+    ),
+    (
+        {"grid": {"students": ["single"], "perturbations": ["ods_each"]}},
+        "grid: perturbation 'ods_each' goes with none of the others",
+    ),
+    ({"grid": {"students": [], "perturbations": ["none"]}}, "grid.students: list should have at"),
+    (
+        {"grid": {"students": ["singel"], "perturbations": ["none"]}},
+        'grid.students.0.student: unknown name "singel"; known are batch_ensemble, single',
+    ),
+    (
+        {
+            "methods": {"single_none": {"label": "X"}},
+            "grid": {"students": ["single"], "perturbations": ["none"]},
+        },
+        "'single_none' is a method of 'methods' and of 'grid'",
+    ),
+    (
+        {
+            "methods": {"a": {"label": "KD"}},
+            "grid": {"students": ["batch_ensemble"], "perturbations": ["none"]},
+        },
+        "the label 'KD' in 'methods' is already taken",
     ),
     (
         {"methods": {"a": {"label": "X", "recipe": {"epochs": 3}}}},
@@ -589,7 +635,8 @@ def test_a_methods_recipe_is_the_students_with_its_changes():
 
 def test_every_setting_of_a_recipe_can_be_a_methods_own():
     changes = {
-        "epochs": 9, "batch_size": 3, "learning_rate": 0.5, "momentum": 0.1, "weight_decay": 0.2,
+        "epochs": 9, "batch_size": 3, "learning_rate": 0.5, "momentum": 0.1, "nesterov": True,
+        "weight_decay": 0.2, "clip_norm": 3.0,
         "schedule": "cosine", "warmup_epochs": 2, "validate_every": 4,
     }  # fmt: skip
     assert changes.keys() == Recipe.model_fields.keys()
@@ -605,6 +652,86 @@ def test_teachers_are_analysed_at_the_papers_perturbations_with_the_studys_optio
         "conf_ods": {"name": "conf_ods", **MOVED},
     }
     assert read_configuration(config).studies["digits"].perturbations() == expected
+
+
+def test_a_grid_stands_behind_the_methods_or_alone():
+    grid = {"students": ["batch_ensemble", "single"], "perturbations": ["none", "ods"]}
+    names = ["batch_ensemble_none", "batch_ensemble_ods", "single_none", "single_ods"]
+    study = Study.model_validate({"grid": grid})
+    assert list(study.methods) == names
+    own = {"label": "mine", "perturbation": "gaussian"}
+    both = Study.model_validate({"grid": grid, "methods": {"mine": own}})
+    assert list(both.methods) == ["mine", *names]
+
+
+def test_methods_of_a_grid_that_are_the_papers_say_so_once():
+    students = ["batch_ensemble", "single", {"student": "batch_ensemble", "objective": "labels"}]
+    grid = {"students": students, "perturbations": ["none", "ods", {"name": "ods", "eta": 0.1}]}
+    with pytest.raises(ValidationError):  # two sizes of one perturbation have one name
+        Study.model_validate({"grid": grid})
+    grid["perturbations"] = ["none", {"name": "ods", "eta": 0.1}, "conf_ods"]
+    mine = {"label": "KD of mine", "paper": "kd"}
+    study = Study.model_validate({"grid": grid, "methods": {"mine": mine}})
+    assert {name: it.paper for name, it in study.methods.items() if it.paper} == {
+        "mine": "kd",
+        "single_none": "kd_single",
+        "batch_ensemble_conf_ods": "kd_conf_ods",
+        "batch_ensemble_labels_none": "be",
+    }
+
+
+def test_a_published_recipe_stands_between_the_studys_and_the_methods_own():
+    proxy = {"label": "Proxy", "student": "single", "objective": "proxy_dirichlet"}
+    study = Study.model_validate(
+        {
+            "student": {"epochs": 40, "momentum": 0.5, "batch_size": 32},
+            "distillation": {"temperature": 4.0},
+            "methods": {
+                "common": {**proxy, "label": "A"},
+                "own": {**proxy, "label": "B", "recipe": "published", "perturbation": "ods"},
+                "changed": {
+                    **proxy,
+                    "label": "C",
+                    "recipe": {"published": True, "epochs": 7},
+                    "objective": {"name": "proxy_dirichlet", "temperature": 3.0},
+                },
+            },
+        }
+    )
+    published = {"batch_size": 128, "learning_rate": 0.05, "weight_decay": 5e-4}
+    assert study.recipe("common") == study.student
+    assert study.recipe("own") == Recipe(epochs=250, momentum=0.5, **published)
+    assert study.recipe("changed") == Recipe(epochs=7, momentum=0.5, **published)
+    temperatures = [study.parts(it)["objective"]["temperature"] for it in study.methods]
+    assert temperatures == [4.0, 2.0, 3.0]
+    assert study.parts("own")["perturbation"]["temperature"] == 2.0
+
+
+def test_parts_say_what_a_student_starts_from_and_what_its_logits_mean():
+    flow = {"label": "EDFM", "student": {"name": "flow_matching", "backbone": "one"}}
+    proxy = {"label": "Proxy", "student": "single", "objective": "proxy_dirichlet"}
+    study = Study.model_validate(
+        {"methods": {"one": {"label": "KD-single", "student": "single"}, "f": flow, "p": proxy}}
+    )
+    assert study.backbone("one") is None
+    assert study.parts("f")["backbone"] == study.backbone("f") == "one"
+    assert "backbone" not in study.parts("f")["student"]
+    assert study.parts("f")["prediction"] == "mixture"
+    assert study.parts("p")["prediction"] == "dirichlet"
+    assert study.parts("p")["concentration_offset"] == 1.0
+
+
+def test_every_perturbation_of_a_study_has_a_title():
+    grid = {"students": ["batch_ensemble"], "perturbations": ["none", "ods_each", "mixup"]}
+    study = Study.model_validate({"grid": grid})
+    assert study.perturbation_titles() == {
+        "gaussian": "Gaussian",
+        "ods": "ODS",
+        "conf_ods": "ConfODS",
+        "ods_each": "ODS-each",
+        "mixup": "mixup",
+    }
+    assert study.perturbations().keys() == study.perturbation_titles().keys()
 
 
 # --- architectures --------------------------------------------------------------------------------

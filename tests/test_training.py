@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from ensdistill import InputError, training
 from ensdistill.learning import learning, learning_rate_factor
-from ensdistill.methods import Recipe
 from ensdistill.networks import build_network
 from ensdistill.objectives import OBJECTIVES, distillation_loss
 from ensdistill.perturbations import PERTURBATIONS, conf_ods_direction, ods_direction
+from ensdistill.recipes import Recipe
 from ensdistill.students import Single, Step, build_student
 from ensdistill.training import fit, is_validated, seeds
 

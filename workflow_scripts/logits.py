@@ -21,7 +21,7 @@ with job(snakemake):
     for name in ("images", "shifted"):
         arrays, path = {}, snakemake.input[name]
         for split in splits_of(path):
-            if split != "train":
+            if split not in ("train", "held_out"):
                 images, labels = read_images(path, split)
                 arrays[f"{split}/logits"] = predict(student, torch.from_numpy(images).to(device))
                 arrays[f"{split}/labels"] = labels

@@ -8,6 +8,7 @@ with job(snakemake):
         snakemake.output.weights,
         snakemake.output.history,
         teachers=snakemake.input.get("teachers", []),
+        backbone=snakemake.input.get("backbone", []),
         device=prepare(snakemake.threads, snakemake.resources),
         fingerprint=fingerprint(snakemake),
         **snakemake.params.training,

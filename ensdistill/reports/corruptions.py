@@ -7,10 +7,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ensdistill.drawing import (
+    INK,
+    SHADES,
     WIDTH,
     add_legend,
     add_note,
+    are_many,
     count_of,
+    panels_by_system,
     plain_numbers,
     replicates_of,
     styled,
@@ -63,6 +67,8 @@ def draw(frame: pd.DataFrame) -> Figure:
     """
     panels = CHOSEN["METRICS"][:3]
     styles = styles_of(frame["system"].unique())
+    if are_many(styles):
+        return _draw_rows(frame)
     for style in styles.values():
         if style["ls"] != "-":  # boxes have no line style to tell a colour's second method by
             style["mfc"] = "white"
@@ -96,11 +102,34 @@ def draw(frame: pd.DataFrame) -> Figure:
     add_legend(
         figure, [Line2D([], [], **style, ms=4, lw=0.9, label=x) for x, style in styles.items()]
     )
+    _add_note(figure, frame, "Median, quartiles and range")
+    return figure
+
+
+def _draw_rows(frame: pd.DataFrame) -> Figure:
+    """The same of many systems: a row for each, and of the kinds their mean alone."""
+    panels, systems = CHOSEN["METRICS"][:3], frame["system"].unique()
+    kinds = frame.groupby(["system", "severity", "kind"])[panels].mean()
+    means = kinds.groupby(["severity", "system"]).mean()
+    figure, axes = panels_by_system(systems, [METRICS[key].axis for key in panels], 0.2)
+    shades = {severity: SHADES(severity / 5) for severity in means.index.levels[0]}
+    dot = {"ls": "", "marker": "o", "ms": 4, "mec": INK, "mew": 0.3}
+    for axis, key in zip(axes, panels, strict=True):
+        for severity, shade in shades.items():
+            axis.plot(means.loc[severity, key][systems], range(len(systems)), color=shade, **dot)
+    axes[1].set_xscale("log")
+    plain_numbers(axes[1].xaxis)
+    labels = {x: f"severity {x}" if x else "the same images as they are" for x in shades}
+    add_legend(figure, [Line2D([], [], color=shades[x], label=labels[x], **dot) for x in shades])
+    _add_note(figure, frame, "Mean")
+    return figure
+
+
+def _add_note(figure: Figure, frame: pd.DataFrame, shown: str) -> None:
     kinds = frame["kind"][frame["severity"] > 0].nunique()
     images = count_of(frame["n"], "image")
     add_note(
         figure,
-        f"Median, quartiles and range over n = {kinds} kinds ({images} each) of the mean over "
+        f"{shown} over n = {kinds} kinds ({images} each) of the mean over "
         f"n = {replicates_of(frame)}.",
     )
-    return figure

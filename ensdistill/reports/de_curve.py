@@ -7,12 +7,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ensdistill.drawing import (
+    ENSEMBLE,
+    GREY,
     INK,
     PALE,
     WIDTH,
     add_legend,
     add_note,
+    are_many,
     count_of,
+    panels_by_system,
     styled,
     styles_of,
 )
@@ -30,6 +34,8 @@ def draw(frame: pd.DataFrame) -> Figure:
     Mean ± standard deviation over subsets of the pool (band) and over seeds (error bars). Where a
     student's line meets the NLL curve is its Deep Ensemble Equivalent [Ashukha et al. 2020].
     """
+    if are_many(frame["system"]):
+        return _draw_rows(frame)
     sizes = frame["system"].str.extract(r"^DE-(\d+)$", expand=False).astype(float)
     curve = frame.assign(m=sizes)[sizes.notna()].sort_values("m")
     students = frame[sizes.isna()]
@@ -56,7 +62,27 @@ def draw(frame: pd.DataFrame) -> Figure:
     ensemble = Line2D([], [], color=INK, marker="o", ms=3.5, lw=1.3, label="Deep ensemble (DE-m)")
     methods = [Line2D([], [], **styles[name], ms=4, lw=0.9, label=name) for name in styles]
     add_legend(figure, [ensemble, *methods])
-    seeds = f"Students: n = {count_of(students['n'], 'seed')}. " if len(students) else ""
-    subsets = f"{', '.join(map(str, curve['n']))} subsets of {largest} networks"
-    add_note(figure, f"Mean ± standard deviation. {seeds}DE-m: n = {subsets}.")
+    add_note(figure, _replicates(curve, students))
     return figure
+
+
+def _draw_rows(frame: pd.DataFrame) -> Figure:
+    """The same of many students: a row for each system, and a line down from each ensemble."""
+    styles, metrics = styles_of(frame["system"]), CHOSEN["METRICS"]
+    figure, axes = panels_by_system(styles, [METRICS[key].axis for key in metrics], 0.2)
+    is_ensemble = frame["system"].str.fullmatch(ENSEMBLE)
+    for axis, key in zip(axes, metrics, strict=True):
+        for row, (_, system) in enumerate(frame.iterrows()):
+            style = styles[system["system"]] | {"ls": ""}
+            error = system[f"{key}_std"] if system["n"] > 1 else None
+            axis.errorbar(system[key], row, xerr=error, **style, ms=4, elinewidth=0.9)
+            if is_ensemble.iloc[row]:
+                axis.vlines(system[key], row, len(frame), color=GREY, lw=0.5, zorder=0)
+    add_note(figure, _replicates(frame[is_ensemble], frame[~is_ensemble]))
+    return figure
+
+
+def _replicates(curve: pd.DataFrame, students: pd.DataFrame) -> str:
+    seeds = f"Students: n = {count_of(students['n'], 'seed')}. " if len(students) else ""
+    subsets = f"{', '.join(map(str, curve['n']))} subsets of {len(curve)} networks"
+    return f"Mean ± standard deviation. {seeds}DE-m: n = {subsets}."

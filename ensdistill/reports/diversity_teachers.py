@@ -3,18 +3,18 @@
 import json
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import ticker
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from ensdistill.calibration import confidence_bins
 from ensdistill.drawing import (
     GREY,
     INK,
+    SHADES,
     add_note,
     columns_for,
     grid_of_panels,
@@ -25,7 +25,6 @@ from ensdistill.drawing import (
 )
 from ensdistill.files import open_hdf5
 from ensdistill.predictions import Mixture, Prediction, read_ensemble
-from ensdistill.systems import PERTURBATIONS
 
 TITLE = "Diversity of the teachers"
 READS = {"perturbed": "logits/perturbed.h5", "ensemble": "logits/{ensemble}.h5"}
@@ -33,7 +32,6 @@ SETTINGS = ["n_bins"]
 
 SHARES = LogNorm(1e-3, 1, clip=True)
 """Shade by share of images; fixed, so that figures compare."""
-SHADES = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.1, 1, 256)))
 
 
 def table(perturbed: str, ensemble: Sequence[str], n_bins: int) -> pd.DataFrame:
@@ -43,14 +41,20 @@ def table(perturbed: str, ensemble: Sequence[str], n_bins: int) -> pd.DataFrame:
         perturbed: the file that rule `perturbed` makes.
         ensemble: logits files of the teachers that teach.
         n_bins: of confidence.
+
+    Returns:
+        As `diversity_by_confidence`, and title, what the figure calls a name.
     """
+    groups: list[tuple[str, str, Prediction]] = []
     with open_hdf5(perturbed) as file:
-        groups: dict[str, Prediction] = {
-            f"train_{name}": Mixture(file[f"{name}/logits"][:])
-            for name in json.loads(file.attrs["sets"])
-        }
-    groups["test_clean"] = read_ensemble(ensemble, "test")[0]
-    tables = [diversity_by_confidence(name, [group], n_bins) for name, group in groups.items()]
+        for name, title in json.loads(file.attrs["titles"]).items():
+            logits = file[f"{name}/logits"][:]
+            groups.append((f"train_{name}", f"Train, {title}", Mixture(logits)))
+    groups.append(("test_clean", "Test, clean", read_ensemble(ensemble, "test")[0]))
+    tables = [
+        diversity_by_confidence(name, [group], n_bins).assign(title=title)
+        for name, title, group in groups
+    ]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -86,19 +90,21 @@ def draw(frame: pd.DataFrame) -> Figure:
 
     Nam et al. 2021, Fig. 3a.
     """
-    parts = frame["name"].str.partition("_")
-    conditions = parts[2].map(lambda name: PERTURBATIONS.get(name, name))
-    return draw_bins(frame.assign(name=parts[0].str.capitalize() + ", " + conditions))
+    return draw_bins(frame, "title")
 
 
-def draw_bins(frame: pd.DataFrame) -> Figure:
-    """A panel per name: bars of KL by bin, shaded by share of images; and everyone's mean KL."""
+def draw_bins(frame: pd.DataFrame, title: str) -> Figure:
+    """A panel per name: bars of KL by bin, shaded by share of images; and everyone's mean KL.
+
+    `title` is the column of what the panels are called.
+    """
     groups = dict(list(frame.groupby("name", sort=False)))
+    names = [group[title].iloc[0] for group in groups.values()]
     means = {name: group["mean_kl"].iloc[0] for name, group in groups.items()}
     images = {name: group["count"].sum() for name, group in groups.items()}
     subtitles = [f"KL {two_digits(means[name])}, n = {images[name]:,}" for name in groups]
     cols = columns_for(len(groups), 3)
-    figure, panels = grid_of_panels(groups, subtitles, cols, 1.6, beside=1)
+    figure, panels = grid_of_panels(names, subtitles, cols, 1.6, beside=1)
     top = frame["kl"].max() or 1.0
     for axis, (name, group) in zip(panels, groups.items(), strict=True):
         group = group[group["count"] > 0]
@@ -115,7 +121,7 @@ def draw_bins(frame: pd.DataFrame) -> Figure:
     for row, mean in enumerate(means.values()):
         summary.text(mean, row, f" {two_digits(mean)}", va="center")
     summary.set(xlim=(0, 1.35 * (max(means.values()) or 1)), xlabel="Pairwise KL (nats)")
-    summary.set_yticks(range(len(groups)), [wrapped(name, 18) for name in groups])
+    summary.set_yticks(range(len(groups)), [wrapped(name, 18) for name in names])
     summary.tick_params(axis="y", length=0)
     summary.invert_yaxis()
     summary.xaxis.set_major_locator(ticker.MaxNLocator(3, steps=[1, 2, 5, 10]))

@@ -14,7 +14,9 @@ from ensdistill.drawing import (
     WIDTH,
     add_legend,
     add_note,
+    are_many,
     count_of,
+    family_of,
     plain_numbers,
     styled,
     styles_of,
@@ -24,6 +26,15 @@ from ensdistill.systems import Students
 
 TITLE = "Learning curves"
 READS = {"teachers": "{pool}/history.csv", "students": "{students}/history.csv"}
+
+PANELS = {
+    "loss": "Training loss (nats)",
+    "cross_entropy": "Training cross-entropy (nats)",
+    "accuracy": "Training accuracy (%)",
+    "learning_rate": "Learning rate",
+    "val_nll": "Validation NLL (nats)",
+    "val_accuracy": "Validation accuracy (%)",
+}
 
 
 def table(teachers: Sequence[str], students: Students) -> pd.DataFrame:
@@ -46,23 +57,19 @@ def table(teachers: Sequence[str], students: Students) -> pd.DataFrame:
 def draw(frame: pd.DataFrame) -> Figure:
     """Training and validation by epoch: losses (nats), accuracies (%), and the learning rate.
 
-    Mean (line) and range (band) over a system's networks; only validated epochs are joined.
+    Mean (line) and range (band) over a system's networks; only validated epochs are joined. Of many
+    systems no bands, and one colour for a family.
     """
-    runs = frame.replace({"system": {"teacher": TEACHERS}})
+    columns = dict.fromkeys([*frame, *PANELS])  # a panel without values is empty
+    runs = frame.reindex(columns=columns).replace({"system": {"teacher": TEACHERS}})
     systems = dict(list(runs.groupby("system", sort=False)))
     styles = {name: {"color": x["color"], "ls": x["ls"]} for name, x in styles_of(systems).items()}
-    panels = {
-        "loss": "Training loss (nats)",
-        "cross_entropy": "Training cross-entropy (nats)",
-        "accuracy": "Training accuracy (%)",
-        "learning_rate": "Learning rate",
-        "val_nll": "Validation NLL (nats)",
-        "val_accuracy": "Validation accuracy (%)",
-    }
-    last = runs["epoch"].max()
-    figure = Figure(figsize=(WIDTH, 3.5 + 0.12 * (len(systems) // 4)), layout="constrained")
+    many, last = are_many(systems), runs["epoch"].max()
+    named = {family_of(name) if many else name: styles[name] for name in systems}
+    height = (5 if many else 3.5) + 0.12 * (len(named) // 4)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(2, 3)
-    for axis, (key, title) in zip(axes.flat, panels.items(), strict=True):
+    for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
         first = runs["epoch"][runs[key].notna()].min()
         # Where only late epochs are validated, they get the whole width.
         left = first - 0.5 if first > last / 2 else 0
@@ -73,25 +80,34 @@ def draw(frame: pd.DataFrame) -> Figure:
             continue
         late = []
         for name, run in systems.items():
+            # A method without a label term has no cross-entropy or accuracy in training.
             values = run.pivot_table(index="epoch", columns="replicate", values=key)
             low, high, colour = values.min(axis=1), values.max(axis=1), styles[name]["color"]
             late += [*low[low.index > last / 4], *high[high.index > last / 4]]
-            axis.fill_between(values.index, low, high, color=colour, alpha=0.15, lw=0)
+            if not many:
+                axis.fill_between(values.index, low, high, color=colour, alpha=0.15, lw=0)
             marker = "." if len(values) < 3 else ""
-            axis.plot(values.index, values.mean(axis=1), marker=marker, **styles[name])
+            line = styles[name] | {"marker": marker, "lw": 0.6 if many else None}
+            axis.plot(values.index, values.mean(axis=1), **line)
+        if not late:
+            continue
         if "accuracy" in key:  # the first epochs would flatten all that follows
             margin = 0.05 * (max(late) - min(late)) or 1
             axis.set_ylim(min(late) - margin, max(late) + margin)
+        elif (runs[key] < 0).any():  # a likelihood of logits has densities above 1
+            axis.set_yscale("symlog", linthresh=1)
         else:
             axis.set_yscale("log")
             plain_numbers(axis.yaxis)
     for axis in axes[-1]:
         axis.set_xlabel("Epoch")
-    add_legend(figure, [Line2D([], [], lw=1.5, label=name, **styles[name]) for name in systems])
+    add_legend(figure, [Line2D([], [], lw=1.5, label=name, **named[name]) for name in named])
     counts = {name: run["replicate"].nunique() for name, run in systems.items()}
     teachers = [count_of([counts.pop(TEACHERS)], "teacher")] if TEACHERS in counts else []
     students = [count_of(counts.values(), "student") + " per method"] if counts else []
-    add_note(figure, f"Mean (line) and range (band) of n = {' and '.join(teachers + students)}.")
+    shown = "Mean" if many else "Mean (line) and range (band)"
+    note = " A colour for all whose name begins alike, up to a + or a comma." if many else ""
+    add_note(figure, f"{shown} of n = {' and '.join(teachers + students)}.{note}")
     return figure
 
 

@@ -42,7 +42,7 @@ UNCERTAINTIES = {
     "max_probability": Uncertainty(lambda it: it.doubt(), "o", "1 − confidence"),
     "entropy": Uncertainty(lambda it: it.entropy(), "D", "entropy"),
     "mutual_information": Uncertainty(
-        lambda it: it.mutual_information(), "^", "mutual information of members"
+        lambda it: it.mutual_information(), "^", "mutual information"
     ),
 }
 
@@ -62,7 +62,7 @@ def table(
     Returns:
         One row per system, replicate and score of `UNCERTAINTIES` that the system has: system,
         replicate, score, the metrics of `DETECTION`, n_in, n_out (images). Mutual information
-        needs members, so single networks have none.
+        needs members or a distribution over predictions, which most single networks lack.
     """
     rows = []
     inside = read_systems(ensemble, students, "test", single=True)

@@ -1,32 +1,36 @@
 """Reliability diagrams: accuracy against confidence, by bins of confidence."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from ensdistill.calibration import ece
 from ensdistill.calibration import reliability as binned
 from ensdistill.drawing import (
-    GREY,
     PALE,
     add_legend,
     add_note,
+    are_many,
     columns_for,
     count_of,
+    dot_diameter,
     grid_of_panels,
     label_outer,
+    legend_of_shares,
+    rows_of_bins,
     styled,
     styles_of,
 )
+from ensdistill.metrics import METRICS
 from ensdistill.systems import Students, read_systems
 
 TITLE = "Reliability diagrams"
 READS = {"ensemble": "logits/{ensemble}.h5", "students": "logits/{students}.h5"}
 SETTINGS = ["n_bins"]
+CHOSEN = {"METRICS": ["ece"]}
 
 
 def table(ensemble: Sequence[str], students: Students, n_bins: int) -> pd.DataFrame:
@@ -60,6 +64,8 @@ def draw(frame: pd.DataFrame) -> Figure:
     Stems are the gaps to perfect calibration, the diagonal. Counts are pooled over student seeds.
     """
     groups = dict(list(frame.groupby("name", sort=False)))
+    if are_many(groups):
+        return _draw_rows(groups)
     styles, cols = styles_of(groups), columns_for(len(groups), 4)
     firsts = [group.iloc[0] for group in groups.values()]
     subtitles = [f"ECE {first['ece']:.3f}, n = {first['n']}" for first in firsts]
@@ -70,21 +76,29 @@ def draw(frame: pd.DataFrame) -> Figure:
         stem, dot = {"lw": 0.8, "clip_on": False}, {"edgecolor": "white", "lw": 0.4}
         axis.plot([0, 1], [0, 1], color=PALE, lw=0.8, zorder=0)
         axis.vlines(group["confidence"], group["confidence"], group["accuracy"], **style, **stem)
-        dot |= {"s": _diameter(share) ** 2, "clip_on": False, "zorder": 3}
+        dot |= {"s": dot_diameter(share) ** 2, "clip_on": False, "zorder": 3}
         axis.scatter(group["confidence"], group["accuracy"], **style, **dot)
         axis.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), aspect="equal")
     label_outer(axes, cols, "Mean confidence", "Accuracy")
-    shares = {"≤ 0.1 %": 1e-3, "1 %": 1e-2, "10 %": 1e-1, "100 % of images in the bin": 1}
-    dot = {"ls": "", "marker": "o", "color": GREY, "mec": "white", "mew": 0.4}
-    add_legend(
-        figure, [Line2D([], [], ms=_diameter(share), label=x, **dot) for x, share in shares.items()]
-    )
-    images = [group["count"].sum() // group["n"].iloc[0] for group in groups.values()]
-    pooled = f"{count_of(images, 'test image')}, pooled over n seeds; empty bins are left out."
-    add_note(figure, f"{pooled} Above the diagonal: underconfident; below: overconfident.")
+    add_legend(figure, legend_of_shares())
+    _add_note(figure, groups, "Above the diagonal: underconfident; below: overconfident.")
     return figure
 
 
-def _diameter(share: Any) -> Any:
-    """Of a dot, in points: 8 for all images, 2 less per power of ten down to a thousandth."""
-    return 8 + 2 * np.log10(np.clip(share, 1e-3, 1))
+def _draw_rows(groups: dict[str, pd.DataFrame]) -> Figure:
+    """The same of many systems: a row for each, the gap as a colour."""
+    gaps = {
+        name: group.assign(gap=group["accuracy"] - group["confidence"])
+        for name, group in groups.items()
+    }
+    titles = "Accuracy − mean confidence, by bin", METRICS["ece"].axis
+    colours = {"norm": Normalize(-0.2, 0.2), "cmap": "RdBu"}
+    figure = rows_of_bins(gaps, titles, "confidence", "gap", "ece", **colours)
+    _add_note(figure, groups, "Red: overconfident; blue: underconfident.")
+    return figure
+
+
+def _add_note(figure: Figure, groups: dict[str, pd.DataFrame], explained: str) -> None:
+    images = [group["count"].sum() // group["n"].iloc[0] for group in groups.values()]
+    pooled = f"{count_of(images, 'test image')}, pooled over n seeds; empty bins are left out."
+    add_note(figure, f"{pooled} {explained}")

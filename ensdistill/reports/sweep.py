@@ -24,7 +24,6 @@ from ensdistill.drawing import (
 from ensdistill.files import open_hdf5
 from ensdistill.metrics import pairwise_kl
 from ensdistill.predictions import read_ensemble
-from ensdistill.systems import PERTURBATIONS
 
 TITLE = "Diversity by size of the perturbation"
 READS = {
@@ -43,19 +42,20 @@ def table(swept: str, perturbed: str, ensemble: Sequence[str]) -> pd.DataFrame:
         ensemble: logits files of the teachers that teach.
 
     Returns:
-        One row per perturbation and η: perturbation, eta (pixel range), kl (nats), low, high,
-        n (images), and in every row train_kl, test_kl and study_eta.
+        One row per perturbation and η: perturbation, title (what the figure calls it), eta (pixel
+        range), kl (nats), low, high, n (images), and in every row train_kl, test_kl and study_eta.
     """
     with open_hdf5(perturbed) as file:
         train, study_eta = pairwise_kl(file["clean/logits"][:]), float(file.attrs["eta"])
     rows = []
     with open_hdf5(swept) as file:
         etas = json.loads(file.attrs["etas"])
-        for name in json.loads(file.attrs["sets"]):
+        for name, title in json.loads(file.attrs["titles"]).items():
             logits = file[f"{name}/logits"][:]
             weights = image_weights(logits.shape[1])
             for eta, moved in zip(etas, logits, strict=True):
-                rows.append({"perturbation": name, "eta": eta, **mean_kl(moved, weights)})
+                known = {"perturbation": name, "title": title, "eta": eta}
+                rows.append({**known, **mean_kl(moved, weights)})
     test = read_ensemble(ensemble, "test")[0].diversity().mean()
     return pd.DataFrame(rows).assign(train_kl=train, test_kl=test, study_eta=study_eta)
 
@@ -81,7 +81,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         curve = frame[frame["perturbation"] == name]
         eta = 255 * curve["eta"]
         axis.fill_between(eta, curve["low"], curve["high"], color=style["color"], alpha=0.2, lw=0)
-        axis.plot(eta, curve["kl"], ms=4, label=PERTURBATIONS.get(name, name), **style)
+        axis.plot(eta, curve["kl"], ms=4, label=curve["title"].iloc[0], **style)
     lower, upper = sorted(SPLITS, key=lambda split: study[f"{split}_kl"])
     for split, side in ((lower, "top"), (upper, "bottom")):  # apart, however near they are
         kl = study[f"{split}_kl"]

@@ -1,0 +1,128 @@
+"""One body with M heads.
+
+Tran et al., "Hydra: Preserving Ensemble Diversity for Model Distillation" (arXiv 2001.04694).
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ensdistill.networks import build_network
+from ensdistill.student import Student
+
+Cut = Literal["stage", "linear"]
+
+
+def split(network: nn.Module, cut: Cut) -> tuple[nn.Module, nn.Module]:
+    """A network's body and head, with head(body(x)) = network(x) to the bit.
+
+    Args:
+        network: a `ResidualNetwork`; its parts become parts of the two.
+        cut: the head is the last stage and all behind it (`stage`), or the average and the linear
+            layer alone (`linear`).
+
+    Raises:
+        ValueError: there is no such cut.
+    """
+    if cut not in ("stage", "linear"):
+        raise ValueError(f"a network is cut before its last 'stage' or 'linear' layer, not {cut!r}")
+    body, head = network, copy.deepcopy(network)
+    blocks = len(network.blocks) - (network.blocks_per_stage if cut == "stage" else 0)
+    head.normalize = head.stem = head.stem_norm = None
+    head.blocks, body.blocks = head.blocks[blocks:], body.blocks[:blocks]
+    body.head = None
+    (body if cut == "stage" else head).final_norm = None
+    return body, head
+
+
+class HydraNetwork(nn.Module):
+    """M heads, equal at first, on one body.
+
+    Args:
+        network: see `split`.
+        members: M.
+        cut: see `split`.
+
+    Shape:
+        input (B, C, H, W), which the body sees once, or (M, B, C, H, W) → logits (M, B, K).
+    """
+
+    def __init__(self, network: nn.Module, members: int, cut: Cut):
+        super().__init__()
+        self.body, head = split(network, cut)
+        self.heads = nn.ModuleList([head, *(copy.deepcopy(head) for _ in range(members - 1))])
+
+    def forward(self, x: Tensor, alone: bool = False) -> Tensor:
+        """Logits of every member; those of head 0 for all of them where it is `alone`."""
+        members, own = len(self.heads), x.ndim == 5
+        features = self.body(x.flatten(0, 1) if own else x)
+        if alone:
+            logits = self.heads[0](features)
+            return logits.unflatten(0, x.shape[:2]) if own else logits.expand(members, -1, -1)
+        each = features.unflatten(0, x.shape[:2]) if own else [features] * members
+        return torch.stack([head(part) for head, part in zip(self.heads, each, strict=True)])
+
+    @torch.no_grad()
+    def copy_first_head(self) -> None:
+        """Make all heads equal to head 0, the statistics of their batch normalisations too."""
+        first = self.heads[0].state_dict()
+        for head in self.heads[1:]:
+            head.load_state_dict(first)
+
+
+class Hydra(Student):
+    """M heads on one body [Tran et al. 2020].
+
+    In the first part of a training head 0 alone learns, and answers for every member; with that,
+    the gradient of mean_j KL(p_j ‖ q) is that of KL(p̄ ‖ q), so the objective is the same in both
+    parts. Then head 0 is copied to all heads.
+
+    Args:
+        cut: see `split`.
+        together: share of the training after which all heads learn, 0 … 1.
+    """
+
+    def __init__(
+        self,
+        architecture: Mapping[str, Any],
+        members: int,
+        cut: Cut = "stage",
+        together: float = 0.5,
+    ):
+        super().__init__()
+        self.network = HydraNetwork(build_network(**architecture), members, cut)
+        self.members, self.together = members, together
+        self.alone = False
+        """Whether head 0 answers for every member; a student that is not in training has M."""
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        return self.network(x, self.alone)
+
+    def set_progress(self, progress: float) -> None:
+        was_alone, self.alone = self.alone, progress < self.together
+        if was_alone and not self.alone:
+            self.network.copy_first_head()
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Heads that wait have a group of their own: PyTorch's fused SGD needs the momentum of all
+        parameters of a group, or of none, and theirs begins when they learn.
+        """
+        learning = [*self.network.body.parameters(), *self.network.heads[0].parameters()]
+        waiting = list(self.network.heads[1:].parameters())
+        settings = {"lr": learning_rate, "weight_decay": weight_decay}
+        return [{"params": group, **settings} for group in (learning, waiting)]
+
+    def predictor(self) -> "Hydra":
+        if self.alone:  # the other heads have not learnt, and what is stored has all of them
+            self.network.copy_first_head()
+        return self
+
+    def get_extra_state(self) -> bool:
+        """For a training that goes on."""
+        return self.alone
+
+    def set_extra_state(self, state: bool) -> None:
+        self.alone = state

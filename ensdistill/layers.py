@@ -1,0 +1,28 @@
+"""What an architecture is made of, so that one description makes networks of every kind."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from torch import nn
+
+Layer = Callable[..., nn.Module]
+
+
+class Layers(NamedTuple):
+    """How the layers of a network are made."""
+
+    conv: Layer
+    """(in, out, kernel_size, stride=1, padding=0) → a convolution, before a normalisation."""
+    linear: Layer
+    """(in, out) → a linear layer with a bias."""
+    packed: int = 1
+    """Members whose channels stand side by side, each in its share of the channels: M, in → M·in.
+    Without members that do, 1."""
+    stem: Layer | None = None
+    """As `conv`, for the convolution of the images; None where it is no other."""
+
+
+def plain_layers() -> Layers:
+    """Of an ordinary network."""
+    return Layers(partial(nn.Conv2d, bias=False), nn.Linear)
