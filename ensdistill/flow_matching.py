@@ -144,8 +144,8 @@ def integrate(velocity: Velocity, h: Tensor, times: Sequence[float]) -> Tensor:
 class FlowNetwork(nn.Module):
     """A frozen backbone without its head, and a velocity network.
 
-    The backbone is in eval mode always, and gets no gradients. Under bfloat16 autocast the velocity
-    network computes in float32.
+    The backbone is in eval mode always, and its weights get no gradients; images may. Under
+    bfloat16 autocast the velocity network computes in float32.
 
     Args:
         architecture: of the backbone; its linear layer at the end is named `head`.
@@ -172,9 +172,8 @@ class FlowNetwork(nn.Module):
         return self
 
     def features(self, x: Tensor) -> Tensor:
-        """What the backbone's head would see: images (B, C, H, W) → (B, F), without gradients."""
-        with torch.no_grad():
-            return self.backbone(x)
+        """What the backbone's head would see: images (B, C, H, W) → (B, F)."""
+        return self.backbone(x)
 
     def sample(self, features: Tensor) -> Tensor:
         """Logits of every sample (S, B, K).

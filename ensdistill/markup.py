@@ -9,7 +9,7 @@ h1 { font-size: 1.25rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .3rem .45rem; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-thead th { border-block: 2px solid #222; }
+thead th { border-block: 2px solid #222; position: sticky; top: 0; background: #fff; }
 tbody:last-child tr:last-child td { border-bottom: 2px solid #222; }
 tr.first-student td { border-top: 1px solid #999; }
 tr.published td { padding-block: 0 .15rem; color: #666; font-size: .9em; }

@@ -3,6 +3,7 @@
 An objective looks at a `Step` alone. Its options, such as α and τ, are keyword arguments.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -158,12 +159,10 @@ def proxy_dirichlet_loss(
     """
     concentration = (logits.double() / temperature).exp() + 1
     log_probs = (teacher_logits.double() / temperature).log_softmax(-1)
-    mean = log_probs.exp().mean(0)
-    classes = mean.shape[-1]
-    # mean_m KL(p̄ ‖ p_m); each of these tensors has one number per image.
-    divergence = (
-        mean * (mean.clamp_min(torch.finfo(mean.dtype).tiny).log() - log_probs.mean(0))
-    ).sum(-1)
+    log_mean = log_probs.logsumexp(0) - math.log(len(log_probs))
+    mean, classes = log_mean.exp(), log_mean.shape[-1]
+    # mean_m KL(p̄ ‖ p_m); this and all that follows has one number per image.
+    divergence = (mean * (log_mean - log_probs.mean(0))).sum(-1)
     precision = (classes - 1) / (2 * divergence + torch.finfo(torch.float32).eps)
     student = Dirichlet(concentration, validate_args=False)
     if direction == "forward":
@@ -246,8 +245,8 @@ def flow_matching(step: Step, x_distill: Tensor) -> Parts:
     (logits,) = teacher_logits([step.teachers[index]], x_distill)
     with torch.autocast(x_distill.device.type, enabled=False):
         h1 = logits - logits.mean(-1, keepdim=True)
-        h0 = NOISE * torch.randn(h1.shape, generator=step.generator, device=h1.device)
-        times = random_times(len(h1), step.generator)
+        h0 = NOISE * torch.empty_like(h1).normal_(generator=step.generator)
+        times = random_times(len(h1), step.generator).to(h1.dtype)
         error = flow_matching_loss(lambda h, t: network.velocity(h, features, t), h0, h1, times)
         with torch.no_grad():
             zeros = torch.zeros_like(h1)

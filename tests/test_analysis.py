@@ -266,6 +266,19 @@ def test_the_mean_of_many_members_takes_one_pass_of_what_they_share():
     assert made.rows == [x.shape]
 
 
+@pytest.mark.parametrize("options", [{"rank": 2}, {"width": 16}], ids=["gaussian", "flow"])
+def test_samples_of_logits_are_compared_by_their_mean(options, images):
+    kind = "gaussian_logits" if "rank" in options else "flow_matching"
+    torch.manual_seed(0)
+    made = build_student(kind, ARCHITECTURE, 3, samples=5, **options)
+    made = made.eval().requires_grad_(False).double()
+    x = images[:3].double() / 255
+    expected = torch.stack([jacobian(made, image) for image in x]).mean(1, keepdim=True)
+    found = logit_jacobians(made, x, mean=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+    assert expected.abs().max() > 1e-3
+
+
 def test_a_student_equal_to_its_teacher_has_its_jacobian(images):
     teachers = [student(seed) for seed in range(3)]
     found = jacobian_distances(teachers, {"0": teachers[0]}, images[:4])
