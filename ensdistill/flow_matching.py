@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ensdistill.networks import build_network
+from ensdistill.student import Student
 
 NOISE, DATA = 4.0, 1.0
 """σ₀, and σ₁: the standard deviation of logits that the preconditioning assumes."""
@@ -195,3 +196,39 @@ def flow_matching_loss(velocity: Velocity, h0: Tensor, h1: Tensor, t: Tensor) ->
     """
     h = t[:, None] * h1 + (1 - t[:, None]) * h0
     return (velocity(h, t) - (h1 - h0)).square().sum(-1).mean()
+
+
+class FlowMatching(Student):
+    """Samples of a flow over logits, given features of a frozen network [Park et al. 2025, EDFM].
+
+    mean_s softmax(h₁ from the noise h₀_s), with noise drawn once and for all images.
+
+    Attributes:
+        members: S.
+    """
+
+    def __init__(
+        self, architecture: Mapping[str, Any], members: int, width: int = 256, samples: int = 32
+    ):
+        super().__init__()
+        self.network = FlowNetwork(architecture, width, samples)
+        self.members = samples
+
+    def start_from(self, backbone: Student) -> None:
+        """Take the weights of the backbone from a trained `single` student, but for its head.
+
+        Raises:
+            RuntimeError: it has another architecture.
+        """
+        state = backbone.network.state_dict()
+        body = {key: value for key, value in state.items() if not key.startswith("head.")}
+        self.network.backbone.load_state_dict(body)
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        features = self.network.features(x.flatten(0, -4))
+        return self.network.sample(features.unflatten(0, x.shape[:-3]))
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """The backbone is frozen."""
+        parameters = list(self.network.velocity.parameters())
+        return [{"params": parameters, "lr": learning_rate, "weight_decay": weight_decay}]

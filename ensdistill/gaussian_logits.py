@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ensdistill.networks import build_network
+from ensdistill.student import Student
 
 
 class LatentFactorNetwork(nn.Module):
@@ -160,3 +161,40 @@ def discrepancy(latents: Tensor) -> Tensor:
     # (h²/(h² + 1))^{d/2} and (h²/(h² + 2))^{d/2} with h² = d
     once, twice = (math.exp(-size / 2 * math.log1p(n / size)) for n in (1, 2))
     return between - 2 * once * to_normal + twice
+
+
+class GaussianLogits(Student):
+    """Samples of a Gaussian over logits: mean_s softmax(μ + L Z_s φ) [Park et al. 2025, DLF].
+
+    Z_s are drawn once and for all images, so that a sample is a function of the image, and a loaded
+    student predicts the same.
+
+    Attributes:
+        members: S.
+        latents: Z_i of the M teachers in the first phase of the training, (M, K, q).
+    """
+
+    def __init__(
+        self, architecture: Mapping[str, Any], members: int, rank: int = 8, samples: int = 32
+    ):
+        super().__init__()
+        self.network = LatentFactorNetwork(architecture, rank, samples)
+        self.members = samples
+        # On the CPU also where a file's student is built without storage: files have no latents.
+        shape = members, architecture["num_classes"], rank
+        self.latents = nn.Parameter(torch.zeros(shape, device="cpu").normal_())
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        mean, loadings = self.network(x.flatten(0, -4))
+        if x.ndim == 5:
+            mean, loadings = (it.unflatten(0, x.shape[:2]) for it in (mean, loadings))
+        return self.network.sample(mean, loadings)
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Weight decay on the network's weights alone."""
+        body = list(self.network.body.parameters())
+        others = [self.network.factor, self.network.log_variance, self.latents]
+        return [
+            {"params": body, "lr": learning_rate, "weight_decay": weight_decay},
+            {"params": others, "lr": learning_rate, "weight_decay": 0.0},
+        ]

@@ -105,6 +105,13 @@ def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
     return 100 * (logits.softmax(-1).mean(0).argmax(-1) == y).float().mean()
 
 
+def _accuracy_at(step: Step, x_distill: Tensor, logits: Tensor) -> Tensor:
+    """Accuracy [%] at x̃ where that is x; else NaN, as the labels are of x."""
+    if x_distill is step.x:
+        return _accuracy(logits, step.y)
+    return logits.new_full((), torch.nan)
+
+
 SMOOTHING = 1e-3
 """Share of the uniform distribution in the teachers' probabilities of `dirichlet_loss`."""
 
@@ -249,13 +256,6 @@ def flow_matching(step: Step, x_distill: Tensor) -> Parts:
         "velocity_error": error.detach(),
         "accuracy": _accuracy_at(step, x_distill, expected[None]),
     }
-
-
-def _accuracy_at(step: Step, x_distill: Tensor, logits: Tensor) -> Tensor:
-    """Accuracy [%] at x̃ where that is x; else NaN, as the labels are of x."""
-    if x_distill is step.x:
-        return _accuracy(logits, step.y)
-    return logits.new_full((), torch.nan)
 
 
 OBJECTIVES: dict[str, Callable[..., Parts]] = {

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ensdistill.flow_matching import FlowNetwork
-from ensdistill.gaussian_logits import LatentFactorNetwork
+from ensdistill.flow_matching import FlowMatching
+from ensdistill.gaussian_logits import GaussianLogits
 from ensdistill.hydra import Hydra
 from ensdistill.latent_batch_ensemble import latent_layers, merged_state
 from ensdistill.mimo import MIMO
@@ -109,80 +109,6 @@ class LatentBatchEnsemble(BatchEnsemble):
         merged = unfilled("single", self.spec["architecture"], members=1)
         merged.network.load_state_dict(merged_state(self.network), assign=True)
         return merged.to(memory_format=torch.channels_last)
-
-
-class GaussianLogits(Student):
-    """Samples of a Gaussian over logits: mean_s softmax(μ + L Z_s φ) [Park et al. 2025, DLF].
-
-    Z_s are drawn once and for all images, so that a sample is a function of the image, and a loaded
-    student predicts the same. See `ensdistill.gaussian_logits`.
-
-    Attributes:
-        members: S.
-        latents: Z_i of the M teachers in the first phase of the training, (M, K, q).
-    """
-
-    def __init__(
-        self, architecture: Mapping[str, Any], members: int, rank: int = 8, samples: int = 32
-    ):
-        super().__init__()
-        self.network = LatentFactorNetwork(architecture, rank, samples)
-        self.members = samples
-        # On the CPU also where a file's student is built without storage: files have no latents.
-        shape = members, architecture["num_classes"], rank
-        self.latents = nn.Parameter(torch.zeros(shape, device="cpu").normal_())
-
-    def member_logits(self, x: Tensor) -> Tensor:
-        mean, loadings = self.network(x.flatten(0, -4))
-        if x.ndim == 5:
-            mean, loadings = (it.unflatten(0, x.shape[:2]) for it in (mean, loadings))
-        return self.network.sample(mean, loadings)
-
-    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Weight decay on the network's weights alone."""
-        body = list(self.network.body.parameters())
-        others = [self.network.factor, self.network.log_variance, self.latents]
-        return [
-            {"params": body, "lr": learning_rate, "weight_decay": weight_decay},
-            {"params": others, "lr": learning_rate, "weight_decay": 0.0},
-        ]
-
-
-class FlowMatching(Student):
-    """Samples of a flow over logits, given features of a frozen network [Park et al. 2025, EDFM].
-
-    mean_s softmax(h₁ from the noise h₀_s), with noise drawn once and for all images. Meant for
-    ensembles without end: expect less of M teachers; see `ensdistill.flow_matching`.
-
-    Attributes:
-        members: S.
-    """
-
-    def __init__(
-        self, architecture: Mapping[str, Any], members: int, width: int = 256, samples: int = 32
-    ):
-        super().__init__()
-        self.network = FlowNetwork(architecture, width, samples)
-        self.members = samples
-
-    def start_from(self, backbone: Student) -> None:
-        """Take the weights of the backbone from a trained `single` student, but for its head.
-
-        Raises:
-            RuntimeError: it has another architecture.
-        """
-        state = backbone.network.state_dict()
-        body = {key: value for key, value in state.items() if not key.startswith("head.")}
-        self.network.backbone.load_state_dict(body)
-
-    def member_logits(self, x: Tensor) -> Tensor:
-        features = self.network.features(x.flatten(0, -4))
-        return self.network.sample(features.unflatten(0, x.shape[:-3]))
-
-    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The backbone is frozen."""
-        parameters = list(self.network.velocity.parameters())
-        return [{"params": parameters, "lr": learning_rate, "weight_decay": weight_decay}]
 
 
 STUDENTS: dict[str, type[Student]] = {

@@ -363,6 +363,18 @@ def test_the_same_generators_give_the_same_loss(student):
     assert not torch.equal(first, other)
 
 
+def test_the_backbones_weights_get_no_gradients_and_are_not_among_the_parameters(student):
+    x = torch.rand(B, 3, 8, 8, requires_grad=True)
+    student(x).sum().backward()
+    assert x.grad.any()
+    assert all(it.grad is None for it in student.network.backbone.parameters())
+    assert all(it.grad is not None for it in student.network.velocity.parameters())
+    (group,) = student.parameter_groups(0.1, 5e-4)
+    assert (group["lr"], group["weight_decay"]) == (0.1, 5e-4)
+    velocity = {id(it) for it in student.network.velocity.parameters()}
+    assert {id(it) for it in group["params"]} == velocity
+
+
 def test_the_backbone_does_not_change(student):
     before = copy.deepcopy(student.state_dict())
     student.train()

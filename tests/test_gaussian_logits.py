@@ -241,6 +241,16 @@ def test_a_prediction_is_that_of_every_sample_alone(student):
             torch.testing.assert_close(logits[s, b], expected)
 
 
+def test_samples_differ_little_at_the_start():
+    """Or the latents explain what the mean has not learnt, and the student learns badly."""
+    torch.manual_seed(0)
+    student, x = build_student("gaussian_logits", ARCHITECTURE, M), torch.rand(B, 3, 8, 8)
+    with torch.no_grad():
+        mean, loadings = student.eval().network(x)
+        spread = (student(x) - mean).square().mean((0, 2)).sqrt()
+    torch.testing.assert_close(spread, 0.1 * loadings.norm(dim=1), rtol=0.2, atol=0)
+
+
 def test_samples_are_draws_of_the_gaussian():
     torch.manual_seed(0)
     student = build_student("gaussian_logits", ARCHITECTURE, M, rank=Q, samples=20_000).eval()

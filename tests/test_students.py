@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from ensdistill.flow_matching import FlowMatching
 from ensdistill.mimo import MIMO
 from ensdistill.numerics import check_gradients
 from ensdistill.students import STUDENTS, Student, build_student, predict
@@ -17,6 +18,8 @@ ARCHITECTURE = {
     "mean": [0.2, 0.4, 0.6], "std": [0.1, 0.2, 0.3],
 }  # fmt: skip
 MEMBERS = 3
+SAMPLED = ("gaussian_logits", "flow_matching")
+"""Whose members are samples, and parts of which learn by their own objectives alone."""
 
 
 def student_of(
@@ -59,7 +62,7 @@ def test_a_student_says_how_it_is_built_again(student):
     x = torch.rand(2, 3, 8, 8)
     assert torch.equal(again.eval()(x), student(x))
     assert (student.predictor() is student) == (name != "latent_batch_ensemble")
-    assert student.members == (1 if name == "single" else MEMBERS)
+    assert student.members == ({"single": 1} | dict.fromkeys(SAMPLED, 32)).get(name, MEMBERS)
 
 
 def test_every_image_is_answered_alone_by_every_member(student):
@@ -124,7 +127,8 @@ def test_a_loaded_student_can_be_copied_and_learn_on(saved, student):
     changed = [
         not torch.equal(a, b) for a, b in zip(mine.parameters(), loaded.parameters(), strict=True)
     ]
-    assert all(changed)
+    assert all(changed) != (student.spec["name"] in SAMPLED)
+    assert any(changed)
     close(loaded(x), student(x))
 
 
@@ -168,6 +172,8 @@ def test_a_student_is_read_from_its_file_with_its_options(tmp_path, architecture
         "hydra": {"cut": "linear", "together": 0.25},
         "mimo": {},
         "packed": {"widen": 3.0, "groups": 2},
+        "gaussian_logits": {"rank": 2, "samples": 5},
+        "flow_matching": {"width": 7, "samples": 5},
     }
     assert options.keys() == STUDENTS.keys()
     x = torch.rand(2, 3, 8, 8)
@@ -196,7 +202,8 @@ def test_predict_does_not_depend_on_the_batch_size_and_restores_the_mode(student
     np.testing.assert_allclose(whole, parts, rtol=1e-4, atol=1e-5)
     assert whole.shape == (11, student.members, 5)
     assert whole.dtype == np.float32
-    assert all(module.training for module in student.modules())
+    frozen = set(student.network.backbone.modules() if isinstance(student, FlowMatching) else ())
+    assert all(module.training != (module in frozen) for module in student.modules())
     with torch.no_grad():
         expected = student.eval()(images.float() / 255).transpose(0, 1)
     np.testing.assert_allclose(whole, expected.numpy(), rtol=1e-4, atol=1e-5)
