@@ -207,6 +207,8 @@ class FlowMatching(Student):
         members: S.
     """
 
+    rows = 1
+
     def __init__(
         self, architecture: Mapping[str, Any], members: int, width: int = 256, samples: int = 32
     ):

@@ -174,6 +174,8 @@ class GaussianLogits(Student):
         latents: Z_i of the M teachers in the first phase of the training, (M, K, q).
     """
 
+    rows = 1
+
     def __init__(
         self, architecture: Mapping[str, Any], members: int, rank: int = 8, samples: int = 32
     ):

@@ -17,6 +17,8 @@ from ensdistill.student import Student
 class SideBySide(Student):
     """One network that takes M images in its M·C channels, and gives M·K logits."""
 
+    rows = 1
+
     @staticmethod
     def side_by_side(architecture: Mapping[str, Any], members: int) -> dict[str, Any]:
         """The arguments of `build_network` for it."""

@@ -50,6 +50,11 @@ class Student(nn.Module):
         """Images of each member (M, B, C, H, W): its own, or the same for all."""
         return x if x.ndim == 5 else x.expand(self.members, *x.shape)
 
+    @property
+    def rows(self) -> int:
+        """Rows that the network computes for an image."""
+        return self.members
+
     def set_progress(self, progress: float) -> None:
         """Told before each epoch which share of the training is done, 0 … 1."""
 

@@ -208,7 +208,7 @@ def predict(student: Student, images: Tensor) -> NDArray[np.float32]:
     training = student.training
     student.eval()
     pixels = max(images[0, 0].numel(), 32 * 32)
-    batch_size = max(1, ROWS * 32 * 32 // (student.members * pixels))
+    batch_size = max(1, ROWS * 32 * 32 // (student.rows * pixels))
     logits = [student(batch.float() / 255).transpose(0, 1) for batch in images.split(batch_size)]
     student.train(training)
     return torch.cat(logits).float().cpu().numpy()

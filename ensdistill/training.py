@@ -189,10 +189,10 @@ def _optimizer(student: Student, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def _log_sizes(student: Student, images: Tensor, batches: TrainingBatches) -> None:
-    size, members = batches.batch_size, student.members
+    size, rows = batches.batch_size, student.rows
     logger.info(
-        "%d images, %d steps per epoch; effective batch size: %d images × %d members = %d rows",
-        *(len(images), len(batches), size, members, size * members),
+        "%d images, %d steps per epoch; effective batch size: %d images × %d each = %d rows",
+        *(len(images), len(batches), size, rows, size * rows),
     )
 
 

@@ -218,7 +218,7 @@ ROWS = {
         setting("methods", "kd_ods", value={"label": "KD+ODS", "perturbation": "ods"}),
         of_method("kd_ods") | OF_STUDENTS,
     ),
-    "a method at a perturbation without a size": (
+    "a method at another perturbation": (
         setting("methods", "kd_mixup", value={"label": "KD+mixup", "perturbation": "mixup"}),
         of_method("kd_mixup")
         | OF_STUDENTS
