@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ensdistill import InputError, training
-from ensdistill.learning import learning, learning_rate_factor
+from ensdistill.learning import learning, learning_rate_factor, train_step
 from ensdistill.networks import build_network
 from ensdistill.objectives import OBJECTIVES, distillation_loss
 from ensdistill.perturbations import PERTURBATIONS, conf_ods_direction, ods_direction
@@ -148,25 +148,35 @@ def test_tau_squared_keeps_the_gradient_scale(teachers, student, batch):
     torch.testing.assert_close(logits.grad, expected)
 
 
-def test_one_optimiser_step_equals_sgd_written_out(student, batch):
+@pytest.mark.parametrize(("nesterov", "clip_norm"), [(False, None), (True, None), (False, 0.5)])
+def test_one_optimiser_step_equals_sgd_written_out(student, batch, nesterov, clip_norm):
     x, y = batch
     twin = copy.deepcopy(student)
-    optimizer = torch.optim.SGD(student.parameter_groups(0.2, 5e-4), momentum=0.9)
+    recipe = Recipe(learning_rate=0.2, weight_decay=5e-4, momentum=0.9, nesterov=nesterov)
+    optimizer = training._optimizer(student, recipe)
+    how = learning([], {"name": "labels"}, {"name": "none"})
     velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
+    norms = []
     for _ in range(3):
-        optimizer.zero_grad()
-        OBJECTIVES["labels"](step_of(student, [], x, y), x)["loss"].backward()
-        optimizer.step()
+        train_step(step_of(student, [], x, y), how, optimizer, "fp32", clip_norm)
         loss = F.cross_entropy(twin.network(torch.cat([x] * M)), torch.cat([y] * M))
         grads = torch.autograd.grad(loss, list(twin.parameters()))
+        norms.append(sum(float((g**2).sum()) for g in grads) ** 0.5)
+        if clip_norm:
+            grads = [gradient * min(1, clip_norm / norms[-1]) for gradient in grads]
         with torch.no_grad():
             for (name, parameter), gradient in zip(twin.named_parameters(), grads, strict=True):
                 factor = name.endswith((".r", ".s"))
                 decayed = gradient if factor else gradient + 5e-4 * parameter
                 velocity[name] = 0.9 * velocity[name] + decayed
-                parameter -= (0.1 if factor else 0.2) * velocity[name]
+                moved = decayed + 0.9 * velocity[name] if nesterov else velocity[name]
+                parameter -= (0.1 if factor else 0.2) * moved
+    if clip_norm:
+        assert max(norms) > clip_norm
     for (name, ours), theirs in zip(student.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12, msg=name)
+        # PyTorch divides by the norm plus 10⁻⁶.
+        tolerance = {"rtol": 1e-4, "atol": 1e-6} if clip_norm else {"rtol": 1e-10, "atol": 1e-12}
+        torch.testing.assert_close(ours, theirs, **tolerance, msg=name)
 
 
 def test_every_parameter_is_in_one_group_and_only_factors_are_special(student):
