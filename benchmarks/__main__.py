@@ -15,7 +15,16 @@ results/benchmarks.md the same as a table.
 import json
 import sys
 
-from benchmarks.measurements import ceiling, dry_run, hours, judging, operations, steps, workflow
+from benchmarks.measurements import (
+    ceiling,
+    dry_run,
+    hours,
+    judging,
+    methods,
+    operations,
+    steps,
+    workflow,
+)
 from benchmarks.rows import Bench, hardware, table
 from benchmarks.workloads import Workload, shapes, threads
 from ensdistill.files import write_text
@@ -33,6 +42,8 @@ def main() -> None:
     for key, workload in workloads.items():
         with threads(workload.shape.threads):
             steps(bench, key, workload)
+            if key in ("digits", "resnet32"):
+                methods(bench, key, workload)
     ceiling(bench, workloads)
     hours(bench, workloads["resnet32"])
     shares = operations(bench, workloads["resnet32"])

@@ -98,6 +98,26 @@ def steps(bench: Bench, key: str, workload: Workload) -> None:
     )
 
 
+def methods(bench: Bench, key: str, workload: Workload) -> None:
+    """A training step of every method of the bench, over one of KD."""
+    config = yaml.safe_load((REPOSITORY / "config.yaml").read_text())
+    study = read_configuration(config).studies["digits_bench"]
+    kd = study.parts("batch_ensemble_none")
+    for name, method in study.methods.items():
+        bench.compare(
+            f"method_step_{name}_{key}",
+            f"step of {method.label}, with its images / KD",
+            lambda name=name: (
+                workload.step_of_method(study.parts(name)),
+                workload.step_of_method(kd),
+            ),
+            over=True,
+            shape=str(workload.shape),
+            precision="fp32",
+            rounds=max(5, workload.shape.rounds // 3),
+        )
+
+
 def memory(key: str, precision: str, reference: str) -> dict[str, float]:
     """MiB that two ConfODS steps take, each implementation in a process of its own."""
     calls = {"ours_mb": ("ours", precision), "reference_mb": ("plain", reference)}

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -113,13 +113,15 @@ class Workload:
         self.host = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
 
-    def build(self, name: str) -> Student:
+    def build(self, name: str, members: int = MEMBERS, **options: Any) -> Student:
         architecture = {
             "name": self.shape.architecture,
+            "width": 16,
             "num_classes": self.shape.classes,
             "in_channels": self.shape.channels,
         }
-        return build_student(name, architecture, MEMBERS).to(self.device)
+        student = build_student(name, architecture, members, **options)
+        return student.to(self.device)
 
     def twin(self, student: Student) -> nn.Module:
         """The plain implementation, with the same weights."""
@@ -189,6 +191,31 @@ class Workload:
 
         def step() -> None:
             train_step(self.at(trained, *next(batches)), how, optimizer, precision)
+
+        return step
+
+    def step_of_method(self, parts: Mapping[str, Any]) -> Call:
+        """A whole training step in float32 of any method, in the second half of its training.
+
+        Args:
+            parts: of `studies.Study.parts`.
+        """
+        student = self.build(**parts["student"], members=parts["members"])
+        if "backbone" in parts:
+            student.start_from(self.networks["single"])
+        student.train().set_progress(0.5)
+        optimizer, batches = sgd(student), self.batches(self.shape.images)
+        how = learning(
+            self.networks["teachers"],
+            parts["objective"],
+            parts["perturbation"],
+            single_pass=parts.get("single_pass", False),
+        )
+
+        def step() -> None:
+            others, _ = next(batches)
+            at = self.at(student, *next(batches))
+            train_step(replace(at, progress=0.5, held_out=others), how, optimizer, "fp32", 1.0)
 
         return step
 

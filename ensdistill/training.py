@@ -385,5 +385,5 @@ def _new_student(parts: Mapping[str, Any], images: Mapping[str, Any]) -> Student
         "std": images["std"],
     }
     student = build_student(**parts["student"], architecture=architecture, members=parts["members"])
-    logger.info("%s, %d parameters", architecture["name"], count_parameters(student))
+    logger.info("%s, %d parameters", architecture["name"], count_parameters(student.network))
     return student

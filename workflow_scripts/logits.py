@@ -14,7 +14,7 @@ with job(snakemake):
     student = load_student(snakemake.input.weights, device)
     made = attributes(
         **origin(snakemake.input.weights),
-        parameters=count_parameters(student),
+        parameters=count_parameters(student.network),
         device=device.type,
         precision="fp32",
     )
