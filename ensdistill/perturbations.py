@@ -42,7 +42,6 @@ def ods_direction(
     Returns:
         ε (B, C, H, W), each image of norm √D, or 0 where the gradient is 0.
     """
-    w = None if w is None else w[None]
     return _ods([network], x, temperature, w, generator)[0][0]
 
 
@@ -59,7 +58,6 @@ def conf_ods_direction(
     Nam et al. 2021, §3. Confident images, on which the teachers agree, move furthest.
     Arguments and shapes as `ods_direction`; each image of norm C_max·√D, or 0.
     """
-    w = None if w is None else w[None]
     epsilon, probs = _ods([network], x, temperature, w, generator)
     return epsilon[0] * probs[0].amax(1).view(-1, 1, 1, 1)
 
@@ -73,18 +71,17 @@ def _ods(
 ) -> tuple[Tensor, Tensor]:
     """ε_ODS of each network (n, B, C, H, W) and the probabilities (n, B, K) at which it was taken.
 
-    w (n, B, K) is drawn for each network unless given.
+    w (B, K) is drawn for each network unless given.
     """
     # One network after the other: graphs of several at once were measured to be slower on a CPU,
     # where they do not fit the caches.
     gradients, every = [], []
-    for index, network in enumerate(networks):
+    for network in networks:
         leaf, logits = _answer(network, x)
         probs = (logits.detach().to(x.dtype) / temperature).softmax(1)
-        if w is None:
+        own = w
+        if own is None:
             own = torch.empty_like(probs).uniform_(-1, 1, generator=generator)
-        else:
-            own = w[index]
         # g = Jᵀv, v = p∘(w − wᵀp)/τ. Only its direction counts, so v may be shifted and scaled:
         # w relative to the top class survives p ≈ one-hot, max|v| = 1 survives bfloat16.
         own = own - own.gather(1, probs.argmax(1, keepdim=True))
