@@ -109,6 +109,9 @@ def one_more_of_each(project):
         function = f"def another(*arguments):\n    return {name}(*arguments)\n\n\n"
         entry = f'{function}{registry}"another": another, '
         project.edit(f"ensdistill/{file}.py", registry, entry)
+    probs = "PROBS: dict[str, Callable[[ArrayLike, Mapping[str, Any]], Array]] = {"
+    entry = '"another": lambda logits, attributes: metrics.accuracy(logits, attributes),'
+    project.edit("ensdistill/predictions.py", probs, f"{probs}{entry}")
     project.edit(
         "ensdistill/architectures.py",
         "ARCHITECTURES = {",
