@@ -250,20 +250,20 @@ def test_the_mean_of_many_members_takes_one_pass_of_what_they_share():
 
         def __init__(self):
             super().__init__()
-            self.network, self.rows = student(3).network, []
+            self.network, self.seen = student(3).network, []
             self.samples = torch.randn(32, 1, K)
 
         def member_logits(self, x):
-            self.rows.append(x.shape)
+            self.seen.append(x.shape)
             return self.network(x) * self.samples.exp() + self.samples
 
     made = Sampled().double()
     x = torch.rand(4, 1, 8, 8, dtype=torch.float64)
     expected = torch.stack([jacobian(made, image) for image in x]).mean(1, keepdim=True)
-    made.rows.clear()
+    made.seen.clear()
     found = logit_jacobians(made, x, mean=True)
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
-    assert made.rows == [x.shape]
+    assert made.seen == [x.shape]
 
 
 @pytest.mark.parametrize("options", [{"rank": 2}, {"width": 16}], ids=["gaussian", "flow"])

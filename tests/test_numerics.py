@@ -54,7 +54,8 @@ class BrokenKernel(Mode):
 
 
 def member_logits(model, x):
-    members = getattr(model, "ensemble_size", 1)
+    sizes = (getattr(module, "ensemble_size", None) for module in model.modules())
+    members = next(filter(None, sizes), 1)
     return model(x.repeat(members, 1, 1, 1)).float().unflatten(0, (members, len(x)))
 
 
