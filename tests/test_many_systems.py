@@ -204,6 +204,8 @@ def test_a_loss_without_labels_may_be_negative_and_leaves_panels_empty():
         assert [len(line.get_xdata()) for line in axis.lines] == [4, 0]
     assert accuracy.get_ylim()[1] == pytest.approx(90, abs=5)
     assert loss.get_yscale() == "symlog"
+    texts = [label.get_text() for label in loss.get_yticklabels()]
+    assert not any("$" in text for text in texts)  # mathematics is not parsed
     assert cross_entropy.get_yscale() == "log"
 
 

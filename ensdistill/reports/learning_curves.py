@@ -96,6 +96,7 @@ def draw(frame: pd.DataFrame) -> Figure:
             axis.set_ylim(min(late) - margin, max(late) + margin)
         elif (runs[key] < 0).any():  # a likelihood of logits has densities above 1
             axis.set_yscale("symlog", linthresh=1)
+            axis.yaxis.set_major_formatter("{x:g}")
         else:
             axis.set_yscale("log")
             plain_numbers(axis.yaxis)
