@@ -81,7 +81,9 @@ def _unfilled(
     # Even a module without numbers takes memory, and so do mean and std of all members' channels.
     if channels * members > sum(tensor.numel() for tensor in tensors.values()):
         raise ValueError(f"{members} members with {channels} channels are not what is stored")
-    with torch.device("meta"), _Bounded(len(tensors)):
+    # What refuses may do so within a no_grad, at its end: gradients are switched back here.
+    gradients = torch.set_grad_enabled(torch.is_grad_enabled())
+    with gradients, torch.device("meta"), _Bounded(len(tensors)):
         student = build_student(architecture=architecture, **spec)
     for key, tensor in student.network.state_dict().items():
         found, expected = ((tuple(it.shape), it.dtype) for it in (tensors[key], tensor))

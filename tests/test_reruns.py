@@ -225,8 +225,8 @@ ROWS = {
         setting("methods", "kd_mixup", value={"label": "KD+mixup", "perturbation": "mixup"}),
         of_method("kd_mixup")
         | OF_STUDENTS
-        | {"perturbed", "diversity_teachers", "directions", "sweep", "examples", "claims"}
-        | {"figure_diversity_teachers", "figure_sweep", "figure_examples"},
+        | {"perturbed", "diversity_teachers", "saturation", "sweep", "claims"}
+        | {f"figure_{it}" for it in ("diversity_teachers", "saturation", "sweep", "examples")},
     ),
     "a method less": (all_but_one_method, OF_STUDENTS),
     "a method's `label`": (

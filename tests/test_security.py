@@ -328,6 +328,7 @@ def test_weights_whose_spec_is_none_are_refused(tmp_path, spec):
 @pytest.mark.parametrize("kind", ["hydra", "mimo", "packed"])
 def test_weights_that_ask_for_a_student_of_other_options_take_no_memory(tmp_path, kind, change):
     assert_unfitting(tmp_path / "weights.safetensors", change, kind)
+    assert torch.is_grad_enabled()  # refused at the end of a no_grad
 
 
 def assert_unfitting(path, change, kind="batch_ensemble"):
