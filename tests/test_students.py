@@ -196,7 +196,7 @@ def test_predict_does_not_depend_on_the_batch_size_and_restores_the_mode(student
     whole = predict(student, images)
     sizes = []
     student.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
-    monkeypatch.setattr("ensdistill.students.ROWS", 4 * student.members)
+    monkeypatch.setattr("ensdistill.students.ROWS", 4 * student.rows)
     parts = predict(student, images)
     assert sizes == [4, 4, 3]
     np.testing.assert_allclose(whole, parts, rtol=1e-4, atol=1e-5)
