@@ -76,16 +76,14 @@ def sweep_logits(
 ) -> Arrays:
     """The teachers' logits under every perturbation at each of several sizes η.
 
-    A perturbation's directions are the same at all sizes. Arguments as `perturbed_logits`; those
-    perturbations are left out that have no size, the option `eta`.
+    A perturbation's directions are the same at all sizes. Arguments as `perturbed_logits`; each of
+    the perturbations has the option `eta`.
 
     Returns:
         `<perturbation>/logits` float32 (len(etas), N, M, K).
     """
     arrays = {}
     for name, options in perturbations.items():
-        if "eta" not in options:
-            continue
         sizes = []
         for eta in etas:
             batches = _perturbed(teachers, images, {**options, "eta": eta}, seed, batch_size)

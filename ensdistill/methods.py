@@ -72,7 +72,7 @@ class Learner(Section):
 
     def published(self) -> dict[str, Any]:
         """The recipe of the method's source, with α and τ."""
-        return {**self.student.published, **self.objective.published}
+        return {**self.objective.published, **self.student.published}
 
 
 def _needs(axis: str, part: Section, need: str, learner: Learner) -> str:

@@ -289,7 +289,8 @@ class Study(Section):
         Returns:
             student, objective, perturbation (each with its name and options), architecture,
             members (M, or 1), and what the student's logits mean: prediction, with its parameters.
-            Where they apply: backbone, the method whose student it starts from, and single_pass.
+            Where they apply: backbone, the method whose student it starts from, single_pass, and
+            held_out, whether teachers are asked at the held-out images.
         """
         if method is None:
             chosen, architecture = TEACHER, self.architecture
@@ -312,6 +313,7 @@ class Study(Section):
             **chosen.objective.prediction,
             **({"backbone": backbone} if backbone else {}),
             **({"single_pass": True} if chosen.perturbation.is_single_pass() else {}),
+            **({"held_out": True} if chosen.perturbation.needs_held_out else {}),
         }
 
     def perturbations(self, sized: bool = False) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ensdistill import InputError
@@ -286,7 +286,6 @@ def train_student(
     *,
     teachers: Sequence[str | os.PathLike[str]],
     backbone: Sequence[str | os.PathLike[str]] = (),
-    held_out: bool = False,
     device: torch.device,
     seed: int,
     parts: Mapping[str, Any],
@@ -305,7 +304,6 @@ def train_student(
         images, weights, history: paths; the history is a CSV with one row per epoch.
         teachers: weights files.
         backbone: weights file of the student that this one starts from, if it does.
-        held_out: whether teachers are asked at the held-out images.
         seed: of initialisation, data order, augmentation and perturbations.
         parts: what is trained how, as `studies.Study.parts` returns it.
         recipe, augmentation, precision: as in the configuration.
@@ -339,14 +337,7 @@ def train_student(
     same = attributes(fingerprint=fingerprint, **here)
     state = TrainingState(Path(weights).parent / "state.pt", same["digest"])
     with state.exclusive():
-        taught = learning(
-            networks,
-            parts["objective"],
-            parts["perturbation"],
-            probs=partial(PROBS[parts["prediction"]], attributes=parts),
-            single_pass=parts.get("single_pass", False),
-            held_out=_held_out(images, device, recipe, augmentation) if held_out else None,
-        )
+        taught = _learning(networks, parts, images, device, recipe, augmentation)
         train = _tensors(images, "train", device)
         check_first_step(student, taught, train, recipe["batch_size"], precision)
         splits = train, _tensors(images, "val", device)
@@ -363,15 +354,26 @@ def _tensors(
     return pixels.to(device), labels.to(device)
 
 
-def _held_out(
+def _learning(
+    teachers: Sequence[nn.Module],
+    parts: Mapping[str, Any],
     images: str | os.PathLike[str],
     device: torch.device,
     recipe: Mapping[str, Any],
     augmentation: Mapping[str, Any],
-) -> TrainingBatches:
-    """Batches of the held-out images, augmented as training images are."""
-    return TrainingBatches(
-        *_tensors(images, "held_out", device), recipe["batch_size"], **augmentation
+) -> Learning:
+    """How a student of these parts learns; held-out images are augmented as training images are."""
+    held_out = None
+    if "held_out" in parts:
+        pair = _tensors(images, "held_out", device)
+        held_out = TrainingBatches(*pair, recipe["batch_size"], **augmentation)
+    return learning(
+        teachers,
+        parts["objective"],
+        parts["perturbation"],
+        probs=partial(PROBS[parts["prediction"]], attributes=parts),
+        single_pass=parts.get("single_pass", False),
+        held_out=held_out,
     )
 
 

@@ -93,7 +93,7 @@ def _unfilled(
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a weights file says of itself; errors as `load_network`."""
+    """What a weights file says of itself; errors as `load_student`."""
     return _read(path, None)[0]
 
 

@@ -78,7 +78,6 @@ def training(wildcards):
         "recipe": recipe.model_dump(),
         "augmentation": study.augmentation.model_dump(),
         "precision": study.precision,
-        "held_out": bool(method) and study.methods[method].perturbation.needs_held_out,
         "origin": {
             "study": wildcards.study,
             "method": method or "teacher",

@@ -138,12 +138,6 @@ def test_held_out_images_come_in_turn(teachers, images, monkeypatch, count, half
     assert len(made["clean/logits"]) == 22
 
 
-def test_what_has_no_size_is_not_swept(teachers, images):
-    options = {"ods": PERTURBED["ods"], "none": {"name": "none"}}
-    swept = sweep_logits(teachers, images, etas=[ETA], perturbations=options, **SETTINGS)
-    assert list(swept) == ["ods/logits"]
-
-
 def test_a_sweep_moves_images_along_the_same_directions_at_every_size(arrays, teachers, images):
     etas = [0.01, ETA, 0.3]
     swept = sweep_logits(teachers, images, etas=etas, perturbations=PERTURBED, **SETTINGS)

@@ -721,6 +721,13 @@ def test_parts_say_what_a_student_starts_from_and_what_its_logits_mean():
     assert study.parts("p")["concentration_offset"] == 1.0
 
 
+def test_only_methods_at_held_out_images_are_given_them():
+    grid = {"students": ["single"], "perturbations": ["none", "held_out"]}
+    study = Study.model_validate({"grid": grid, "images": {"held_out": 9}})
+    assert study.parts("single_held_out")["held_out"] is True
+    assert "held_out" not in study.parts("single_none") | study.parts()
+
+
 def test_every_perturbation_of_a_study_has_a_title():
     grid = {"students": ["batch_ensemble"], "perturbations": ["none", "ods_each", "mixup"]}
     study = Study.model_validate({"grid": grid})
@@ -732,6 +739,9 @@ def test_every_perturbation_of_a_study_has_a_title():
         "mixup": "mixup",
     }
     assert study.perturbations().keys() == study.perturbation_titles().keys()
+    sized = {"gaussian", "ods", "conf_ods", "ods_each"}  # what has no η is not swept
+    assert study.perturbations(sized=True).keys() == sized
+    assert study.perturbation_titles(sized=True).keys() == sized
 
 
 # --- architectures --------------------------------------------------------------------------------
