@@ -57,7 +57,7 @@ rule all:
     input:
         expand("results/{study}/tables/results.{ending}", study=RUN, ending=TABLES),
         expand("results/{study}/figures/{figure}.png", study=RUN, figure=FIGURES),
-        expand("results/{study}/claims.md", study=RUN),
+        expand("results/{study}/{page}.md", study=RUN, page=["claims", "findings"]),
 
 
 # snakemake --cores all teachers | students | tables | figures

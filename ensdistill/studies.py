@@ -332,6 +332,27 @@ class Study(Section):
         """What figures call these perturbations, by name."""
         return {name: kind.title for name, kind in self._kinds(sized).items()}
 
+    def families(self) -> list[dict[str, str]]:
+        """Methods that differ in nothing but where the teachers are asked, if there are several.
+
+        Returns:
+            For each such family the labels of its methods by the name of their perturbation, which
+            has the study's η and τ; by `<name>_single_pass` where a student passes once a step
+            instead of twice.
+        """
+        known, found = self.distillation.model_dump(), {}
+        for name, method in self.methods.items():
+            parts, perturbation = self.parts(name), method.perturbation
+            asked = {
+                key: parts.pop(key, None) for key in ("perturbation", "single_pass", "held_out")
+            }
+            usual = _filled(type(perturbation)(), known | parts["objective"])
+            if method.objective.needs_teachers and asked["perturbation"] == usual:
+                family = json.dumps([parts, self.recipe(name).model_dump()], sort_keys=True)
+                once = "_single_pass" if asked["single_pass"] else ""
+                found.setdefault(family, {}).setdefault(f"{perturbation.name}{once}", method.label)
+        return [family for family in found.values() if len(family) > 1]
+
     def _kinds(self, sized: bool) -> dict[str, type[PerturbationOptions]]:
         methods = [*PAPERS_METHODS.values(), *self.methods.values()]
         kinds = {it.perturbation.name: type(it.perturbation) for it in methods}

@@ -242,7 +242,8 @@ def result_input(pattern):
 def reported(study):
     """The files of a study for the report that exist, with all that Snakemake then looks for."""
     table = ["tables/results.csv", "tables/results.html"]
-    needed = {name: table for name in table} | {"claims.html": ["claims.html"]}
+    needed = {name: table for name in table}
+    needed |= {page: [page] for page in ("claims.html", "findings.html")}
     for name in FIGURES:
         figure = f"figures/{name}.png"
         of_table = "tables/results.csv" in RESULTS[name].drawn_from
@@ -263,6 +264,7 @@ def settings_of(names):
             "n_bins": study.confidence_bins,
             "members": study.members,
             "labels": {name: method.label for name, method in study.methods.items()},
+            "families": study.families(),
             "paper": {
                 method.paper: {"name": name, "label": method.label}
                 for name, method in study.methods.items()

@@ -60,3 +60,37 @@ rule claims:
         code=judging_code("claims", METRICS=("nll", "ece", "bs", "acc", "dee")),
     script:
         "../workflow_scripts/claims.py"
+
+
+rule findings:
+    input:
+        teachers=of_pool("logits/{}.h5"),
+        students=of_students("logits/{}.h5"),
+        shifted_ensemble=of_ensemble("logits/shifted/{}.h5"),
+        shifted_students=of_students("logits/shifted/{}.h5"),
+        costs="results/{study}/metrics/costs.csv",
+    output:
+        csv="results/{study}/findings.csv",
+        md="results/{study}/findings.md",
+        html=report(
+            "results/{study}/findings.html",
+            caption="../report/findings.rst",
+            category="{study}",
+            labels={"what": "Findings of the bench", "as": "page"},
+        ),
+    log:
+        "results/{study}/logs/findings.log",
+    group:
+        "tables"
+    conda:
+        "../envs/ensdistill.yaml"
+    resources:
+        mem_mb=growing(2000, 8),
+        runtime=growing(20, 0.1),
+    params:
+        systems=student_labels,
+        settings=settings_of(["members", "families"]),
+        study=lambda wildcards: STUDIES[wildcards.study].model_dump(include=IN_CAPTIONS),
+        code=judging_code("findings"),
+    script:
+        "../workflow_scripts/findings.py"

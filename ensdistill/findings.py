@@ -1,0 +1,387 @@
+"""Findings of the bench: which way to distil is better, by how much, and how sure that is.
+
+Where a claim is of a paper (`ensdistill.claims`), a finding is an answer to a question that those
+ask who must choose a method. All are about the negative log-likelihood on test images, with an
+interval over images and student seeds (`ensdistill.bootstrap`). Questions on where the teachers are
+asked compare methods that differ in nothing else, family by family; a *family* is what such methods
+share.
+
+The first row of a question is its answer: of several families their mean. It is `yes` or `no` if
+its p-value is below 0.05, and `undecided` otherwise. P-values are adjusted by Holm's method: those
+of first rows for all questions, so that in at most 5 % of runs any answer is wrong by chance; those
+of the other rows for the rows of their question.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.stats import kendalltau
+
+from ensdistill.bootstrap import (
+    LEVEL,
+    Estimate,
+    Weights,
+    holm,
+    image_weights,
+    interval,
+    mean_of,
+    p_value,
+)
+from ensdistill.calibration import apply_temperature, optimal_temperature
+from ensdistill.metrics import nll
+from ensdistill.predictions import Array, read_ensemble, read_prediction, splits_of
+from ensdistill.systems import Students, subsets
+
+ONE_NETWORK = 1.1
+"""Up to so many times the multiply–adds of one network is the cost of one network."""
+MOST = 0.5
+"""The share of a gain that counts as most of it."""
+ORDERED = 0.5
+"""Kendall's τ from which on a ranking holds: three of four pairs keep their order."""
+MARGIN = 0.1
+"""The share of the ensemble's gain that a method may lose and still be enough."""
+
+
+class Contrast(NamedTuple):
+    """A question on two places to ask the teachers."""
+
+    question: str
+    better: str
+    """Where the teachers are asked, if the answer is to be yes."""
+    other: str
+    within: float = 0.0
+    """Share of the ensemble's gain by which `better` may be worse."""
+
+
+CONTRASTS = (
+    Contrast("Do ConfODS inputs help, and every family of students?", "conf_ods", "none"),
+    Contrast("Do ConfODS inputs help more than noise of their size?", "conf_ods", "gaussian"),
+    Contrast("Is one ODS direction per teacher better than one for all?", "ods_each", "ods"),
+    Contrast("Are TDiv–SDiv inputs better than ODS inputs?", "tdiv_sdiv", "ods"),
+    Contrast("Is mixup enough, instead of ODS?", "mixup", "ods", MARGIN),
+    Contrast("Are held-out images enough, instead of ODS?", "held_out", "ods", MARGIN),
+)
+ONCE = "Is one pass of the student a step enough, instead of two?"
+
+
+@dataclass
+class Systems:
+    """NLL of deep ensembles and students, an `Estimate` each whose columns are seeds."""
+
+    members: int
+    """M, of the ensemble."""
+    one: Estimate
+    """NLL of one teacher on test, mean over the pool."""
+    ensemble: Estimate
+    """NLL of the deep ensembles of M teachers on test, mean over subsets of the pool."""
+    images: int
+    """Test images."""
+    on_validation: dict[str, float] = field(default_factory=dict)
+    """By student, the mean over seeds."""
+    on_test: dict[str, Estimate] = field(default_factory=dict)
+    scaled: dict[str, Estimate] = field(default_factory=dict)
+    """On test after temperature scaling."""
+    shifted: dict[str, Estimate] = field(default_factory=dict)
+    """On corrupted copies, mean over kinds and severities."""
+    shifted_images: int = 0
+    """Images that were corrupted."""
+    shifted_one: Estimate | None = None
+    shifted_ensemble: Estimate | None = None
+
+
+COLUMNS = ["question", "quantity", "system", "estimate", "low", "high", "p", "verdict", "asked"]
+COLUMNS += ["n", "seeds"]
+
+Families = Sequence[Mapping[str, str]]
+"""Labels of students that differ in where their teachers are asked alone, by that place."""
+
+
+def findings(
+    *,
+    teachers: Sequence[str],
+    students: Students,
+    shifted_ensemble: Sequence[str],
+    shifted_students: Students,
+    costs: pd.DataFrame,
+    families: Families,
+    members: int,
+) -> pd.DataFrame:
+    """Every answer that a study can give.
+
+    Args:
+        teachers: logits files of the whole pool; the first `members` teach.
+        students: logits files of every seed, by label.
+        shifted_ensemble, shifted_students: their logits on shifted images.
+        costs: metrics/costs.csv.
+        families: methods that differ in where the teachers are asked alone.
+        members: M.
+
+    Returns:
+        One row per quantity: question, quantity, system (the student that it is about, if it is one),
+        estimate, low, high (95 % interval), p (adjusted), verdict, asked (values that make it yes),
+        n (images), seeds.
+    """
+    systems = measured(teachers, students, shifted_ensemble, shifted_students, members)
+    macs = costs.set_index("system")["macs"]
+    return answers(systems, families, macs[[*systems.on_test]] <= ONE_NETWORK * macs["DE-1"])
+
+
+def answers(
+    systems: Systems, families: Families, costs_one: Mapping[str, bool] | pd.Series
+) -> pd.DataFrame:
+    """The findings on systems that are measured.
+
+    Args:
+        systems: their NLL.
+        families: as `findings` takes them.
+        costs_one: by student, whether it costs what one network costs.
+    """
+    rows = [
+        *_near_the_ensemble(systems, costs_one),
+        *(row for contrast in CONTRASTS for row in _contrasted(systems, families, contrast)),
+        *_contrasted_once(systems, families),
+        *_rankings(systems),
+    ]
+    table = pd.DataFrame([row.known for row in rows])
+    table["p"] = adjusted([row.p for row in rows], table["question"])
+    yes = np.array([row.is_yes for row in rows])
+    table["verdict"] = np.where(table["p"] < 1 - LEVEL, np.where(yes, "yes", "no"), "undecided")
+    return table[COLUMNS]
+
+
+def adjusted(p_values: Sequence[float], questions: pd.Series) -> Array:
+    """By Holm's method: of first rows together, of the others question by question."""
+    found, groups = np.array(p_values), questions.where(questions.duplicated(), "first rows")
+    for group in groups.unique():
+        found[groups == group] = holm(found[groups == group])
+    return found
+
+
+class _Row(NamedTuple):
+    """A row of the table but for its verdict."""
+
+    known: dict[str, Any]
+    p: float
+    is_yes: bool
+
+
+def _row(
+    question: str,
+    quantity: str,
+    sides: Sequence[Estimate],
+    bound: float,
+    images: int,
+    system: str = "",
+) -> _Row:
+    """Asked is whether a quantity, or a difference, is above a bound."""
+    found = interval(*sides)
+    known = {
+        "question": question,
+        "quantity": quantity,
+        "system": system,
+        "estimate": found.estimate,
+        "low": found.low,
+        "high": found.high,
+        "asked": f"> {bound + 0.0:.3g}".replace("-", "−"),
+        "n": images,
+        "seeds": min(len(side.measured) for side in sides),
+    }
+    return _Row(known, p_value(*sides, bound=bound), found.estimate > bound)
+
+
+def _near_the_ensemble(
+    systems: Systems, costs_one: Mapping[str, bool] | pd.Series
+) -> Iterator[_Row]:
+    """Chosen on validation images, or the best of many would seem better than it is."""
+    ranked = sorted(systems.on_validation, key=systems.on_validation.__getitem__)
+    cheap = [label for label in ranked if costs_one[label]]
+    question = "How near do students come to the ensemble?"
+    quantity = f"share of DE-{systems.members}'s gain in NLL over DE-1"
+    best = dict.fromkeys([*cheap[:1], *ranked[:1]])  # once, if they are the same
+    for label in best:
+        share = share_of_gain(systems.on_test[label], systems.one, systems.ensemble)
+        yield _row(question, quantity, [share], MOST, systems.images, label)
+    if systems.shifted_one is None or systems.shifted_ensemble is None:
+        return
+    for label in best:
+        sides = systems.shifted[label], systems.shifted_one, systems.shifted_ensemble
+        yield _row(
+            "How near do they come on corrupted images?",
+            quantity,
+            [share_of_gain(*sides)],
+            MOST,
+            systems.shifted_images,
+            label,
+        )
+
+
+def share_of_gain(student: Estimate, one: Estimate, ensemble: Estimate) -> Estimate:
+    """(NLL of one network − of the student) / (of one network − of the ensemble), by seed."""
+
+    def share(student: Array, one: Array, ensemble: Array) -> Array:
+        return (one - student) / (one - ensemble)
+
+    return Estimate(
+        share(student.measured, one.measured, ensemble.measured),
+        share(student.resampled, one.resampled, ensemble.resampled),
+    )
+
+
+def _contrasted(systems: Systems, families: Families, contrast: Contrast) -> Iterator[_Row]:
+    pairs = [
+        (at[contrast.other], at[contrast.better])
+        for at in families
+        if {contrast.other, contrast.better} <= at.keys()
+    ]
+    yield from _compared(systems, contrast.question, pairs, contrast.within)
+
+
+def _contrasted_once(systems: Systems, families: Families) -> Iterator[_Row]:
+    pairs = [
+        (at[where], at[f"{where}_single_pass"])
+        for at in families
+        for where in at
+        if f"{where}_single_pass" in at
+    ]
+    yield from _compared(systems, ONCE, pairs, MARGIN)
+
+
+def _compared(
+    systems: Systems, question: str, pairs: Sequence[tuple[str, str]], within: float
+) -> Iterator[_Row]:
+    """The mean over pairs, if there are several, and every pair: other − better.
+
+    `within` is the share of the ensemble's gain by which `better` may be worse.
+    """
+    if not pairs:
+        return
+    gain = systems.one.measured.mean() - systems.ensemble.measured.mean()
+    bound = -within * max(gain, 0.0)
+    of_pairs = [[systems.on_test[label] for label in pair] for pair in pairs]
+    if len(pairs) > 1:
+        sides = [_mean(side) for side in zip(*of_pairs, strict=True)]
+        quantity = f"NLL, mean difference over {len(pairs)} families"
+        yield _row(question, quantity, sides, bound, systems.images)
+    for (other, better), sides in zip(pairs, of_pairs, strict=True):
+        yield _row(question, f"NLL, {other} − {better}", sides, bound, systems.images)
+
+
+def _mean(estimates: Sequence[Estimate]) -> Estimate:
+    """Of several quantities, seed by seed."""
+    return Estimate(
+        np.mean([it.measured for it in estimates], axis=0),
+        np.mean([it.resampled for it in estimates], axis=0),
+    )
+
+
+def _rankings(systems: Systems) -> Iterator[_Row]:
+    """Whether students are in the same order elsewhere, seed by seed."""
+    for question, others, what, images in (
+        (
+            "Does the ranking of the students hold under shift?",
+            systems.shifted,
+            "on corrupted copies",
+            systems.shifted_images,
+        ),
+        (
+            "Does the ranking hold after temperature scaling?",
+            systems.scaled,
+            "after temperature scaling",
+            systems.images,
+        ),
+    ):
+        labels = [label for label in systems.on_test if label in others]
+        if len(labels) > 2:
+            order = rank_correlation(
+                [systems.on_test[x] for x in labels], [others[x] for x in labels]
+            )
+            quantity = f"Kendall's τ of NLL, {len(labels)} students, on test and {what}"
+            yield _row(question, quantity, [order], ORDERED, images)
+
+
+def rank_correlation(here: Sequence[Estimate], there: Sequence[Estimate]) -> Estimate:
+    """Kendall's τ between two orders of the same systems, by seed."""
+
+    def correlations(here: Array, there: Array) -> Array:  # (systems, R) each
+        return np.array([kendalltau(*pair).statistic for pair in zip(here.T, there.T, strict=True)])
+
+    measured = correlations(*(np.stack([it.measured for it in side]) for side in (here, there)))
+    first, second = (np.stack([it.resampled for it in side], axis=1) for side in (here, there))
+    resampled = [correlations(*pair) for pair in zip(first, second, strict=True)]
+    return Estimate(measured, np.array(resampled))
+
+
+# --- from files ------------------------------------------------------------------------------
+
+
+def measured(
+    teachers: Sequence[str],
+    students: Students,
+    shifted_ensemble: Sequence[str],
+    shifted_students: Students,
+    members: int,
+) -> Systems:
+    """NLL of all systems, a file at a time."""
+    labels = read_prediction(teachers[0], "test")[1]
+    weights = image_weights(len(labels))
+
+    def of_ensembles(size: int) -> Estimate:
+        scores = [
+            _on_test([teachers[i] for i in subset]) for subset in subsets(len(teachers), size)
+        ]
+        return mean_of(np.mean(scores, axis=0), weights)
+
+    corrupted = [it for it in splits_of(shifted_ensemble[0]) if it.startswith("corrupted/")]
+    corrupted = [it for it in corrupted if not it.endswith("/0")]
+    copied = len(read_prediction(shifted_ensemble[0], corrupted[0])[1])
+    # Which test images were copied is not said, so the draws are independent.
+    of_copies = image_weights(copied, seed=1)
+    alone = np.mean([_on_copies([path], corrupted) for path in shifted_ensemble], axis=0)
+    systems = Systems(
+        members,
+        one=of_ensembles(1),
+        ensemble=of_ensembles(members),
+        images=len(labels),
+        shifted_images=copied,
+        shifted_one=mean_of(alone, of_copies),
+        shifted_ensemble=mean_of(_on_copies(shifted_ensemble, corrupted), of_copies),
+    )
+    for label, paths in students.items():
+        _add(systems, label, paths, weights)
+        copies = [_on_copies([path], corrupted) for path in shifted_students[label]]
+        systems.shifted[label] = mean_of(np.stack(copies, axis=1), of_copies)
+    return systems
+
+
+def _on_test(paths: Sequence[str]) -> Array:
+    """NLL (N,) of the deep ensemble of some networks, or of one."""
+    prediction, labels = read_ensemble(paths, "test")
+    return nll(prediction.probs(), labels, "none")
+
+
+def _on_copies(paths: Sequence[str], splits: Sequence[str]) -> Array:
+    """NLL (N,) of an ensemble on corrupted copies of each image, mean over kinds and severities."""
+    total: Array | float = 0.0
+    for split in splits:
+        prediction, labels = read_ensemble(paths, split)
+        total = total + nll(prediction.probs(), labels, "none") / len(splits)
+    return np.asarray(total)
+
+
+def _add(systems: Systems, label: str, paths: Sequence[str], weights: Weights) -> None:
+    on_validation, on_test, scaled = [], [], []
+    for path in paths:
+        validation, known = read_prediction(path, "val")
+        probs = validation.probs()
+        on_validation.append(nll(probs, known))
+        temperature = optimal_temperature(probs, known)
+        test, known = read_prediction(path, "test")
+        probs = test.probs()
+        on_test.append(nll(probs, known, "none"))
+        scaled.append(nll(apply_temperature(probs, temperature), known, "none"))
+    systems.on_validation[label] = float(np.mean(on_validation))
+    systems.on_test[label] = mean_of(np.stack(on_test, axis=1), weights)
+    systems.scaled[label] = mean_of(np.stack(scaled, axis=1), weights)
