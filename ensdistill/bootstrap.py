@@ -176,7 +176,7 @@ class _Deviations(NamedTuple):
 
 
 def _deviations(sides: Sequence[Estimate], log: bool) -> _Deviations:
-    """Of one quantity or of the difference of two; the estimate is NaN if anything is not finite."""
+    """Of one quantity or of the difference of two; the estimate is NaN if any value is."""
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = np.log if log else np.asarray
         pairs = [(scale(side.measured), scale(side.resampled)) for side in sides]
@@ -185,7 +185,7 @@ def _deviations(sides: Sequence[Estimate], log: bool) -> _Deviations:
         means = sum(sign * resampled.mean(1) for sign, (_, resampled) in signed)
     estimate, count = seeds.mean(), len(seeds)
     if not (np.isfinite(estimate) and np.isfinite(means).all()):
-        estimate = np.nan
+        return _Deviations(np.nan, means, np.nan, count)
     error = seeds.std(ddof=1) / np.sqrt(count) if count > 1 else 0.0
     # Centred: an expected calibration error grows by resampling alone. At the median, so that
     # the estimate lies inside where values are clipped, as Deep Ensemble Equivalents are.

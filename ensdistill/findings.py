@@ -120,7 +120,7 @@ def findings(
         members: M.
 
     Returns:
-        One row per quantity: question, quantity, system (the student that it is about, if it is one),
+        One row per quantity: question, quantity, system (the student, where it is about one alone),
         estimate, low, high (95 % interval), p (adjusted), verdict, asked (values that make it yes),
         n (images), seeds.
     """

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ensdistill import claims_page, tables
+from ensdistill import tables, verdict_pages
 from ensdistill.files import read_csv, write_csv
+from ensdistill.findings import COLUMNS
 from ensdistill.latex import CHARACTERS, latex
 from ensdistill.metrics import METRICS
 
@@ -253,10 +254,10 @@ CLAIMS = claims_of(
 
 @pytest.mark.parametrize(
     ("show", "read"),
-    [(claims_page.to_markdown, markdown_rows), (claims_page.to_html, html_rows)],
+    [(verdict_pages.to_markdown, markdown_rows), (verdict_pages.to_html, html_rows)],
 )
 def test_every_claim_is_a_heading_with_its_quantities_under_it(show, read):
-    text = show(CLAIMS, "digits_x")
+    text = show(verdict_pages.CLAIMS, CLAIMS, "digits_x")
     assert not re.search(r"(?<!\\)<i>", text)
     text = re.sub(r"\\(?!\|)", "", text)
     rows = [[cell.strip("*").replace("\\", "") for cell in row] for row in read(text)]
@@ -294,4 +295,35 @@ def test_every_claim_is_a_heading_with_its_quantities_under_it(show, read):
 )
 def test_estimate_and_interval_have_as_many_decimals_as_they_need(values, expected):
     claims = claims_of(("claim", "quantity", *values, "undecided", 1, 1, "> 0"))
-    assert html_rows(claims_page.to_html(claims, "digits"))[2][2] == expected
+    assert (
+        html_rows(verdict_pages.to_html(verdict_pages.CLAIMS, claims, "digits"))[2][2] == expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("show", "read"),
+    [(verdict_pages.to_markdown, markdown_rows), (verdict_pages.to_html, html_rows)],
+)
+def test_a_finding_names_its_student_and_its_p_value(show, read):
+    near, each = "How near?", "Is <i>each</i> better?"
+    findings = pd.DataFrame(
+        [
+            (near, "share", "A_1", 0.924, 0.85, 0.97, 0.0004, "yes", "> 0.5", 597, 3),
+            (each, "NLL, B − A", "", -0.0261, -0.03, -0.02, 0.0123, "no", "> 0", 597, 3),
+            (each, "NLL, D − C", np.nan, np.nan, np.nan, np.nan, np.nan, "undecided", "> 0", 1, 1),
+        ],
+        columns=COLUMNS,
+    )
+    text = show(verdict_pages.FINDINGS, findings, "digits")
+    assert not re.search(r"(?<!\\)<i>", text)
+    rows = [[cell.replace("\\", "").strip("*") for cell in row] for row in read(text)]
+    images = ["Images", "Seeds"]
+    assert [row if any(row[1:]) else row[:1] for row in rows] == [
+        ["Quantity", "Asked", "Estimate (95 % interval)", "Verdict", "p, adjusted", *images],
+        [near],
+        ["share, A_1", "> 0.5", "0.924 (0.850 to 0.970)", "✓ yes", "< 0.001", "597", "3"],
+        [each],
+        ["NLL, B − A", "> 0", "−0.0261 (−0.0300 to −0.0200)", "✗ no", "0.012", "597", "3"],
+        ["NLL, D − C", "> 0", "undefined", "? undecided", "–", "1", "1"],
+    ]
+    assert "2 questions on 3 quantities: 1 yes, 1 no, 1 undecided." in text
