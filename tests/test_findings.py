@@ -11,7 +11,7 @@ from scipy.stats import kendalltau, norm, ttest_1samp, ttest_rel
 
 from ensdistill.bootstrap import Estimate, Weights, holm, image_weights, interval, mean_of, p_value
 from ensdistill.files import write_hdf5
-from ensdistill.findings import CONTRASTS, Systems, answers, findings
+from ensdistill.findings import CONTRASTS, Systems, adjusted, answers, findings
 from ensdistill.studies import Study
 from tests.project import REPOSITORY
 
@@ -260,6 +260,28 @@ def test_without_families_and_with_few_students_the_rest_is_answered(world):
     table = answers(systems, [], {"A": False, "B": True})
     assert set(table["question"]) == {"How near do students come to the ensemble?"}
     assert table["system"].tolist() == ["B", "A"]
+
+
+def test_p_values_are_adjusted_for_answers_together_and_for_other_rows_by_question():
+    questions = pd.Series(["a", "a", "a", "b", "c", "c"])
+    found = adjusted([0.02, 0.03, 0.04, 0.01, 0.2, 0.03], questions)
+    # Answers: 0.01 · 3, 0.02 · 2, 0.2 · 1. Others of a: 0.03 · 2, then no less; of c: 0.03 · 1.
+    np.testing.assert_allclose(found, [0.04, 0.06, 0.06, 0.03, 0.2, 0.03])
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"), [(-0.02, "yes"), (0.05, "yes"), (0.1, "undecided"), (0.2, "no")]
+)
+def test_enough_is_what_loses_at_most_a_tenth_of_the_gain(loss, expected):
+    """The ensemble gains 1 nat; ODS has 0.5, mixup so much more, from seed to seed the same."""
+    noise = np.array([0.0, 1e-3, -1e-3, 2e-3, -2e-3])
+    systems = Systems(members=4, one=exact([1.5]), ensemble=exact([0.5]), images=10)
+    systems.on_test = {"ODS": exact(np.full(5, 0.5)), "mixup": exact(0.5 + loss + noise)}
+    systems.on_validation = {"ODS": 0.5, "mixup": 0.6}
+    table = answers(systems, [{"ods": "ODS", "mixup": "mixup"}], {"ODS": True, "mixup": True})
+    (row,) = table[table["question"].str.contains("mixup")].itertuples()
+    assert (row.verdict, row.asked) == (expected, "> −0.1")
+    assert row.estimate == pytest.approx(-loss)
 
 
 # --- p-values --------------------------------------------------------------------------------
