@@ -99,12 +99,12 @@ class HeadsSideBySide(nn.Module):
     Args:
         network: with folded batch normalisations.
         architecture: of the network that it was made of.
-        cut: of the student.
     """
 
-    def __init__(self, network: HydraNetwork, architecture: Mapping[str, Any], cut: Any):
+    def __init__(self, network: HydraNetwork, architecture: Mapping[str, Any]):
         super().__init__()
         self.members, self.body = len(network.heads), network.body
+        cut = "stage" if len(network.heads[0].blocks) else "linear"
         with torch.device("meta"):
             head = split(_wide(architecture, self.members), cut)[1]
         self.heads = _filled_beside(head, network.heads)
@@ -147,7 +147,7 @@ def inference_forms(student: Student) -> list[nn.Module]:
         fold_batch_norms(student.network)
         forms = [student]
         if isinstance(student, Hydra):
-            forms.append(HeadsSideBySide(student.network, architecture, student.spec["cut"]))
+            forms.append(HeadsSideBySide(student.network, architecture))
         if isinstance(student, GaussianLogits):
             forms = [Sampled(student.network)]
     return [form.eval().requires_grad_(False) for form in forms]
@@ -197,7 +197,8 @@ def _by_member(logits: Tensor, members: int) -> Tensor:
 def _wide(architecture: Mapping[str, Any], members: int) -> nn.Module:
     """M networks side by side, with folded batch normalisations; its tensors have no storage."""
     wide = {key: architecture[key] * members for key in ("width", "num_classes")}
-    layers = packed_layers(members)._replace(stem=partial(nn.Conv2d, bias=False))
+    layers = packed_layers(members)
+    layers = layers._replace(conv=partial(layers.conv, bias=True), stem=nn.Conv2d)
     with torch.device("meta"), WithoutRandomNumbers():
         return fold_batch_norms(build_network(**{**architecture, **wide}, layers=layers).eval())
 
@@ -207,6 +208,9 @@ def _filled_beside(wide: nn.Module, networks: Sequence[nn.Module]) -> nn.Module:
     states = [network.state_dict() for network in networks]
     filled = {}
     for key, tensor in wide.state_dict().items():
+        if key not in states[0]:  # a bias that they do not have
+            filled[key] = next(iter(states[0].values())).new_zeros(tensor.shape)
+            continue
         each = [state[key] for state in states]
         # Mean and standard deviation of the pixels are the same for all.
         filled[key] = each[0] if each[0].shape == tensor.shape else torch.cat(each).view_as(tensor)
@@ -223,7 +227,7 @@ def _member(network: nn.Module, architecture: Mapping[str, Any], j: int) -> nn.M
             r, s = state.pop(f"{name}.r")[j], state.pop(f"{name}.s")[j]
             ones = [1] * (layer.weight.ndim - 2)
             state[f"{name}.weight"] = layer.weight * torch.outer(s, r).view(len(s), len(r), *ones)
-            state[f"{name}.bias"] = layer.bias[j]
+            state[f"{name}.bias"] = layer.bias[j].clone()
     with torch.device("meta"), WithoutRandomNumbers():
         plain = build_network(**architecture, layers=Layers(nn.Conv2d, nn.Linear))
     plain.load_state_dict(state, assign=True)
