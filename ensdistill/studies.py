@@ -127,7 +127,7 @@ class Costs(Section):
 
     threads: Count = 1
     """Threads of the CPU that predict; whatever their number, nothing else runs meanwhile."""
-    seconds: Positive = 10
+    seconds: Positive = 5
     """What all timings of the study take together, unless few of them already take longer."""
 
 
