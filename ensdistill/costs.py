@@ -5,6 +5,7 @@ here. Systems that predict by the same kind of network are built and timed once.
 """
 
 import json
+import logging
 import math
 import os
 import platform
@@ -27,6 +28,8 @@ from ensdistill.networks import build_network, fold_batch_norms
 from ensdistill.operations import prediction_macs, training_macs
 from ensdistill.students import Student, build_student, count_parameters, unfilled
 
+logger = logging.getLogger(__name__)
+
 BATCH_SIZES = (1, 128)
 """Images at once."""
 
@@ -35,6 +38,9 @@ TURN = 0.005
 
 ROUNDS = (5, 101)
 """The least and the most."""
+
+BUSY = 0.95
+"""Share of the time of all timings below which the log says that the processor had other work."""
 
 INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 """Sets of instructions that decide how fast a processor convolves, as Linux calls them."""
@@ -87,7 +93,12 @@ def cost_table(
         forms = [form.to(device) for form in kind.forms()]
         sizes[kind] = kind.sizes(forms, x)
         calls += [(fastest(forms, x[:size]), x[:size]) for size in BATCH_SIZES]
+    before = time.perf_counter(), time.process_time()
     rounds = take_turns(calls, time_limit)
+    taken, computed = time.perf_counter() - before[0], time.process_time() - before[1]
+    if device.type == "cpu" and computed < BUSY * taken:
+        share = 100 * (1 - computed / taken)
+        logger.warning("for %.0f %% of the time of all timings other work had the CPU", share)
     times = dict(zip(distinct, _milliseconds(rounds), strict=True))
     return pd.DataFrame(
         {
