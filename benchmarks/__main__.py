@@ -25,6 +25,7 @@ from benchmarks.measurements import (
     steps,
     workflow,
 )
+from benchmarks.predictions import predictions
 from benchmarks.rows import Bench, hardware, table
 from benchmarks.workloads import Workload, shapes, threads
 from ensdistill.files import write_text
@@ -38,6 +39,7 @@ def main() -> None:
     dry_run(bench)
     workflow(bench)
     judging(bench)
+    predictions(bench)
     workloads = {key: Workload(it, bench.device) for key, it in shapes(bench.device).items()}
     for key, workload in workloads.items():
         with threads(workload.shape.threads):

@@ -78,12 +78,20 @@ class Bench:
         """
         if not self.wants(name):
             return
-        seconds = self.clock(*calls(), rounds=rounds)
-        ours, reference = np.median(seconds, axis=0)
-        ratios = seconds[:, 0] / seconds[:, 1]
-        ratios = ratios if over else 1 / ratios
+        self._compared(name, what, *self.clock(*calls(), rounds=rounds).T, over, facts)
+
+    def over(
+        self, name: str, what: str, ours: np.ndarray, reference: np.ndarray, **facts: Any
+    ) -> None:
+        """A row of what ours costs more, from seconds of the same rounds; if it is wanted."""
+        if self.wants(name):
+            self._compared(name, what, ours, reference, True, facts)
+
+    def _compared(self, name, what, ours, reference, over: bool, facts: Row) -> None:
+        ratios = ours / reference if over else reference / ours
         quartiles = np.quantile(ratios, [0.25, 0.75])
-        self._add(name, what, ours, reference, np.median(ratios), quartiles, rounds, facts)
+        medians = np.median(ours), np.median(reference), np.median(ratios)
+        self._add(name, what, *medians, quartiles, len(ratios), facts)
 
     def alone(self, name: str, what: str, seconds: np.ndarray, **facts: Any) -> None:
         """A row of something that has no reference; its spread are the least and most seconds."""

@@ -122,6 +122,15 @@ class Analyses(Section):
     """Test images whose Jacobians are compared; all if there are fewer."""
 
 
+class Costs(Section):
+    """How the time of a prediction is measured."""
+
+    threads: Count = 1
+    """Threads of the CPU that predict; whatever their number, nothing else runs meanwhile."""
+    seconds: Positive = 5
+    """What all timings of the study take together, unless few of them already take longer."""
+
+
 class Published(Section):
     """Results that others published for the same study, shown beside ours."""
 
@@ -178,6 +187,8 @@ class Study(Section):
     """The loss's settings, shared by the methods."""
     analyses: Analyses = Analyses()
     """The costlier analyses."""
+    costs: Costs = Costs()
+    """What systems cost."""
     confidence_bins: Count = 15
     """Equal-width bins of calibration errors, reliability diagrams and diversity figures."""
     published: Published | None = None

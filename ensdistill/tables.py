@@ -28,13 +28,31 @@ LEGEND = (
 )
 ABSENT = "–"
 
+COSTS = {
+    "parameters": ("Parameters", lambda value: f"{int(value):,}"),
+    "passes": ("Passes", "{:.3g}".format),
+    "ms_1": ("ms", "{:.3g}".format),
+}
+"""Behind the metrics, where they are known: title, and how a value is written."""
 
-def summarize(scores: pd.DataFrame, published: Mapping[str, Any] | None = None) -> pd.DataFrame:
+LEGEND_OF_COSTS = (
+    "Passes: multiply–adds for an image over those of one plain network of the same architecture; "
+    "ms: median of the milliseconds for an image alone (processor, threads and more: "
+    "metrics/costs.csv)."
+)
+
+
+def summarize(
+    scores: pd.DataFrame,
+    published: Mapping[str, Any] | None = None,
+    costs: pd.DataFrame | None = None,
+) -> pd.DataFrame:
     """One row per system: n replicates, mean of every metric, `<metric>_std` beside.
 
     Args:
         scores: what `reports.scores.table` returns.
         published: `source` and `scores` by system and metric, as `studies.Published` has them.
+        costs: what `costs.cost_table` returns; passes, macs, ms_1 and ms_128 are taken over.
 
     The standard deviation is that of a sample (n−1), and 0 where n = 1. For DE-m it is over
     overlapping subsets of one pool, so it understates the spread of independent ensembles. Both
@@ -50,6 +68,8 @@ def summarize(scores: pd.DataFrame, published: Mapping[str, Any] | None = None) 
     outside = groups[[column for column in scores if column.endswith("_outside")]].mean()
     first = [groups.size().rename("n"), means, groups["parameters"].first()]
     summary = pd.concat([*first, spreads, outside], axis=1)
+    if costs is not None:
+        summary = summary.join(costs.set_index("system")[["passes", "macs", "ms_1", "ms_128"]])
     if published is not None:
         theirs = pd.DataFrame.from_dict(published["scores"], orient="index")
         theirs = theirs.reindex(index=summary.index, columns=metrics)
@@ -86,7 +106,8 @@ def _rows(summary: pd.DataFrame) -> Iterator[Row]:
             rank = ranks.get(key, {}).get(index, 0)
             cells.append((_cell(row, key), int(rank) if rank == rank else 0))
         kind = "student" if students[index] else "ensemble"
-        yield Row(kind, [*cells, (f"{int(row['parameters']):,}", 0)])
+        written = [(text(row[key]), 0) for key, (_, text) in _costs(summary).items()]
+        yield Row(kind, [*cells, *written])
         if pd.notna(row.get("published_source")):
             for title, suffix, sign in (
                 ("published", "published", ""),
@@ -94,7 +115,8 @@ def _rows(summary: pd.DataFrame) -> Iterator[Row]:
             ):
                 values = ((row.get(f"{key}_{suffix}"), places) for key, places in decimals.items())
                 numbers = ["" if pd.isna(value) else number(value, n, sign) for value, n in values]
-                yield Row("published", [(text, 0) for text in (title, "", *numbers, "")])
+                empty = [""] * len(written)
+                yield Row("published", [(text, 0) for text in (title, "", *numbers, *empty)])
 
 
 def _cell(row: pd.Series, key: str) -> str:
@@ -120,8 +142,17 @@ def _bound(outside: float) -> str:
     return "≤" if outside < 0 else "≥" if outside > 0 else ""
 
 
-def _titles() -> list[str]:
-    return ["System", "n", *(metric.column for metric in COLUMNS.values()), "Parameters"]
+def _costs(summary: pd.DataFrame) -> dict[str, tuple[str, Callable[[Any], str]]]:
+    return {key: column for key, column in COSTS.items() if key in summary}
+
+
+def _titles(summary: pd.DataFrame) -> list[str]:
+    costs = [title for title, _ in _costs(summary).values()]
+    return ["System", "n", *(metric.column for metric in COLUMNS.values()), *costs]
+
+
+def _legend(summary: pd.DataFrame) -> str:
+    return f"{LEGEND} {LEGEND_OF_COSTS}" if "passes" in summary else LEGEND
 
 
 def _source(summary: pd.DataFrame) -> str:
@@ -138,7 +169,8 @@ def _mark(cell: tuple[str, int], best: Callable[[str], str], second: Callable[[s
 
 def to_markdown(summary: pd.DataFrame) -> str:
     """The table in GitHub's Markdown; best student bold, second best in italics."""
-    lines = [_titles(), [":--", *["--:"] * (len(COLUMNS) + 2)]]
+    titles = _titles(summary)
+    lines = [titles, [":--", *["--:"] * (len(titles) - 1)]]
     for row in _rows(summary):
         texts = ((markdown(text).replace("± ", unbroken("± ")), rank) for text, rank in row.cells)
         line = [_mark(cell, "**{}**".format, "*{}*".format) for cell in texts]
@@ -146,7 +178,7 @@ def to_markdown(summary: pd.DataFrame) -> str:
             line[0] = unbroken(f"↳ {line[0]}")
         lines.append(line)
     marks = "**Best** and *second best* student are marked."
-    legend = f"{markdown(LEGEND)} {marks} {markdown(_source(summary))}"
+    legend = f"{markdown(_legend(summary))} {marks} {markdown(_source(summary))}"
     return f"{markdown_table(lines)}\n\n{legend.rstrip()}\n"
 
 
@@ -162,7 +194,7 @@ def to_latex(summary: pd.DataFrame) -> str:
     def line(cells: list[str]) -> str:
         return " & ".join(cells) + r" \\"
 
-    rows, columns = list(_rows(summary)), len(COLUMNS) + 3
+    rows, columns = list(_rows(summary)), len(_titles(summary))
     body = []
     for row in rows:
         cells = [
@@ -177,11 +209,11 @@ def to_latex(summary: pd.DataFrame) -> str:
     source = latex(_source(summary))
     return "\n".join(
         [
-            f"% {latex(LEGEND)}",
+            f"% {latex(_legend(summary))}",
             *([FOR_OTHER_ENGINES] if UNICODE_ENGINE in "".join([*body, source]) else []),
             rf"\begin{{tabular}}{{l{'r' * (columns - 1)}}}",
             r"\toprule",
-            line([latex(title).replace("T{*}", "$T^*$") for title in _titles()]),
+            line([latex(title).replace("T{*}", "$T^*$") for title in _titles(summary)]),
             r"\midrule",
             *body,
             r"\bottomrule",
@@ -207,9 +239,9 @@ def to_html(summary: pd.DataFrame) -> str:
         )
         kind = "first-student" if index == first else row.kind
         body.append(f"<tr class={kind}>{cells}</tr>")
-    head = "".join(f"<th>{title}</th>" for title in _titles())
+    head = "".join(f"<th>{title}</th>" for title in _titles(summary))
     legend = (
-        f"{html.escape(LEGEND)} <b>Best</b> and <u>second best</u> student are marked. "
+        f"{html.escape(_legend(summary))} <b>Best</b> and <u>second best</u> student are marked. "
         f"{html.escape(_source(summary))}"
     )
     return html_page(

@@ -133,6 +133,51 @@ def distances_code(wildcards):
     return code("distances", **entries(study.parts(), *map(study.parts, study.methods)))
 
 
+def cost_of(study, method=None):
+    """What decides the cost of a method's students, or of the teachers.
+
+    Of a number such as η or τ it only matters whether it is 0: a changed one times nothing anew.
+    """
+    parts, recipe = study.parts(method), study.recipe(method) if method else study.teacher
+    kept = ["student", "members", "architecture", "backbone", "single_pass", "held_out"]
+    axes = {
+        axis: {
+            key: float(value != 0) if isinstance(value, float) else value
+            for key, value in parts[axis].items()
+        }
+        for axis in ("objective", "perturbation")
+    }
+    learns = method and study.methods[method].objective.needs_teachers
+    return {
+        "parts": {**{key: parts[key] for key in kept if key in parts}, **axes},
+        "teachers": study.members if learns else 0,
+        "epochs": recipe.epochs,
+        "batch_size": recipe.batch_size,
+        **({"label": study.methods[method].label} if method else {}),
+    }
+
+
+def systems_of(wildcards):
+    """The arguments of `cost_table` that a study's configuration decides."""
+    study = STUDIES[wildcards.study]
+    return {
+        "teacher": cost_of(study),
+        "methods": {method: cost_of(study, method) for method in study.methods},
+        "pool": study.pool,
+        "time_limit": study.costs.seconds,
+    }
+
+
+def costs_code(wildcards):
+    """A parameter that changes when code changes that a study's systems predict or learn by."""
+    study = STUDIES[wildcards.study]
+    parts = [study.parts(), *map(study.parts, study.methods)]
+    objectives, perturbations = (
+        tuple(sorted({it[axis]["name"] for it in parts})) for axis in ("objective", "perturbation")
+    )
+    return code("costs", **entries(*parts), OBJECTIVES=objectives, PERTURBATIONS=perturbations)
+
+
 def judging_code(script, **chosen):
     """A parameter function: it changes with code that judges the predictions of a study."""
 

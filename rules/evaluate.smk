@@ -28,6 +28,31 @@ for result in RESULTS.values():
             "../workflow_scripts/evaluate.py"
 
 
+# It has all cores, so that nothing runs beside what is timed, and computes with the threads that the
+# study says. It needs no trained network, so it comes before training.
+rule costs:
+    input:
+        images="results/{study}/images.h5",
+    output:
+        "results/{study}/metrics/costs.csv",
+    log:
+        "results/{study}/logs/metrics/costs.log",
+    priority: 1
+    conda:
+        "../envs/ensdistill.yaml"
+    threads: workflow.cores or 1
+    resources:
+        gpu=1,
+        mem_mb=growing(4000, 4),
+        runtime=growing(60),
+    params:
+        systems=systems_of,
+        threads=lambda wildcards: STUDIES[wildcards.study].costs.threads,
+        code=costs_code,
+    script:
+        "../workflow_scripts/costs.py"
+
+
 rule claims:
     input:
         teachers=of_pool("logits/{}.h5"),

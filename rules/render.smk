@@ -1,6 +1,7 @@
 rule table:
     input:
-        "results/{study}/metrics/scores.csv",
+        scores="results/{study}/metrics/scores.csv",
+        costs="results/{study}/metrics/costs.csv",
     output:
         csv=report(
             "results/{study}/tables/results.csv",

@@ -15,7 +15,7 @@ PARTS = ["Snakefile", "rules", "workflow_scripts", "ensdistill", "report", "envs
 ON_STUDENTS = {"reliability", "diversity_students", "learning_curves", "jacobians"}
 ON_STUDENTS |= {"corruptions", "out_of_distribution"}
 ON_TEACHERS = {"diversity_teachers", "saturation", "sweep", "transfer"}
-FIGURES = {"de_curve", "examples", *ON_STUDENTS, *ON_TEACHERS}
+FIGURES = {"cost_quality", "de_curve", "examples", *ON_STUDENTS, *ON_TEACHERS}
 
 METHODS = {
     "be": {"label": "BE", "objective": "labels", "paper": "be"},

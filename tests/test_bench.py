@@ -4,6 +4,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file
 from scipy.special import digamma, softmax
 
 from ensdistill.studies import read_configuration
@@ -74,6 +75,22 @@ def test_the_table_shows_a_dash_for_what_a_single_network_does_not_have(bench):
         cells[system] = dict(zip(head[1:], others, strict=True))["Diversity"]
     assert cells["LatentBE"] == cells["KD-single"] == "–"
     assert float(cells["Proxy-EnD²"].split()[0]) > 0
+
+
+def test_every_system_has_its_costs(bench):
+    costs = pd.read_csv(bench.file("metrics/costs.csv")).set_index("system")
+    table = pd.read_csv(bench.file("tables/results.csv")).set_index("system")
+    assert list(costs.index) == list(table.index)
+    assert (costs["parameters"] == table["parameters"]).all()
+    for name in ("passes", "macs", "ms_1", "ms_128"):
+        np.testing.assert_allclose(table[name], costs[name])
+    for label, method in (("LatentBE", "latent_batch_ensemble"), ("DLF", "gaussian_logits")):
+        weights = load_file(bench.file(f"students/{method}_none/0/weights.safetensors"))
+        assert costs.loc[label, "bytes"] == sum(it.nbytes for it in weights.values())
+    assert costs.loc["EDFM", "training_macs"] > costs.loc["KD-single", "training_macs"]
+    passes = costs["passes"]
+    assert passes["LatentBE"] == passes["EnD²"] == 1 < passes["DLF"] < 1.3
+    assert 1 < passes["Hydra"] < 2 == passes["DE-2"] == passes["KD+mixup"]
 
 
 @pytest.mark.parametrize(("method", "offset"), [("dirichlet", 0.0), ("proxy_dirichlet", 1.0)])

@@ -513,6 +513,10 @@ REACH = {
     ),
     "reports.sweep.table": ("evaluate:sweep", "figure:sweep evaluate:transfer table claims"),
     "reports.sweep.mean_kl": ("evaluate:sweep evaluate:transfer", "figure:sweep evaluate:scores"),
+    **dict.fromkeys(
+        ("costs.take_turns", "inference.SideBySide", "operations.training_macs"),
+        ("costs", f"teacher {STUDENTS} {LOGITS} evaluate:scores table"),
+    ),
     "tables.to_latex": ("table", f"figure:de_curve evaluate:scores teacher {STUDENTS}"),
     "files.write_hdf5": (
         "",

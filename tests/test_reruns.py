@@ -21,7 +21,7 @@ from tests.project import (
 TEACHERS = {f"teacher {seed}" for seed in range(3)}
 STUDENTS = {f"student {method} 0" for method in METHODS}
 REDRAWN = {f"figure_{figure}" for figure in FIGURES}
-TABLE = {"table", "figure_de_curve"}
+TABLE = {"table", "figure_de_curve", "figure_cost_quality"}
 DIRECTIONS = {"diversity_teachers", "saturation", "sweep", "transfer", "directions"}
 BINNED = {"reliability", "corruptions", "diversity_students", "diversity_teachers"}
 INTERVALS = {"sweep", "transfer", "jacobians"}
@@ -42,7 +42,7 @@ OF_TEACHERS |= {"figure_examples", *figures(ON_TEACHERS)}
 AFTER_STUDENTS = {*logits(*(f"students/{m}/0" for m in METHODS)), *OF_STUDENTS}
 AFTER_TEACHERS = {*logits(*(f"teachers/{seed}" for seed in range(3))), *OF_TEACHERS}
 TRAINING = {*TEACHERS, *STUDENTS, *AFTER_TEACHERS, *AFTER_STUDENTS}
-EVERYTHING = {"images", "shifted", *TRAINING}
+EVERYTHING = {"images", "shifted", "costs", *TRAINING}
 # One job makes a network's logits on all images, so all that is made of logits runs again.
 OF_LOGITS = {"reliability", "corruptions", "out_of_distribution"}
 OF_LOGITS |= {"diversity_students", "diversity_teachers", "saturation", "sweep"}
@@ -173,7 +173,7 @@ def other_environment(project):
     conda.chmod(0o755)
 
 
-OWN = {*of_method("kd"), *of_method("be"), *OF_STUDENTS}
+OWN = {"costs", *of_method("kd"), *of_method("be"), *OF_STUDENTS}
 WEIGHTS = "teachers/0/weights.safetensors"
 NOTHING = set()
 ROWS = {
@@ -197,11 +197,11 @@ ROWS = {
     ),
     "`teacher`": (
         setting("teacher", value={**RECIPE, "epochs": 4}),
-        TRAINING - {"student be 0", *logits("students/be/0")},
+        {"costs", *TRAINING} - {"student be 0", *logits("students/be/0")},
     ),
     "`student`": (
         setting("student", value={**RECIPE, "epochs": 4}),
-        STUDENTS | AFTER_STUDENTS | REDRAWN,
+        {"costs", *STUDENTS, *AFTER_STUDENTS, *REDRAWN},
     ),
     "`architecture`, `augmentation`, `precision`": (setting("precision", value="bf16"), TRAINING),
     "more `student_seeds`": (
@@ -210,28 +210,28 @@ ROWS = {
     ),
     "a larger `pool`": (
         setting("pool", value=4),
-        {"teacher 3", "logits teachers/3", "scores", "learning_curves", *TABLE, *REDRAWN}
+        {"teacher 3", "logits teachers/3", "costs", "scores", "learning_curves", *TABLE, *REDRAWN}
         | {"transferred", "transfer", "directions", "claims"},
     ),
     "`members`": (
         setting("members", value=3),
-        {*STUDENTS, *AFTER_STUDENTS, *OF_TEACHERS, *REDRAWN} - {"transferred"},
+        {"costs", *STUDENTS, *AFTER_STUDENTS, *OF_TEACHERS, *REDRAWN} - {"transferred"},
     ),
     "a method more": (
         setting("methods", "kd_ods", value={"label": "KD+ODS", "perturbation": "ods"}),
-        of_method("kd_ods") | OF_STUDENTS,
+        {"costs", *of_method("kd_ods"), *OF_STUDENTS},
     ),
     "a method at another perturbation": (
         setting("methods", "kd_mixup", value={"label": "KD+mixup", "perturbation": "mixup"}),
         of_method("kd_mixup")
         | OF_STUDENTS
-        | {"perturbed", "diversity_teachers", "saturation", "sweep", "claims"}
+        | {"costs", "perturbed", "diversity_teachers", "saturation", "sweep", "claims"}
         | {f"figure_{it}" for it in ("diversity_teachers", "saturation", "sweep", "examples")},
     ),
-    "a method less": (all_but_one_method, OF_STUDENTS),
+    "a method less": (all_but_one_method, {"costs", *OF_STUDENTS}),
     "a method's `label`": (
         setting("methods", "kd", "label", value="KD 1:1"),
-        OF_STUDENTS - {"distances"},
+        {"costs", *OF_STUDENTS} - {"distances"},
     ),
     "`confidence_bins`": (
         setting("confidence_bins", value=10),
@@ -242,6 +242,7 @@ ROWS = {
         {"swept", "transferred", "distances", "directions", "claims"}
         | {*INTERVALS, *figures(INTERVALS)},
     ),
+    "`costs`": (setting("costs", value={"seconds": 1}), {"costs", *TABLE}),
     "`images`": (setting("images", "test", value=90), EVERYTHING),
     "your own images (`source: folder`)": (own_images("images", validation=4), EVERYTHING),
     "your own images out of distribution": (
@@ -274,11 +275,11 @@ ROWS = {
     "a result more": (another_result, {"surest", "figure_surest"}),
     "a perturbation's formula": (
         code("ensdistill/perturbations.py", "** 0.5 /", "** 0.25 /"),
-        of_method("kd_conf_ods") | OF_STUDENTS | OF_TEACHERS,
+        {"costs", *of_method("kd_conf_ods"), *OF_STUDENTS, *OF_TEACHERS},
     ),
     "an objective's formula": (
         code("ensdistill/objectives.py", "return probs.mean(0)", "return 1.0 * probs.mean(0)"),
-        of_method("kd_single") | OF_STUDENTS,
+        {"costs", *of_method("kd_single"), *OF_STUDENTS},
     ),
     "an objective, a student, a perturbation, a kind of prediction or an architecture more": (
         one_more_of_each,
@@ -339,7 +340,7 @@ OF_ODS_ALONE = {"transferred", "transfer", "directions", "figure_transfer"}
 ENTRIES = {  # what is changed, and what learns by it
     "labels": (
         code("ensdistill/objectives.py", "loss = member_", "loss = 1.0 * member_"),
-        TRAINING,
+        {"costs", *TRAINING},
     ),
     "conf_ods": (
         code(
@@ -347,11 +348,11 @@ ENTRIES = {  # what is changed, and what learns by it
             "epsilon[0] * probs[0].amax",
             "epsilon[0] / probs[0].amax",
         ),
-        of_method("kd_conf_ods") | OF_STUDENTS | (OF_TEACHERS - OF_ODS_ALONE),
+        {"costs", *of_method("kd_conf_ods"), *OF_STUDENTS, *(OF_TEACHERS - OF_ODS_ALONE)},
     ),
     "one_to_one": (
         code("ensdistill/objectives.py", "lambda probs: probs,", "lambda probs: 1.0 * probs,"),
-        of_method("kd") | of_method("kd_conf_ods") | OF_STUDENTS,
+        {"costs", *of_method("kd"), *of_method("kd_conf_ods"), *OF_STUDENTS},
     ),
     "wrn": (code("ensdistill/networks.py", "2 * width * widen", "3 * width * widen"), NOTHING),
 }

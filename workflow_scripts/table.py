@@ -3,7 +3,8 @@ from ensdistill.jobs import job
 from ensdistill.tables import summarize, to_html, to_latex, to_markdown
 
 with job(snakemake):
-    summary = summarize(read_csv(snakemake.input[0]), snakemake.params.published)
+    scores, costs = map(read_csv, snakemake.input)
+    summary = summarize(scores, snakemake.params.published, costs)
     write_csv(snakemake.output.csv, summary)
     write_text(snakemake.output.md, to_markdown(summary))
     write_text(snakemake.output.tex, to_latex(summary))

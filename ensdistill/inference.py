@@ -1,0 +1,241 @@
+"""Networks as they predict fastest: the same functions, without what training alone needs.
+
+A *form* is a frozen module that maps images (B, C, H, W) in [0, 1] to logits of every member
+(M, B, K), as its student does in eval mode but for rounding. Which form of a student is fastest
+differs by processor, network and batch, so it is measured (`fastest`). What the rules store is
+computed by the students themselves, not by forms.
+"""
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ensdistill.batch_ensemble import BatchEnsembleLayer
+from ensdistill.gaussian_logits import GaussianLogits, LatentFactorNetwork
+from ensdistill.hydra import Hydra, HydraNetwork, split
+from ensdistill.layers import Layers
+from ensdistill.networks import build_network, fold_batch_norms
+from ensdistill.packed import packed_layers
+from ensdistill.students import BatchEnsemble, Student, WithoutRandomNumbers
+
+REPEATS = 3
+"""How often `fastest` times a form, after a warm-up."""
+
+
+class Separate(nn.Module):
+    """M networks (B, C, H, W) → (B, K), one after the other."""
+
+    def __init__(self, networks: Sequence[nn.Module]):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([network(x) for network in self.networks])
+
+
+class SideBySide(nn.Module):
+    """M networks of one architecture in grouped convolutions, with one stem for the image.
+
+    Args:
+        networks: plain, with folded batch normalisations.
+        architecture: of each.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], architecture: Mapping[str, Any]):
+        super().__init__()
+        self.members = len(networks)
+        self.network = _filled_beside(_wide(architecture, self.members), networks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _by_member(self.network(x), self.members)
+
+
+class SharedWeights(nn.Module):
+    """A BatchEnsemble whose normalisations are in its factors, with one stem for the image.
+
+    With s' = s·γ/√(σ² + ε) and b' = β + (b − μ)·γ/√(σ² + ε) no normalisation follows a layer.
+    The members' rows part behind the stem; where they are few, all pass through one weight.
+
+    Args:
+        network: of a `BatchEnsemble`, in eval mode; it is changed.
+        stem: the convolution C → M·out of all members.
+    """
+
+    def __init__(self, network: nn.Module, stem: nn.Module):
+        super().__init__()
+        for module in list(network.modules()):
+            for conv, norm in getattr(module, "normalized", ()):
+                if isinstance(statistics := getattr(module, norm), nn.BatchNorm2d):
+                    _fold_into_factors(getattr(module, conv), statistics)
+                    setattr(module, norm, nn.Identity())
+        self.members = network.head.ensemble_size
+        network.stem = _StemOfRows(stem, self.members)
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x).unflatten(0, (self.members, len(x)))
+
+
+class _StemOfRows(nn.Module):
+    """One convolution of B images for all members → rows (M·B, out, H, W), channels_last."""
+
+    def __init__(self, conv: nn.Module, members: int):
+        super().__init__()
+        self.conv, self.members = conv, members
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv(x).permute(0, 2, 3, 1).unflatten(3, (self.members, -1))
+        return out.permute(3, 0, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)
+
+
+class HeadsSideBySide(nn.Module):
+    """A `HydraNetwork` whose heads are one network of grouped convolutions.
+
+    Args:
+        network: with folded batch normalisations.
+        architecture: of the network that it was made of.
+    """
+
+    def __init__(self, network: HydraNetwork, architecture: Mapping[str, Any]):
+        super().__init__()
+        self.members, self.body = len(network.heads), network.body
+        cut = "stage" if len(network.heads[0].blocks) else "linear"
+        with torch.device("meta"):
+            head = split(_wide(architecture, self.members), cut)[1]
+        self.heads = _filled_beside(head, network.heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _by_member(self.heads(self.body(x).repeat(1, self.members, 1, 1)), self.members)
+
+
+class Sampled(nn.Module):
+    """μ + L Z_s φ of a `LatentFactorNetwork` with L Z_s multiplied once: S·K·q multiplications."""
+
+    def __init__(self, network: LatentFactorNetwork):
+        super().__init__()
+        self.body, self.shape = network.body, network.noise.shape[:2]  # S and K
+        self.register_buffer(
+            "directions", torch.einsum("kl,slq->qsk", network.lower, network.noise).flatten(1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, loadings = self.body(x).split([self.shape[1], len(self.directions)], 1)
+        return mean + (loadings @ self.directions).unflatten(1, self.shape).transpose(0, 1)
+
+
+def inference_forms(student: Student) -> list[nn.Module]:
+    """Every form of what a student predicts by; the student stays as it is.
+
+    Normalisations right behind a convolution are folded into it. A BatchEnsemble computes with M
+    weights or with its factors, and the image passes one stem for all members.
+    """
+    student = copy.deepcopy(student.predictor()).eval().requires_grad_(False)
+    architecture = student.spec["architecture"]
+    if isinstance(student, BatchEnsemble):
+        networks = [
+            fold_batch_norms(_member(student.network, architecture, j))
+            for j in range(student.members)
+        ]
+        stem = SideBySide(networks, architecture).network.stem
+        forms = [*ensemble_forms(networks, architecture), SharedWeights(student.network, stem)]
+    else:
+        fold_batch_norms(student.network)
+        forms = [student]
+        if isinstance(student, Hydra):
+            forms.append(HeadsSideBySide(student.network, architecture))
+        if isinstance(student, GaussianLogits):
+            forms = [Sampled(student.network)]
+    return [form.eval().requires_grad_(False) for form in forms]
+
+
+def ensemble_forms(
+    networks: Sequence[nn.Module], architecture: Mapping[str, Any]
+) -> list[nn.Module]:
+    """Every form of a deep ensemble of plain networks with folded batch normalisations."""
+    forms: list[nn.Module] = [Separate(networks)]
+    if len(networks) > 1:
+        forms.append(SideBySide(networks, architecture))
+    return forms
+
+
+@torch.inference_mode()
+def fastest(forms: Sequence[nn.Module], x: Tensor) -> nn.Module:
+    """The form that takes the least time on images like x; forms take turns."""
+    if len(forms) == 1:
+        return forms[0]
+    rounds = [[seconds(form, x) for form in forms] for _ in range(1 + REPEATS)]
+    least = [min(times) for times in zip(*rounds[1:], strict=True)]
+    return forms[least.index(min(least))]
+
+
+def for_inference(student: Student, x: Tensor) -> nn.Module:
+    """What predicts as a student does, as fast as it can be for batches like x (B, C, H, W)."""
+    return fastest(inference_forms(student), x)
+
+
+def seconds(form: nn.Module, x: Tensor, calls: int = 1) -> float:
+    """What so many calls take; a GPU is waited for."""
+    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
+    wait()
+    started = time.perf_counter()
+    for _ in range(calls):
+        form(x)
+    wait()
+    return time.perf_counter() - started
+
+
+def _by_member(logits: Tensor, members: int) -> Tensor:
+    """(B, M·K) → (M, B, K)."""
+    return logits.unflatten(1, (members, -1)).transpose(0, 1)
+
+
+def _wide(architecture: Mapping[str, Any], members: int) -> nn.Module:
+    """M networks side by side, with folded batch normalisations; its tensors have no storage."""
+    wide = {key: architecture[key] * members for key in ("width", "num_classes")}
+    layers = packed_layers(members)
+    layers = layers._replace(conv=partial(layers.conv, bias=True), stem=nn.Conv2d)
+    with torch.device("meta"), WithoutRandomNumbers():
+        return fold_batch_norms(build_network(**{**architecture, **wide}, layers=layers).eval())
+
+
+def _filled_beside(wide: nn.Module, networks: Sequence[nn.Module]) -> nn.Module:
+    """A network of `_wide`, or a part of it, with the tensors of the networks side by side."""
+    states = [network.state_dict() for network in networks]
+    filled = {}
+    for key, tensor in wide.state_dict().items():
+        if key not in states[0]:  # a bias that they do not have
+            filled[key] = next(iter(states[0].values())).new_zeros(tensor.shape)
+            continue
+        each = [state[key] for state in states]
+        # Mean and standard deviation of the pixels are the same for all.
+        filled[key] = each[0] if each[0].shape == tensor.shape else torch.cat(each).view_as(tensor)
+    wide.load_state_dict(filled, assign=True)
+    return wide.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def _member(network: nn.Module, architecture: Mapping[str, Any], j: int) -> nn.Module:
+    """Member j of a BatchEnsemble as a plain network whose convolutions have biases."""
+    state = dict(network.state_dict())
+    for name, layer in network.named_modules():
+        if isinstance(layer, BatchEnsembleLayer):
+            r, s = state.pop(f"{name}.r")[j], state.pop(f"{name}.s")[j]
+            ones = [1] * (layer.weight.ndim - 2)
+            state[f"{name}.weight"] = layer.weight * torch.outer(s, r).view(len(s), len(r), *ones)
+            state[f"{name}.bias"] = layer.bias[j].clone()
+    with torch.device("meta"), WithoutRandomNumbers():
+        plain = build_network(**architecture, layers=Layers(nn.Conv2d, nn.Linear))
+    plain.load_state_dict(state, assign=True)
+    return plain.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _fold_into_factors(layer: BatchEnsembleLayer, norm: nn.BatchNorm2d) -> None:
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    layer.s *= scale
+    layer.bias.sub_(norm.running_mean).mul_(scale).add_(norm.bias)
