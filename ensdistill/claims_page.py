@@ -54,14 +54,14 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return [
         row["quantity"],
         row["claimed"],
-        _with_interval(row["estimate"], row["low"], row["high"]),
+        with_interval(row["estimate"], row["low"], row["high"]),
         f"{VERDICTS[row['verdict']]} {row['verdict']}",
         f"{row['n']:,}",
         str(row["seeds"] or ""),
     ]
 
 
-def _with_interval(*values: float) -> str:
+def with_interval(*values: float) -> str:
     """An estimate and the ends of its interval, all with the same decimals.
 
     The largest has three significant digits, and their range at least two.

@@ -39,6 +39,13 @@ def attributes(**known: Any) -> dict[str, Any]:
     }
 
 
+def assets_digest(subpackage: str) -> str:
+    """A digest of what stands in the files of a subpackage that are no Python, by their names."""
+    files = sorted(it for it in (PACKAGE / subpackage).iterdir() if it.is_file())
+    known = {it.name: it.read_text(encoding="utf-8") for it in files if it.suffix != ".py"}
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
 def code_digest(script: str | os.PathLike[str], **chosen: Collection[str]) -> str:
     """A digest of a script and the library code it can reach, blind to comments and docstrings.
 

@@ -8,7 +8,7 @@ from snakemake.exceptions import WorkflowError
 
 from ensdistill import InputError
 from ensdistill.downloads import ARCHIVES, OFFICIAL_CORRUPTIONS, SOURCES
-from ensdistill.digests import code_digest
+from ensdistill.digests import assets_digest, code_digest
 from ensdistill.architectures import parse_architecture
 from ensdistill.own_data import known_state
 from ensdistill.reports import results
@@ -26,6 +26,8 @@ METHODS = sorted({method for study in STUDIES.values() for method in study.metho
 TABLES = ["csv", "md", "tex", "html"]
 RESULTS = results()
 FIGURES = [name for name, result in RESULTS.items() if result.has_figure]
+# What the first page is made of.
+FINAL = ["tables/results.csv", "claims.csv", *(f"figures/{name}.png" for name in FIGURES)]
 
 
 wildcard_constraints:
@@ -131,6 +133,17 @@ def distances_code(wildcards):
     """A parameter that changes when code changes that compares Jacobians of all networks."""
     study = STUDIES[wildcards.study]
     return code("distances", **entries(study.parts(), *map(study.parts, study.methods)))
+
+
+def captions():
+    """Title and caption of every figure: Snakemake's report has the same."""
+    return {
+        name: {
+            "title": RESULTS[name].title,
+            "caption": Path(workflow.source_path(f"../report/{name}.rst")).read_text("utf-8"),
+        }
+        for name in FIGURES
+    }
 
 
 def judging_code(script, **chosen):
@@ -247,11 +260,19 @@ def reported(study):
         figure = f"figures/{name}.png"
         of_table = "tables/results.csv" in RESULTS[name].drawn_from
         needed[figure] = [figure, *(table if of_table else [])]
+    needed["index.html"] = ["index.html", *{file for files in needed.values() for file in files}]
     return [
         f"results/{study}/{name}"
         for name, files in needed.items()
         if all(os.path.exists(f"results/{study}/{file}") for file in files)
     ]
+
+
+def state_of(study):
+    """A parameter that changes with the final files of a study, whichever there are by now."""
+    files = [Path(f"results/{study}/{name}") for name in FINAL]
+    stats = {str(file): file.stat() for file in files if file.exists()}
+    return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
 
 
 def settings_of(names):

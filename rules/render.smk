@@ -45,6 +45,14 @@ IN_CAPTIONS = {
     "out_of_distribution": {"source", "images"},
 }
 
+
+def on_the_page(wildcards):
+    """What the first page says of a study's configuration."""
+    study = STUDIES[wildcards.study]
+    labels = {name: method.label for name, method in study.methods.items()}
+    return study.model_dump(exclude={"methods", "grid", "published"}) | {"methods": labels}
+
+
 # One rule for each result of ensdistill/reports that has a figure: figure_<name>, by the function
 # `draw` in its file, with the caption report/<name>.rst.
 for result in RESULTS.values():
@@ -79,3 +87,49 @@ for result in RESULTS.values():
             code=code("figure", reports=(f"{result.name}.draw",), **result.chosen),
         script:
             "../workflow_scripts/figure.py"
+
+
+# All on one page, for a newcomer to open first.
+rule page:
+    input:
+        [f"results/{{study}}/{name}" for name in FINAL],
+    output:
+        report(
+            "results/{study}/index.html",
+            caption="../report/page.rst",
+            category="{study}",
+            labels={"what": "All on one page", "as": "page"},
+        ),
+    log:
+        "results/{study}/logs/page.log",
+    group:
+        "tables"
+    conda:
+        "../envs/ensdistill.yaml"
+    resources:
+        mem_mb=growing(2000),
+        runtime=growing(5),
+    params:
+        study=on_the_page,
+        figures=captions(),
+        look=assets_digest("page"),
+        code=code("page"),
+    script:
+        "../workflow_scripts/page.py"
+
+
+# The same of what there is by now: snakemake --cores 1 results/<study>/so_far.html
+# Without inputs it makes none of them, and it can be made while another snakemake makes them.
+use rule page as page_so_far with:
+    input:
+        [],
+    output:
+        "results/{study}/so_far.html",
+    log:
+        "results/{study}/logs/so_far.log",
+    params:
+        study=on_the_page,
+        figures=captions(),
+        look=assets_digest("page"),
+        code=code("page"),
+        state=lambda wildcards: state_of(wildcards.study),
