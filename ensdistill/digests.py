@@ -39,11 +39,10 @@ def attributes(**known: Any) -> dict[str, Any]:
     }
 
 
-def assets_digest(subpackage: str) -> str:
-    """A digest of what stands in the files of a subpackage that are no Python, by their names."""
-    files = sorted(it for it in (PACKAGE / subpackage).iterdir() if it.is_file())
-    known = {it.name: it.read_text(encoding="utf-8") for it in files if it.suffix != ".py"}
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+def text_digest(*paths: str | os.PathLike[str]) -> str:
+    """A digest of the names and contents of text files, wherever they are."""
+    known = {Path(path).name: Path(path).read_text(encoding="utf-8") for path in paths}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def code_digest(script: str | os.PathLike[str], **chosen: Collection[str]) -> str:

@@ -1,3 +1,4 @@
+import hashlib
 import math
 import os
 import re
@@ -8,7 +9,7 @@ from snakemake.exceptions import WorkflowError
 
 from ensdistill import InputError
 from ensdistill.downloads import ARCHIVES, OFFICIAL_CORRUPTIONS, SOURCES
-from ensdistill.digests import assets_digest, code_digest
+from ensdistill.digests import PACKAGE, code_digest, text_digest
 from ensdistill.architectures import parse_architecture
 from ensdistill.own_data import known_state
 from ensdistill.reports import results
@@ -135,15 +136,24 @@ def distances_code(wildcards):
     return code("distances", **entries(study.parts(), *map(study.parts, study.methods)))
 
 
-def captions():
-    """Title and caption of every figure: Snakemake's report has the same."""
+def first_page():
+    """Parameters of the first page: what is on it, what it looks like, and its code."""
+    captions = Path(os.path.relpath(workflow.basedir), "report")  # of Snakemake's report, too
+    look = [it for it in (PACKAGE / "page").iterdir() if it.suffix in (".jinja", ".css", ".js")]
     return {
-        name: {
-            "title": RESULTS[name].title,
-            "caption": Path(workflow.source_path(f"../report/{name}.rst")).read_text("utf-8"),
-        }
-        for name in FIGURES
+        "study": on_the_page,
+        "titles": {name: RESULTS[name].title for name in FIGURES},
+        "captions": str(captions),
+        "look": text_digest(*look, *(captions / f"{name}.rst" for name in FIGURES)),
+        "code": code("page"),
     }
+
+
+def on_the_page(wildcards):
+    """What the first page says of a study's configuration."""
+    study = STUDIES[wildcards.study]
+    labels = {name: method.label for name, method in study.methods.items()}
+    return study.model_dump(exclude={"methods", "grid", "published"}) | {"methods": labels}
 
 
 def judging_code(script, **chosen):
@@ -268,11 +278,11 @@ def reported(study):
     ]
 
 
-def state_of(study):
+def final_state(wildcards):
     """A parameter that changes with the final files of a study, whichever there are by now."""
-    files = [Path(f"results/{study}/{name}") for name in FINAL]
-    stats = {str(file): file.stat() for file in files if file.exists()}
-    return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+    files = [Path(f"results/{wildcards.study}/{name}") for name in FINAL]
+    stats = [(str(it), it.stat().st_size, it.stat().st_mtime_ns) for it in files if it.exists()]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def settings_of(names):

@@ -46,13 +46,6 @@ IN_CAPTIONS = {
 }
 
 
-def on_the_page(wildcards):
-    """What the first page says of a study's configuration."""
-    study = STUDIES[wildcards.study]
-    labels = {name: method.label for name, method in study.methods.items()}
-    return study.model_dump(exclude={"methods", "grid", "published"}) | {"methods": labels}
-
-
 # One rule for each result of ensdistill/reports that has a figure: figure_<name>, by the function
 # `draw` in its file, with the caption report/<name>.rst.
 for result in RESULTS.values():
@@ -110,10 +103,7 @@ rule page:
         mem_mb=growing(2000),
         runtime=growing(5),
     params:
-        study=on_the_page,
-        figures=captions(),
-        look=assets_digest("page"),
-        code=code("page"),
+        **first_page(),
     script:
         "../workflow_scripts/page.py"
 
@@ -128,8 +118,5 @@ use rule page as page_so_far with:
     log:
         "results/{study}/logs/so_far.log",
     params:
-        study=on_the_page,
-        figures=captions(),
-        look=assets_digest("page"),
-        code=code("page"),
-        state=lambda wildcards: state_of(wildcards.study),
+        **first_page(),
+        state=final_state,

@@ -7,4 +7,4 @@ from ensdistill.page import first_page
 with job(snakemake):
     output, params = snakemake.output[0], snakemake.params
     folder, study = Path(output).parent, snakemake.wildcards.study
-    write_text(output, first_page(folder, study, params.study, params.figures))
+    write_text(output, first_page(folder, study, params.study, params.titles, params.captions))

@@ -9,6 +9,7 @@ script.js beside this file, whose contents count as code of the rule.
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ensdistill.page.answer import GLANCE, SCALE, answers, percent
@@ -40,7 +41,8 @@ def first_page(
     folder: str | os.PathLike[str],
     name: str,
     study: Mapping[str, Any],
-    figures: Mapping[str, Mapping[str, str]],
+    titles: Mapping[str, str],
+    captions: str | os.PathLike[str],
 ) -> str:
     """The page as HTML, of what exists in a study's folder.
 
@@ -48,7 +50,8 @@ def first_page(
         folder: results/<study>.
         name: of the study.
         study: its configuration, of `methods` the label by name.
-        figures: title and caption (reStructuredText with Jinja) by the figure's name.
+        titles: of every figure, by its name.
+        captions: folder of the figures' captions, <name>.rst.
 
     Raises:
         InputError: a file is damaged or is not what it should be, or a caption is.
@@ -57,10 +60,14 @@ def first_page(
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folder = Path(folder)
+    # What captions know in Snakemake's report.
+    job = SimpleNamespace(
+        wildcards=SimpleNamespace(study=name), params=SimpleNamespace(study=study)
+    )
     results = read_columns(folder / "tables/results.csv", ["system", "n", "parameters"])
     findings = read_columns(folder / "findings.csv", FINDINGS.columns)
     claims = read_columns(folder / "claims.csv", CLAIMS.columns)
-    drawn = figures_of(folder, name, study, figures)
+    drawn = figures_of(folder, titles, Path(captions), job)
     needed = {"the results": results, "the findings": findings, "the paper's claims": claims}
     looks = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -81,10 +88,10 @@ def first_page(
             (kind, verdict_groups(folder, kind, frame))
             for kind, frame in ((FINDINGS, findings), (CLAIMS, claims))
         ],
-        cost=drawn.pop(COST, None),
-        figures=[figure for figure in drawn.values() if figure],
+        cost=drawn.get(COST),
+        figures=[it for it in drawn.values() if it and it.name != COST],
         absent=[what for what, frame in needed.items() if frame is None],
-        undrawn=[figures[it]["title"] for it, figure in drawn.items() if figure is None],
+        undrawn=[titles[it] for it, figure in drawn.items() if figure is None],
         making=how_it_was_made(folder, study),
         replicates=REPLICATES,
         files={path: what for path, what in FILES.items() if (folder / path).exists()},

@@ -7,8 +7,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from ensdistill import InputError
 from ensdistill.files import reading
@@ -34,26 +32,25 @@ class Figure:
 
 
 def figures_of(
-    folder: Path, name: str, study: Mapping[str, Any], figures: Mapping[str, Mapping[str, str]]
+    folder: Path, titles: Mapping[str, str], captions: Path, job: object
 ) -> dict[str, Figure | None]:
     """Every figure by name, in the order of the page; None where it is not drawn yet.
 
-    Args, errors: as `first_page`.
+    Args:
+        folder, titles, captions: as `first_page` has them.
+        job: what captions call `snakemake`.
+
+    Raises:
+        InputError: a figure is damaged, or a caption is missing or is no caption.
     """
-    order = sorted(figures, key=lambda it: FIRST.index(it) if it in FIRST else len(FIRST))
-    paths = {figure: folder / f"figures/{figure}.png" for figure in order}
-    return {
-        figure: _figure(path, name, study, figures[figure]) if path.exists() else None
-        for figure, path in paths.items()
-    }
-
-
-def _figure(path: Path, name: str, study: Mapping[str, Any], said: Mapping[str, str]) -> Figure:
-    html, alt = caption(path.stem, said["caption"], name, study)
-    uri, width, height = embedded(path)
-    return Figure(
-        path.stem, said["title"], uri, width, height, html, f"{said['title']}: {alt}"
-    )  # fmt: skip
+    order = sorted(titles, key=lambda it: FIRST.index(it) if it in FIRST else len(FIRST))
+    figures: dict[str, Figure | None] = dict.fromkeys(order)
+    for name, title in titles.items():
+        path = folder / f"figures/{name}.png"
+        if path.exists():
+            html, sentence = caption(captions / f"{name}.rst", job)
+            figures[name] = Figure(name, title, *embedded(path), html, f"{title}: {sentence}")
+    return figures
 
 
 def embedded(path: str | os.PathLike[str]) -> tuple[str, int, int]:
@@ -72,37 +69,31 @@ def embedded(path: str | os.PathLike[str]) -> tuple[str, int, int]:
         return uri, *image.size
 
 
-def caption(
-    name: str, text: str, study_name: str, study: Mapping[str, Any]
-) -> tuple[str, str]:  # fmt: skip
+def caption(path: str | os.PathLike[str], job: object) -> tuple[str, str]:
     """A caption as HTML, and its first sentence as plain text.
 
     Args:
-        name: of the figure.
-        text: reStructuredText with Jinja, to which `snakemake` is what it is to Snakemake's report.
-        study_name, study: the study and its configuration.
+        path: a file of reStructuredText with Jinja.
+        job: what is called `snakemake` in it.
 
     Raises:
-        InputError: it is no such text.
+        InputError: there is no such file, or it is no such text.
     """
     from docutils.core import publish_doctree, publish_from_doctree
     from docutils.utils import SystemMessage
     from docutils.writers.html5_polyglot import Writer
     from jinja2 import Environment, StrictUndefined, TemplateError
 
-    job = SimpleNamespace(
-        wildcards=SimpleNamespace(study=study_name), params=SimpleNamespace(study=study)
-    )
-    # No file, no raw HTML; what is wrong is raised, not printed into the page.
-    settings = {"file_insertion_enabled": False, "raw_enabled": False, "halt_level": 2}
-    settings |= {"report_level": 5, "initial_header_level": 4, "_disable_config": True}
+    # No other file, no raw HTML; what is wrong is raised, not printed into the page.
+    settings = {"file_insertion_enabled": False, "raw_enabled": False, "_disable_config": True}
+    settings |= {"halt_level": 2, "report_level": 5}
     try:
+        text = Path(path).read_text(encoding="utf-8")
         said = Environment(undefined=StrictUndefined).from_string(text).render(snakemake=job)
         tree = publish_doctree(said, settings_overrides=settings)
-    except (TemplateError, SystemMessage) as error:
-        raise InputError(f"report/{name}.rst: {' '.join(str(error).split())}") from error
-    plain = " ".join(tree.astext().split())
-    writer = Writer()
+    except (OSError, ValueError, TemplateError, SystemMessage) as error:
+        raise InputError(f"{path}: no caption ({' '.join(str(error).split())})") from error
+    writer, plain = Writer(), " ".join(tree.astext().split())
     publish_from_doctree(tree, writer=writer, settings_overrides=settings)
     return writer.parts["fragment"], first_sentence(plain)
 

@@ -12,7 +12,11 @@ from ensdistill.files import reading
 from ensdistill.page.columns import read_columns
 
 Facts = dict[str, str]
-ARITHMETIC = {"fp32": "float32", "tf32": "TF32", "bf16": "bfloat16"}
+ARITHMETIC = {
+    "fp32": "float32",
+    "tf32": "TF32, where the processor has it",
+    "bf16": "bfloat16, where the processor has it",
+}
 
 
 def how_it_was_made(folder: Path, study: Mapping[str, Any]) -> dict[str, Facts]:
@@ -53,8 +57,13 @@ def _configuration(study: Mapping[str, Any]) -> Facts:
         "Training of students": f"{_recipe(study['student'])}, unless a method has its own",
         "Distillation": f"α = {distillation['alpha']:g}, τ = {distillation['temperature']:g}, "
         f"{eta}, unless a method has its own",
-        "Arithmetic": f"{ARITHMETIC[study['precision']]}, where the processor has it",
+        "Arithmetic": ARITHMETIC[study["precision"]],
     }
+
+
+def counted(count: int, noun: str) -> str:
+    """As "1 network" or "2 networks"."""
+    return f"{count:,} {noun if count == 1 else f'{noun}s'}"
 
 
 def _or_all(count: int | None) -> str:
@@ -79,7 +88,7 @@ def _provenance(folder: Path, networks: list[str]) -> Facts:
     costs = read_columns(folder / "metrics/costs.csv", ["processor", "threads"])
     timed = [] if costs is None else costs[["processor", "threads"]].drop_duplicates().to_numpy()
     return {
-        "Trained": "; ".join(f"{count:,} networks {how}" for how, count in trained.items())
+        "Trained": "; ".join(f"{counted(count, 'network')} {how}" for how, count in trained.items())
         or "the weights, which would tell, are not here",
         **{title: ", ".join(versions) for title, versions in made.items() if versions},
         "Timed": "; ".join(f"on {processor}, threads: {threads}" for processor, threads in timed)
@@ -116,12 +125,12 @@ def _times(folder: Path, networks: list[str]) -> str:
         return "not known"
     seconds = [float(row["s"]) for row in rows]
     each = f"{duration(sum(seconds) / len(rows))} each on average"
-    text = f"{len(rows):,} trainings, {duration(sum(seconds))} in all, {each}"
+    text = f"{counted(len(rows), 'training')}, {duration(sum(seconds))} in all, {each}"
     try:  # of very short jobs Snakemake notes "NA" or "-"
         cpu = sum(float(row["cpu_time"]) for row in rows)
     except (KeyError, ValueError):
         return text
-    return f"{text}; {duration(cpu)} of processors"
+    return f"{text}; {duration(cpu)} of CPU time"
 
 
 def _benchmark(path: Path) -> dict[str, str]:

@@ -66,6 +66,13 @@ class Table:
     source: str
     """Where published results stand, as a sentence; empty if there are none."""
 
+    @property
+    def spreads(self) -> list[int]:
+        """Of every column the signs of its widest spread, so that means can stand in line."""
+        rows = [system.cells for system in self.systems.values()]
+        widest = {key: max(len(cells[key].spread or "") for cells in rows) for key in self.columns}
+        return [width + 2 if width else 0 for width in widest.values()]
+
 
 def short(value: float) -> str:
     """Three significant digits, in thousands, millions and so on.
@@ -87,9 +94,13 @@ COSTS = {
     "passes": Column(
         "Passes", meaning="forward passes of a network for a prediction", write="{:g}".format
     ),
-    "macs": Column("Mult–adds", meaning="multiplications and additions an image", write=short),
-    "ms_1": Column("Time, 1", "ms", meaning="a prediction, images one by one", write=short),
-    "ms_128": Column("Time, 128", "ms", meaning="a prediction, 128 images at once", write=short),
+    "macs": Column("Mult–adds", meaning="multiply–adds of an image's prediction", write=short),
+    "ms_1": Column(
+        "Time, batch 1", "ms/image", meaning="of a prediction, one image at a time", write=short
+    ),
+    "ms_128": Column(
+        "Time, batch 128", "ms/image", meaning="of a prediction, 128 images at a time", write=short
+    ),
 }
 """What a system costs, by the column of the results table."""
 
@@ -111,15 +122,15 @@ def numbers_table(summary: "pd.DataFrame | None") -> Table | None:
     decimals = {key: published_decimals(summary, key) for key in measured}
     systems = {}
     for index, row in summary.iterrows():
-        cells = {key: _measured(row, key, int(rank[key][index])) for key in measured}
-        cells |= {key: _cost(row[key], it) for key, it in costs.items()}
+        cells = {key: _cost(row[key], it) for key, it in costs.items()}
+        cells |= {key: _measured(row, key, int(rank[key][index])) for key in measured}
         beside = (
             dict(_published(row, decimals)) if isinstance(row.get("published_source"), str) else {}
         )
         name = row["system"]
         is_student = bool(are_students(summary)[index])
         systems[name] = System(name, is_student, int(row["n"]), cells, beside)
-    return Table(measured | costs, systems, source_sentence(summary))
+    return Table(costs | measured, systems, source_sentence(summary))
 
 
 def _measured(row: Mapping[str, Any], key: str, rank: int) -> Cell:
