@@ -149,10 +149,10 @@ def test_verdicts_are_counted_and_open_to_their_rows(folder):
         for it in section.iter("details")
     )
     assert first[2] == [
-        "share of KD+ConfODS", "KD+ConfODS", "0.920 (0.850 to 0.970)", "0.010", "100", "2", "✓ yes"
+        "share of KD+ConfODS", "✓ yes", "KD+ConfODS", "0.920 (0.850 to 0.970)", "0.010", "100", "2"
     ]  # fmt: skip
-    assert second[3][3:] == ["<0.001", "100", "2", "? undecided"]
-    assert claim[1] == ["of A", "> 0", "0.500 (0.250 to 0.750)", "100", "–", "✓ supported"]
+    assert second[3][1:] == ["? undecided", "KD", "0.100 (−0.100 to 0.300)", "<0.001", "100", "2"]
+    assert claim[1] == ["of A", "✓ supported", "> 0", "0.500 (0.250 to 0.750)", "100", "–"]
     # As wide as their share of the verdicts.
     bars = [it for it in section.iter("span") if it.get("class") == "bar"]
     widths = [(it.get("class"), it.get("style")) for it in bars[0]]

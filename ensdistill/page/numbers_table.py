@@ -94,13 +94,9 @@ COSTS = {
     "passes": Column(
         "Passes", meaning="forward passes of a network for a prediction", write="{:g}".format
     ),
-    "macs": Column("Mult–adds", meaning="multiply–adds of an image's prediction", write=short),
-    "ms_1": Column(
-        "Time, batch 1", "ms/image", meaning="of a prediction, one image at a time", write=short
-    ),
-    "ms_128": Column(
-        "Time, batch 128", "ms/image", meaning="of a prediction, 128 images at a time", write=short
-    ),
+    "macs": Column("Mult–adds", meaning="multiply–adds, a prediction of an image", write=short),
+    "ms_1": Column("Time", "ms, batch 1", meaning="a prediction of an image", write=short),
+    "ms_128": Column("Time", "ms, batch 128", meaning="a prediction of an image", write=short),
 }
 """What a system costs, by the column of the results table."""
 

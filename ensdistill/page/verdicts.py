@@ -71,7 +71,7 @@ FINDINGS = Kind(
         "Quantity": lambda row: row["quantity"],
         "Student": lambda row: row["system"] if isinstance(row["system"], str) else "–",
         ESTIMATE: _interval,
-        "p": _p,
+        "p (Holm)": _p,
         **NUMBERS,
     },
     (*MEASURED, "system", "p"),
