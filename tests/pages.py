@@ -49,6 +49,7 @@ def findings():
     rows = [
         finding(NEAR, "KD-single", 0.416, 0.2, 0.634, "yes"),
         finding(NEAR, "KD+ConfODS", 0.92, 0.85, 0.97, "yes"),
+        finding(NEAR, "BE", 0.1, 0.05, 0.3, "yes"),
     ]
     for system, verdict in zip(SYSTEMS[3:], ["yes", "no", "undecided", "no"], strict=True):
         rows.append(finding("Is mixup enough?", system, 0.1, -0.1, 0.3, verdict, p=0.00001))

@@ -134,12 +134,12 @@ def test_verdicts_are_counted_and_open_to_their_rows(folder):
     section = page.section("verdicts")
     sums = [page.text(it) for it in section.iter("p") if it.get("class") == "sums"]
     assert sums == [
-        "✓ 3 yes ✗ 2 no ? 1 undecided on 6 quantities",
+        "✓ 4 yes ✗ 2 no ? 1 undecided on 7 quantities",
         "✓ 1 supported ✗ 1 not supported ? 1 undecided on 3 quantities",
     ]
     heads = [page.text(it) for it in section.iter("summary")]
     assert heads == [
-        f"{NEAR} ✓ 2 yes",
+        f"{NEAR} ✓ 3 yes",
         "Is mixup enough? ✓ 1 yes ✗ 2 no ? 1 undecided",
         "A ✓ 1 supported ? 1 undecided",
         "B ✗ 1 not supported",
@@ -157,7 +157,7 @@ def test_verdicts_are_counted_and_open_to_their_rows(folder):
     bars = [it for it in section.iter("span") if it.get("class") == "bar"]
     widths = [(it.get("class"), it.get("style")) for it in bars[0]]
     assert widths == [
-        ("for", "flex-grow:3"), ("against", "flex-grow:2"), ("open", "flex-grow:1")
+        ("for", "flex-grow:4"), ("against", "flex-grow:2"), ("open", "flex-grow:1")
     ]  # fmt: skip
 
 

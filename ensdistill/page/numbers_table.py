@@ -92,7 +92,9 @@ def short(value: float) -> str:
 COSTS = {
     "parameters": Column("Parameters", meaning="numbers that are learned"),
     "passes": Column(
-        "Passes", meaning="forward passes of a network for a prediction", write="{:g}".format
+        "Passes",
+        meaning="multiply–adds over those of one plain network of the same architecture",
+        write="{:.3g}".format,
     ),
     "macs": Column("Mult–adds", meaning="multiply–adds, a prediction of an image", write=short),
     "ms_1": Column("Time", "ms, batch 1", meaning="a prediction of an image", write=short),
