@@ -8,7 +8,9 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 run: .venv/installed ## the studies named under `run` in config.yaml, and a report
 	$(BIN)/snakemake --cores all
 	$(BIN)/snakemake --report results/report.html --quiet
-	@echo "Tables and figures: results/<study>/   Everything on one page: results/report.html"
+	@echo "All studies, and how each file came about: results/report.html"
+	@$(BIN)/python -c 'from yaml import safe_load; run = safe_load(open("config.yaml"))["run"]; \
+		print("Start here:", *(f"results/{study}/index.html" for study in run))'
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal

@@ -1,6 +1,6 @@
 # The whole study, from raw images to tables and figures:
 #
-#     images ──► teachers ──► students (per method) ──► logits ──► metrics ──► tables, figures, claims
+#     images ──► teachers ──► students (per method) ──► logits ──► metrics ──► tables, figures, claims, first page
 #
 # `snakemake --cores all` makes the studies named under `run` in config.yaml;
 # `snakemake --cores all results/<study>/figures/de_curve.png` makes just what that file needs.
@@ -58,6 +58,7 @@ rule all:
         expand("results/{study}/tables/results.{ending}", study=RUN, ending=TABLES),
         expand("results/{study}/figures/{figure}.png", study=RUN, figure=FIGURES),
         expand("results/{study}/{page}.md", study=RUN, page=["claims", "findings"]),
+        expand("results/{study}/index.html", study=RUN),
 
 
 # snakemake --cores all teachers | students | tables | figures

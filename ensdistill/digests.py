@@ -39,6 +39,12 @@ def attributes(**known: Any) -> dict[str, Any]:
     }
 
 
+def text_digest(*paths: str | os.PathLike[str]) -> str:
+    """A digest of the names and contents of text files, wherever they are."""
+    known = {Path(path).name: Path(path).read_text(encoding="utf-8") for path in paths}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
 def code_digest(script: str | os.PathLike[str], **chosen: Collection[str]) -> str:
     """A digest of a script and the library code it can reach, blind to comments and docstrings.
 

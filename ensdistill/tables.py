@@ -16,9 +16,12 @@ from ensdistill.metrics import METRICS
 COLUMNS = {key: metric for key, metric in METRICS.items() if metric.in_table}
 """Of the table; the CSV has all metrics."""
 
-LEGEND = (
+REPLICATES = (
     "Mean ± standard deviation over n replicates: student seeds, or for DE-m subsets of the pool "
-    "of teachers (overlapping, so the spread is understated). "
+    "of teachers (overlapping, so the spread is understated)."
+)
+LEGEND = (
+    f"{REPLICATES} "
     + "; ".join(
         f"{metric.title}: {metric.meaning}{' in nats' if metric.unit == 'nats' else ''}"
         for metric in COLUMNS.values()
@@ -92,19 +95,25 @@ class Row:
     """Texts and ranks; 1 and 2 mark the best and second best student."""
 
 
+def are_students(summary: pd.DataFrame) -> pd.Series:
+    """Of each row, whether it is a student; else it is a deep ensemble."""
+    return ~summary["system"].str.fullmatch(r"DE-\d+")
+
+
+def ranks(summary: pd.DataFrame, key: str) -> pd.Series:
+    """Of each row its place among the students by a metric, 1 the best; 0 where it has none."""
+    values = METRICS[key].better * summary[key].where(are_students(summary))
+    places = values.rank(method="min", ascending=False) * abs(METRICS[key].better)
+    return places.fillna(0).astype(int)
+
+
 def _rows(summary: pd.DataFrame) -> Iterator[Row]:
-    students = ~summary["system"].str.fullmatch(r"DE-\d+")
-    ranks = {
-        key: (metric.better * summary[key])[students].rank(method="min", ascending=False)
-        for key, metric in COLUMNS.items()
-        if metric.better
-    }
-    decimals = {key: _published_decimals(summary, key) for key in COLUMNS}
+    students = are_students(summary)
+    places = {key: ranks(summary, key) for key in COLUMNS}
+    decimals = {key: published_decimals(summary, key) for key in COLUMNS}
     for index, row in summary.iterrows():
         cells = [(row["system"], 0), (str(row["n"]), 0)]
-        for key in COLUMNS:
-            rank = ranks.get(key, {}).get(index, 0)
-            cells.append((_cell(row, key), int(rank) if rank == rank else 0))
+        cells += [(cell_text(row, key), places[key][index]) for key in COLUMNS]
         kind = "student" if students[index] else "ensemble"
         written = [(text(row[key]), 0) for key, (_, text) in _costs(summary).items()]
         yield Row(kind, [*cells, *written])
@@ -119,7 +128,7 @@ def _rows(summary: pd.DataFrame) -> Iterator[Row]:
                 yield Row("published", [(text, 0) for text in (title, "", *numbers, *empty)])
 
 
-def _cell(row: pd.Series, key: str) -> str:
+def cell_text(row: pd.Series, key: str) -> str:
     """The mean of a metric, and its spread if it has any."""
     decimals, mean, spread = METRICS[key].decimals, row[key], row[f"{key}_std"]
     if pd.isna(mean):
@@ -128,7 +137,7 @@ def _cell(row: pd.Series, key: str) -> str:
     return f"{text} ± {spread:.{decimals}f}" if spread else text
 
 
-def _published_decimals(summary: pd.DataFrame, key: str) -> int:
+def published_decimals(summary: pd.DataFrame, key: str) -> int:
     """As many decimals as were published, or as we show if those are fewer."""
     values = summary.get(f"{key}_published", pd.Series(dtype=float)).dropna()
     given = (-int(Decimal(str(value)).normalize().as_tuple().exponent) for value in values)
@@ -155,7 +164,7 @@ def _legend(summary: pd.DataFrame) -> str:
     return f"{LEGEND} {LEGEND_OF_COSTS}" if "passes" in summary else LEGEND
 
 
-def _source(summary: pd.DataFrame) -> str:
+def source_sentence(summary: pd.DataFrame) -> str:
     """Where the published results stand, as a sentence; empty if there are none."""
     if "published_source" not in summary:
         return ""
@@ -178,7 +187,7 @@ def to_markdown(summary: pd.DataFrame) -> str:
             line[0] = unbroken(f"↳ {line[0]}")
         lines.append(line)
     marks = "**Best** and *second best* student are marked."
-    legend = f"{markdown(_legend(summary))} {marks} {markdown(_source(summary))}"
+    legend = f"{markdown(_legend(summary))} {marks} {markdown(source_sentence(summary))}"
     return f"{markdown_table(lines)}\n\n{legend.rstrip()}\n"
 
 
@@ -206,7 +215,7 @@ def to_latex(summary: pd.DataFrame) -> str:
             cells[0] = rf"\quad {cells[0]}"
         body.append(line(cells))
     body.insert(_first_student(rows), r"\midrule")
-    source = latex(_source(summary))
+    source = latex(source_sentence(summary))
     return "\n".join(
         [
             f"% {latex(_legend(summary))}",
@@ -242,7 +251,7 @@ def to_html(summary: pd.DataFrame) -> str:
     head = "".join(f"<th>{title}</th>" for title in _titles(summary))
     legend = (
         f"{html.escape(_legend(summary))} <b>Best</b> and <u>second best</u> student are marked. "
-        f"{html.escape(_source(summary))}"
+        f"{html.escape(source_sentence(summary))}"
     )
     return html_page(
         "Results",

@@ -1,15 +1,18 @@
 """Pages of verdicts, for people to read: of the paper's claims, and of the bench's findings."""
 
 import html
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import floor, log10
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ensdistill.bootstrap import LEVEL, RESAMPLES
 from ensdistill.markup import html_page, markdown, markdown_table, number, unbroken
+
+Row = Mapping[str, Any]
 
 PERCENT = f"{100 * LEVEL:g} %"
 INTERVALS = (
@@ -22,35 +25,68 @@ INTERVALS = (
 TAIL = (1 - LEVEL) / 2
 
 
-class Page(NamedTuple):
-    """What the pages differ in."""
+@dataclass(frozen=True)
+class Kind:
+    """A table with verdicts, and how it is shown."""
 
     title: str
-    """Of the page, with `{study}`."""
-    group: str
-    """The column by which rows are grouped."""
-    wanted: tuple[str, str]
-    """The column of the values that make a verdict positive, and its title."""
-    verdicts: Mapping[str, str]
-    """What a verdict may be, each with a sign that needs no colour; positive, negative, none."""
+    file: str
+    """Its name in the study's folder."""
+    by: str
+    """The column whose values are the groups."""
+    signs: dict[str, str]
+    """What a verdict may be: for, against, undecided; each with a sign that needs no colour."""
+    cells: dict[str, Callable[[Row], str]]
+    """Heads of columns, and what stands under them."""
+    columns: tuple[str, ...]
+    """All that the table must have."""
     method: tuple[str, ...]
     """How the verdicts come about, by paragraph."""
-    has_p: bool
-    """Whether rows have p-values."""
-
-    @property
-    def titles(self) -> list[str]:
-        """Of the columns."""
-        p = ["p, adjusted"] if self.has_p else []
-        estimate = f"Estimate ({PERCENT} interval)"
-        return ["Quantity", self.wanted[1], estimate, "Verdict", *p, "Images", "Seeds"]
+    is_answered_first: bool = False
+    """Whether the first row of a group is its answer."""
 
 
-CLAIMS = Page(
-    "Claims of Nam et al. (2021) in the study {study}",
+def with_interval(*values: float) -> str:
+    """An estimate and the ends of its interval, all with the same decimals.
+
+    The largest has three significant digits, and their range at least two.
+    """
+    # Differences of what is equal may be 1e-17.
+    estimate, low, high = numbers = np.round(values, 9)
+    if np.isnan(numbers).any():
+        return "undefined"
+    sizes = [size for size in (np.abs(numbers).max() / 10, high - low) if size > 0]
+    decimals = max([0, *(1 - floor(log10(size)) for size in sizes)])
+    shown = [number(value, decimals) for value in (estimate, low, high)]
+    return "{} ({} to {})".format(*shown)
+
+
+def _quantity(row: Row) -> str:
+    """With the student that it is about, if a finding is about one."""
+    system = row.get("system")
+    return f"{row['quantity']}, {system}" if system and pd.notna(system) else row["quantity"]
+
+
+def _p_value(row: Row) -> str:
+    p = row["p"]
+    return "–" if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+ESTIMATE = f"Estimate ({PERCENT} interval)"
+MEASURED = ("quantity", "estimate", "low", "high", "verdict", "n", "seeds")
+FOUND = {ESTIMATE: lambda row: with_interval(row["estimate"], row["low"], row["high"])}
+NUMBERS = {
+    "Images": lambda row: f"{row['n']:,}",
+    "Seeds": lambda row: str(row["seeds"] or ""),
+}
+
+CLAIMS = Kind(
+    "Claims of Nam et al. (2021)",
+    "claims.csv",
     "claim",
-    ("claimed", "Claimed"),
     {"supported": "✓", "not supported": "✗", "undecided": "?"},
+    {"Quantity": _quantity, "Claimed": lambda row: row["claimed"], **FOUND, **NUMBERS},
+    ("claim", "claimed", *MEASURED),
     (
         INTERVALS,
         "Supported: the whole interval lies among the claimed values; not supported: none of it "
@@ -61,13 +97,20 @@ CLAIMS = Page(
         f"{1 / TAIL:.0f} errs by chance. “At least as good” is supported only where it is better: "
         "equality cannot be shown.",
     ),
-    has_p=False,
 )
-FINDINGS = Page(
-    "Findings of the study {study}",
+FINDINGS = Kind(
+    "Findings of the bench",
+    "findings.csv",
     "question",
-    ("asked", "Asked"),
     {"yes": "✓", "no": "✗", "undecided": "?"},
+    {
+        "Quantity": _quantity,
+        "Asked": lambda row: row["asked"],
+        **FOUND,
+        "p (Holm)": _p_value,
+        **NUMBERS,
+    },
+    ("question", "system", "p", "asked", *MEASURED),
     (
         INTERVALS,
         "Yes: the quantity is among the values asked for; no: it is not; undecided: these images "
@@ -85,92 +128,74 @@ FINDINGS = Page(
         "are fitted to the validation images too. Kendall's τ is the mean over seeds of that "
         "between two orders of one seed's students, which chance lowers.",
     ),
-    has_p=True,
+    is_answered_first=True,
 )
 
 
-def _summary(page: Page, table: pd.DataFrame) -> str:
-    counts = ", ".join(f"{sum(table['verdict'] == verdict)} {verdict}" for verdict in page.verdicts)
+def _summary(kind: Kind, table: pd.DataFrame) -> str:
+    counts = ", ".join(f"{sum(table['verdict'] == verdict)} {verdict}" for verdict in kind.signs)
     quantities = _count(len(table), "quantity", "quantities")
-    groups = _count(table[page.group].nunique(), page.group, f"{page.group}s")
-    return f"{groups} on {quantities}: {counts}."
+    return f"{_count(table[kind.by].nunique(), kind.by, f'{kind.by}s')} on {quantities}: {counts}."
 
 
 def _count(number: int, one: str, many: str) -> str:
     return f"{number:,} {one if number == 1 else many}"
 
 
-def _cells(page: Page, row: Mapping[str, Any]) -> list[str]:
-    """Texts under the page's titles."""
-    system, found = row.get("system"), (row["estimate"], row["low"], row["high"])
-    return [
-        row["quantity"] if pd.isna(system) or not system else f"{row['quantity']}, {system}",
-        row[page.wanted[0]],
-        _with_interval(*found),
-        f"{page.verdicts[row['verdict']]} {row['verdict']}",
-        *([_p_value(row["p"])] if page.has_p else []),
-        f"{row['n']:,}",
-        str(row["seeds"] or ""),
-    ]
+def _titles(kind: Kind) -> list[str]:
+    """Heads of columns, the verdict behind the estimate."""
+    heads = list(kind.cells)
+    heads.insert(heads.index(ESTIMATE) + 1, "Verdict")
+    return heads
 
 
-def _p_value(p: float) -> str:
-    return "–" if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+def _texts(kind: Kind, row: Row) -> list[str]:
+    """Under `_titles`."""
+    texts = [text(row) for text in kind.cells.values()]
+    verdict = f"{kind.signs[row['verdict']]} {row['verdict']}"
+    texts.insert(list(kind.cells).index(ESTIMATE) + 1, verdict)
+    return texts
 
 
-def _with_interval(*values: float) -> str:
-    """An estimate and the ends of its interval, all with the same decimals.
-
-    The largest has three significant digits, and their range at least two.
-    """
-    # Differences of what is equal may be 1e-17.
-    estimate, low, high = numbers = np.round(values, 9)
-    if np.isnan(numbers).any():
-        return "undefined"
-    sizes = [size for size in (np.abs(numbers).max() / 10, high - low) if size > 0]
-    decimals = max([0, *(1 - floor(log10(size)) for size in sizes)])
-    shown = [number(value, decimals) for value in (estimate, low, high)]
-    return "{} ({} to {})".format(*shown)
-
-
-def to_markdown(page: Page, table: pd.DataFrame, study: str) -> str:
+def to_markdown(kind: Kind, table: pd.DataFrame, study: str) -> str:
     """A page in GitHub's Markdown.
 
     Args:
-        page: which it is.
+        kind: of the table.
         table: what `claims.claims` or `findings.findings` returns.
         study: its name.
     """
-    titles = page.titles
+    titles = _titles(kind)
     lines = [titles, [*[":--"] * (len(titles) - 2), "--:", "--:"]]
-    for group, rows in table.groupby(page.group, sort=False):
+    for group, rows in table.groupby(kind.by, sort=False):
         lines.append([f"**{markdown(group)}**", *[""] * (len(titles) - 1)])
         for _, row in rows.iterrows():
-            quantity, *others = map(markdown, _cells(page, row))
+            quantity, *others = map(markdown, _texts(kind, row))
             lines.append([quantity, *map(unbroken, others)])
-    title = f"# {markdown(page.title.format(study=study))}"
-    counts = f"**{_summary(page, table)}**"
-    return "\n\n".join([title, counts, markdown_table(lines), *page.method]) + "\n"
+    title = f"# {kind.title} in the study {markdown(study)}"
+    counts = f"**{_summary(kind, table)}**"
+    return "\n\n".join([title, counts, markdown_table(lines), *kind.method]) + "\n"
 
 
-def to_html(page: Page, table: pd.DataFrame, study: str) -> str:
+def to_html(kind: Kind, table: pd.DataFrame, study: str) -> str:
     """`to_markdown`, as a page of its own."""
-    groups, titles = [], page.titles
-    classes = dict(zip(page.verdicts, ("supported", "not-supported", "undecided"), strict=True))
-    for group, rows in table.groupby(page.group, sort=False):
+    groups, titles = [], _titles(kind)
+    classes = dict(zip(kind.signs, ("supported", "not-supported", "undecided"), strict=True))
+    for group, rows in table.groupby(kind.by, sort=False):
         heading = f"<th colspan={len(titles)} scope=rowgroup>{html.escape(group)}</th>"
         lines = [f"<tr>{heading}</tr>"]
         for _, row in rows.iterrows():
-            cells = "".join(f"<td>{html.escape(text)}</td>" for text in _cells(page, row))
+            cells = "".join(f"<td>{html.escape(text)}</td>" for text in _texts(kind, row))
             lines.append(f"<tr class={classes[row['verdict']]}>{cells}</tr>")
         groups.append("\n".join(["<tbody>", *lines, "</tbody>"]))
-    title, head = page.title.format(study=study), "".join(f"<th>{title}</th>" for title in titles)
+    title = f"{kind.title} in the study {study}"
+    head = "".join(f"<th>{title}</th>" for title in titles)
     return html_page(
         title,
         f"<h1>{html.escape(title)}</h1>",
-        f"<p><b>{_summary(page, table)}</b></p>",
+        f"<p><b>{_summary(kind, table)}</b></p>",
         f"<table class=claims><thead><tr>{head}</tr></thead>",
         *groups,
         "</table>",
-        *(f"<p>{html.escape(paragraph)}</p>" for paragraph in page.method),
+        *(f"<p>{html.escape(paragraph)}</p>" for paragraph in kind.method),
     )

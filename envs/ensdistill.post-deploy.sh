@@ -1,5 +1,5 @@
 # Snakemake runs this in the new environment, from the folder where it was started: the repository.
 # It makes a new environment when this file changes, not when constraints.txt does; so keep here its
-# SHA-256: 0f29af407b3923d2bbb9fa6a48b526edce3a5e0dc3fda2d15b8bb3cd1c062e92
+# SHA-256: 7a7393bd882eddbef470a7ed9dc04aa7220338c709d1380e5a2d85451d600929
 set -eu
 python -m pip install --constraint constraints.txt --editable .

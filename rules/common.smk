@@ -1,3 +1,4 @@
+import hashlib
 import math
 import os
 import re
@@ -8,7 +9,7 @@ from snakemake.exceptions import WorkflowError
 
 from ensdistill import InputError
 from ensdistill.downloads import ARCHIVES, OFFICIAL_CORRUPTIONS, SOURCES
-from ensdistill.digests import code_digest
+from ensdistill.digests import PACKAGE, code_digest, text_digest
 from ensdistill.architectures import parse_architecture
 from ensdistill.own_data import known_state
 from ensdistill.reports import results
@@ -26,6 +27,13 @@ METHODS = sorted({method for study in STUDIES.values() for method in study.metho
 TABLES = ["csv", "md", "tex", "html"]
 RESULTS = results()
 FIGURES = [name for name, result in RESULTS.items() if result.has_figure]
+# What the first page is made of.
+FINAL = [
+    "tables/results.csv",
+    "findings.csv",
+    "claims.csv",
+    *(f"figures/{name}.png" for name in FIGURES),
+]
 
 
 wildcard_constraints:
@@ -178,6 +186,26 @@ def costs_code(wildcards):
     return code("costs", **entries(*parts), OBJECTIVES=objectives, PERTURBATIONS=perturbations)
 
 
+def first_page():
+    """Parameters of the first page: what is on it, what it looks like, and its code."""
+    captions = Path(os.path.relpath(workflow.basedir), "report")  # of Snakemake's report, too
+    look = [it for it in (PACKAGE / "page").iterdir() if it.suffix in (".jinja", ".css", ".js")]
+    return {
+        "study": on_the_page,
+        "titles": {name: RESULTS[name].title for name in FIGURES},
+        "captions": str(captions),
+        "look": text_digest(*look, *(captions / f"{name}.rst" for name in FIGURES)),
+        "code": code("page"),
+    }
+
+
+def on_the_page(wildcards):
+    """What the first page says of a study's configuration."""
+    study = STUDIES[wildcards.study]
+    labels = {name: method.label for name, method in study.methods.items()}
+    return study.model_dump(exclude={"methods", "grid", "published"}) | {"methods": labels}
+
+
 def judging_code(script, **chosen):
     """A parameter function: it changes with code that judges the predictions of a study."""
 
@@ -293,11 +321,19 @@ def reported(study):
         figure = f"figures/{name}.png"
         of_table = "tables/results.csv" in RESULTS[name].drawn_from
         needed[figure] = [figure, *(table if of_table else [])]
+    needed["index.html"] = ["index.html", *{file for files in needed.values() for file in files}]
     return [
         f"results/{study}/{name}"
         for name, files in needed.items()
         if all(os.path.exists(f"results/{study}/{file}") for file in files)
     ]
+
+
+def final_state(wildcards):
+    """A parameter that changes with the final files of a study, whichever there are by now."""
+    files = [Path(f"results/{wildcards.study}/{name}") for name in FINAL]
+    stats = [(str(it), it.stat().st_size, it.stat().st_mtime_ns) for it in files if it.exists()]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def settings_of(names):

@@ -46,6 +46,7 @@ IN_CAPTIONS = {
     "out_of_distribution": {"source", "images"},
 }
 
+
 # One rule for each result of ensdistill/reports that has a figure: figure_<name>, by the function
 # `draw` in its file, with the caption report/<name>.rst.
 for result in RESULTS.values():
@@ -80,3 +81,43 @@ for result in RESULTS.values():
             code=code("figure", reports=(f"{result.name}.draw",), **result.chosen),
         script:
             "../workflow_scripts/figure.py"
+
+
+# All on one page, for a newcomer to open first.
+rule page:
+    input:
+        [f"results/{{study}}/{name}" for name in FINAL],
+    output:
+        report(
+            "results/{study}/index.html",
+            caption="../report/page.rst",
+            category="{study}",
+            labels={"what": "All on one page", "as": "page"},
+        ),
+    log:
+        "results/{study}/logs/page.log",
+    group:
+        "tables"
+    conda:
+        "../envs/ensdistill.yaml"
+    resources:
+        mem_mb=growing(2000),
+        runtime=growing(5),
+    params:
+        **first_page(),
+    script:
+        "../workflow_scripts/page.py"
+
+
+# The same of what there is by now: snakemake --cores 1 results/<study>/so_far.html
+# Without inputs it makes none of them, and it can be made while another snakemake makes them.
+use rule page as page_so_far with:
+    input:
+        [],
+    output:
+        "results/{study}/so_far.html",
+    log:
+        "results/{study}/logs/so_far.log",
+    params:
+        **first_page(),
+        state=final_state,

@@ -364,7 +364,13 @@ def test_equal_figures_have_equal_bytes(diversity, tmp_path):
 
 
 def test_judging_and_rendering_never_import_torch():
-    names = ["tables", "claims", "verdict_pages", *(f"reports.{name}" for name in all_results())]
+    names = [
+        "tables",
+        "claims",
+        "verdict_pages",
+        "page",
+        *(f"reports.{name}" for name in all_results()),
+    ]
     modules = ", ".join(f"ensdistill.{name}" for name in names)
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

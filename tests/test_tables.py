@@ -319,7 +319,7 @@ def test_a_finding_names_its_student_and_its_p_value(show, read):
     rows = [[cell.replace("\\", "").strip("*") for cell in row] for row in read(text)]
     images = ["Images", "Seeds"]
     assert [row if any(row[1:]) else row[:1] for row in rows] == [
-        ["Quantity", "Asked", "Estimate (95 % interval)", "Verdict", "p, adjusted", *images],
+        ["Quantity", "Asked", "Estimate (95 % interval)", "Verdict", "p (Holm)", *images],
         [near],
         ["share, A_1", "> 0.5", "0.924 (0.850 to 0.970)", "✓ yes", "< 0.001", "597", "3"],
         [each],

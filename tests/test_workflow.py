@@ -26,6 +26,9 @@ def test_everything_is_made_and_a_second_run_has_nothing_to_do(finished):
     for figure in FIGURES:
         assert finished.file(f"figures/{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert finished.file(f"figures/{figure}.pdf").read_bytes().startswith(b"%PDF")
+    page = finished.file("index.html").read_text()
+    for figure in FIGURES:
+        assert f'<figure id="figure-{figure}">' in page
     assert finished.planned() == set()
     assert not list(finished.folder.rglob("results/**/.*")), "temporary files are left"
     assert not list(finished.folder.rglob("state.pt")), "states of training are left"
@@ -169,6 +172,7 @@ def test_the_report_is_one_page_with_every_figure_and_the_table(finished):
         assert f"results/tiny/figures/{figure}.png" in page
     assert "results/tiny/tables/results.html" in page
     assert "results/tiny/claims.html" in page
+    assert "results/tiny/index.html" in page
 
 
 def test_a_result_more_is_one_file_and_its_caption(changed):
@@ -201,6 +205,29 @@ def test_the_report_has_what_is_there_before_all_is_done(changed, deleted, missi
     for figure in FIGURES:
         assert (f"results/tiny/figures/{figure}.png" in page) == (figure not in missing)
     assert "claims.html" not in page
+    assert "index.html" not in page
+
+
+def test_the_first_page_has_what_is_there_before_all_is_done(changed):
+    for file in ("claims.csv", "figures/sweep.png", "logits/perturbed.h5"):
+        changed.file(file).unlink()
+    target = "results/tiny/so_far.html"
+    assert changed.planned(target) == {"page_so_far"}
+    # While another snakemake works, which has locked what it reads and makes.
+    locks = changed.folder / ".snakemake/locks"
+    locks.mkdir(exist_ok=True)
+    held = ["tables/results.csv", "figures/sweep.png", "index.html"]
+    (locks / "0.output.lock").write_text("".join(f"results/tiny/{it}\n" for it in held))
+    assert "cannot be locked" in changed.snakemake().stderr
+    changed.run(target)
+    page = changed.file("so_far.html").read_text()
+    assert "claims.csv has not been made" in page
+    assert "Diversity by size of the perturbation" in page
+    assert '<figure id="figure-sweep">' not in page
+    assert '<figure id="figure-de_curve">' in page
+    assert changed.planned(target) == set()
+    changed.file("figures/reliability.png").unlink()
+    assert changed.planned(target) == {"page_so_far"}
 
 
 def test_the_images_of_a_folder_reach_the_table(tmp_path):
