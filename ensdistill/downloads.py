@@ -26,7 +26,8 @@ BLOCK = 1 << 20
 
 
 class Archive(NamedTuple):
-    """Where an official archive is, and the MD5 that its publisher states."""
+    """Where an official archive is, and the MD5 that its publisher states, or the file there has
+    (of CIFAR-10H none is stated)."""
 
     url: str
     md5: str
@@ -35,6 +36,7 @@ class Archive(NamedTuple):
 CIFAR = "https://www.cs.toronto.edu/~kriz"
 SVHN = "http://ufldl.stanford.edu/housenumbers"
 ZENODO = "https://zenodo.org/records"
+CIFAR_10H = "https://raw.githubusercontent.com/jcpeterson/cifar-10h/master/data"
 
 ARCHIVES = {
     "cifar-10-python.tar.gz": Archive(
@@ -53,6 +55,9 @@ ARCHIVES = {
     ),
     "CIFAR-100-C.tar": Archive(
         f"{ZENODO}/3555552/files/CIFAR-100-C.tar", "11f0ed0f1191edbf9fa23466ae6021d3"
+    ),
+    "cifar10h-probs.npy": Archive(
+        f"{CIFAR_10H}/cifar10h-probs.npy", "7b41f73eee90fdefc73bfc820ab29ba8"
     ),
 }
 """The archives by the names they have here."""
@@ -79,6 +84,9 @@ SOURCES = {
 
 OFFICIAL_CORRUPTIONS = {"cifar10": "CIFAR-10-C.tar", "cifar100": "CIFAR-100-C.tar"}
 """By source, the archive of its corrupted test images."""
+
+HUMAN_ANSWERS = {"cifar10": "cifar10h-probs.npy"}
+"""By source, the archive of what people answered of its test images."""
 
 
 def verify(path: str | os.PathLike[str]) -> str:

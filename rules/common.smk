@@ -7,7 +7,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from ensdistill import InputError
-from ensdistill.downloads import ARCHIVES, OFFICIAL_CORRUPTIONS, SOURCES
+from ensdistill.downloads import ARCHIVES, HUMAN_ANSWERS, OFFICIAL_CORRUPTIONS, SOURCES
 from ensdistill.digests import code_digest
 from ensdistill.architectures import parse_architecture
 from ensdistill.own_data import known_state
@@ -187,6 +187,14 @@ def official_corruptions(wildcards):
     return [f"results/downloads/{OFFICIAL_CORRUPTIONS[study.images.source]}"]
 
 
+def human_answers(wildcards):
+    """The download of what people answered of a study's test images, if they are the asked ones."""
+    images = STUDIES[wildcards.study].images
+    if images.source not in HUMAN_ANSWERS or images.test is not None:
+        return []
+    return [f"results/downloads/{HUMAN_ANSWERS[images.source]}"]
+
+
 def shift(wildcards):
     """What decides a study's shifted images."""
     study = STUDIES[wildcards.study]
@@ -229,6 +237,8 @@ def of_students(pattern):
 
 def result_input(pattern):
     """Files that a result reads, as `ensdistill.reports` explains: a path or an input function."""
+    if pattern == "{human}":
+        return human_answers
     for mark, files in (
         ("{pool}", of_pool),
         ("{ensemble}", of_ensemble),

@@ -17,6 +17,7 @@ from torchvision import datasets
 from ensdistill import DamagedFile, InputError, downloads, files, sources
 from ensdistill.downloads import (
     ARCHIVES,
+    HUMAN_ANSWERS,
     OFFICIAL_CORRUPTIONS,
     SOURCES,
     Archive,
@@ -256,7 +257,8 @@ def test_the_registry_is_the_publishers():
         url, name, checksum = datasets.SVHN.split_list[split]
         assert ARCHIVES[f"svhn_{name}"] == (url, checksum)
     read = [*chain.from_iterable(it.archives for it in SOURCES.values())]
-    assert sorted([*read, *OFFICIAL_CORRUPTIONS.values()]) == sorted(ARCHIVES)
+    beside = [*OFFICIAL_CORRUPTIONS.values(), *HUMAN_ANSWERS.values()]
+    assert sorted([*read, *beside]) == sorted(ARCHIVES)
     assert all(callable(getattr(sources, it.reader)) for it in SOURCES.values())
 
 

@@ -1,5 +1,6 @@
 """Tables of numbers against sums written out, SciPy and scikit-learn."""
 
+import io
 from itertools import combinations, permutations
 from math import comb
 
@@ -30,6 +31,7 @@ from ensdistill.reports import (
 )
 from ensdistill.reports.diversity_teachers import diversity_by_confidence
 from ensdistill.systems import by_label, subsets
+from tests.builders import publish
 
 POOL, K = 4, 5
 
@@ -118,6 +120,35 @@ def test_the_temperature_is_from_the_validation_images_alone(files):
     scaled = softmax(np.log(softmax(test.astype(float), axis=2).mean(1)) / temperature, axis=1)
     assert row.temperature == temperature
     assert row.nll_ts == pytest.approx(log_loss(labels, scaled, labels=range(K)))
+
+
+def answers(path, shares):
+    """An archive of people's answers."""
+    buffer = io.BytesIO()
+    np.save(buffer, shares)
+    return path, buffer.getvalue()
+
+
+def test_predictions_are_compared_with_peoples_answers_where_there_are_some(
+    files, tmp_path, monkeypatch
+):
+    teachers, students = files
+    students = {"A": students["A"]}
+    assert scores.table(teachers, students, n_bins=15).human_kl.isna().all()
+    labels = read_logits(teachers[0], "test")[1]
+    shares = 0.6 * np.eye(K)[labels] + 0.4 * np.random.default_rng(7).dirichlet(np.ones(K), 120)
+    archive = publish(monkeypatch, *answers(tmp_path / "cifar10h-probs.npy", shares))
+    table = scores.table(teachers, students, n_bins=15, human=[archive])
+    rows = table.set_index(["system", "replicate"])
+    p = softmax(np.float64(read_logits(students["A"][1], "test")[0]), axis=2).mean(1)
+    assert rows.human_kl["A", "1"] == pytest.approx(np.mean(kl_or_entropy(shares, p, axis=1)))
+    for wrong in (shares[:-1], np.roll(shares, 1, axis=1)):
+        archive = publish(monkeypatch, *answers(tmp_path / "cifar10h-probs.npy", wrong))
+        with pytest.raises(InputError, match="answers are not about the study's test images"):
+            scores.table(teachers, students, n_bins=15, human=[archive])
+    (tmp_path / "cifar10h-probs.npy").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"not the official cifar10h-probs\.npy"):
+        scores.table(teachers, students, n_bins=15, human=[archive])
 
 
 def test_a_single_network_has_no_diversity(files):
