@@ -151,32 +151,41 @@ def method_of(wildcards):
     return rest[0] if role == "students" else wildcards.get("method")
 
 
-def archives_of(source):
-    """The downloads that a source is read from, if any."""
-    archives = SOURCES[source].archives if source in SOURCES else ()
+def archives_of(*sections):
+    """The downloads that the sources of a study's sections are read from, if any."""
+    sources = dict.fromkeys(section.source for section in sections)
+    archives = [archive for it in sources if it in SOURCES for archive in SOURCES[it].archives]
     return [f"results/downloads/{archive}" for archive in archives]
 
 
-def reading_code(script, section):
-    """A parameter function: it changes with code that reads the source of a study's images."""
-
-    def digest(wildcards):
-        source = getattr(STUDIES[wildcards.study], section).source
-        known = (source,) if source in SOURCES else ()
-        return code(script, sources=tuple(SOURCES[it].reader for it in known), SOURCES=known)
-
-    return digest
+def reading_code(script, *sections):
+    """A parameter that changes with code that reads the sources of a study's sections."""
+    known = sorted({section.source for section in sections} & SOURCES.keys())
+    readers = sorted({SOURCES[it].reader for it in known})
+    return code(script, sources=tuple(readers), SOURCES=tuple(known))
 
 
 @cache
-def own_data(study, section):
+def own_data(study):
     """A parameter that changes when a study's own images do, and where that is noted; else None."""
-    source = getattr(STUDIES[study], section)
-    if source.source != "folder":
-        return None
-    record = f".snakemake/own_data/{study}-{section}.json"
-    state = known_state(record, source.path, labelled=section == "images")
-    return {"record": record, "state": state}
+    images = STUDIES[study].images
+    return state_of(f"{study}-images", images, labelled=True) if images.path else None
+
+
+@cache
+def own_others(study):
+    """The same of its own images out of distribution, by the name of their set."""
+    return {
+        others.name: state_of(f"{study}-out_of_distribution-{others.name}", others, labelled=False)
+        for others in STUDIES[study].out_of_distribution
+        if others.path
+    }
+
+
+def state_of(name, section, labelled):
+    """What is known of a section's own images, and where that is noted."""
+    record = f".snakemake/own_data/{name}.json"
+    return {"record": record, "state": known_state(record, section.path, labelled=labelled)}
 
 
 def official_corruptions(wildcards):
@@ -272,6 +281,7 @@ def settings_of(names):
         known = {
             "n_bins": study.confidence_bins,
             "members": study.members,
+            "sets": [others.name for others in study.out_of_distribution],
             "labels": {name: method.label for name, method in study.methods.items()},
             "paper": {
                 method.paper: {"name": name, "label": method.label}

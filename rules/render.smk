@@ -42,7 +42,7 @@ IN_CAPTIONS = {
     "teacher": {"epochs"},
     "student": {"epochs"},
     "corruptions": {"source", "images"},
-    "out_of_distribution": {"source", "images"},
+    "out_of_distribution": {"__all__": {"name", "source", "images"}},
 }
 
 # One rule for each result of ensdistill/reports that has a figure: figure_<name>, by the function

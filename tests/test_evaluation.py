@@ -1,13 +1,14 @@
 """Tables of numbers against sums written out, SciPy and scikit-learn."""
 
 import io
-from itertools import combinations, permutations
+import math
+from itertools import combinations, permutations, product
 from math import comb
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax, logsumexp, softmax
 from scipy.stats import bootstrap
 from scipy.stats import entropy as kl_or_entropy
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
@@ -350,7 +351,8 @@ def shifted(tmp_path):
     rng = np.random.default_rng(6)
     labels = {split: rng.integers(0, K, 40) for split in ("clean/0", "fog/1", "fog/5")}
     labels = {f"corrupted/{split}": y for split, y in labels.items()}
-    labels["out_of_distribution"] = np.full(55, -1)
+    labels["out_of_distribution/near"] = np.full(55, -1)
+    labels["out_of_distribution/far"] = np.full(30, -1)
     known = {}
 
     def write(name, members):
@@ -404,35 +406,42 @@ def test_out_of_distribution_images_are_told_from_test_images_by_uncertainty(fil
     teachers, students = files
     students = {"A": students["A"], "single": [teachers[3]]}
     shifted_teachers, shifted_students, known, _ = shifted
-    table = out_of_distribution.table(teachers[:2], students, shifted_teachers, shifted_students)
+    sets = {"near": 55, "far": 30}
+    files = shifted_teachers, shifted_students
+    table = out_of_distribution.table(teachers[:2], students, *files, list(sets))
     inside = systems_of(teachers[:2], students, lambda path: read_logits(path, "test")[0])
-    outside = systems_of(
-        shifted_teachers, shifted_students, lambda path: known[path]["out_of_distribution"]
-    )
+    outside = {
+        name: systems_of(*files, lambda path, name=name: known[path][f"out_of_distribution/{name}"])
+        for name in sets
+    }
     expected = {}
-    for system in inside:
-        logits = np.float64(inside[system]), outside[system]
+    for system, name in product(inside, sets):
+        logits = np.float64(inside[system]), outside[name][system]
         p = [softmax(part, axis=2) for part in logits]
         uncertainty = {
             "max_probability": [1 - part.mean(1).max(1) for part in p],
             "entropy": [kl_or_entropy(part.mean(1), axis=1) for part in p],
+            "energy": [-logsumexp(part.mean(1), axis=1) for part in logits],
+            "max_logit": [-part.mean(1).max(1) for part in logits],
         }
         if p[0].shape[1] > 1:
             uncertainty["mutual_information"] = [
                 kl_or_entropy(part.mean(1), axis=1) - kl_or_entropy(part, axis=2).mean(1)
                 for part in p
             ]
-        for name, values in uncertainty.items():
-            both, is_outside = np.concatenate(values), np.repeat([0, 1], [120, 55])
-            threshold = np.sort(values[1])[-53]  # 53 of 55 are the first to make 95 %
-            expected[*system, name] = {
+        for score, values in uncertainty.items():
+            both, is_outside = np.concatenate(values), np.repeat([0, 1], [120, sets[name]])
+            # 53 of 55, and 29 of 30, are the first to make 95 %.
+            threshold = np.sort(values[1])[-math.ceil(0.95 * sets[name])]
+            expected[*system, score, name] = {
                 "auroc": roc_auc_score(is_outside, both),
                 "aupr": average_precision_score(is_outside, both),
                 "fpr95": np.mean(values[0] >= threshold),
                 "n_in": 120,
-                "n_out": 55,
+                "n_out": sets[name],
             }
-    found = table.set_index(["system", "replicate", "score"]).to_dict("index")
+    assert table["set"].unique().tolist() == ["near", "far"]
+    found = table.set_index(["system", "replicate", "score", "set"]).to_dict("index")
     assert found.keys() == expected.keys()
     for key in expected:
         assert found[key] == pytest.approx(expected[key])

@@ -160,6 +160,7 @@ def test_bins_are_dots_coloured_by_value_and_sized_by_share(module):
 def test_detection_and_jacobians_fit_a_page():
     rows = [
         {"system": system, "replicate": seed, "score": score, "n_in": 30, "n_out": 10, "n": 5}
+        | {"set": "far"}
         | dict.fromkeys(("auroc", "aupr", "fpr95"), RNG.random())
         | dict.fromkeys(("error", "error_low", "cosine", "cosine_low"), 0.4 + seed)
         | dict.fromkeys(("error_high", "cosine_high"), 0.5 + seed)

@@ -10,7 +10,7 @@ from ensdistill.reports import results
 from tests.project import FIGURES, REPOSITORY
 
 RESULTS = results()
-SETTINGS = {"n_bins", "members", "labels"}
+SETTINGS = {"n_bins", "members", "labels", "sets"}
 
 
 def test_every_figure_has_its_caption_and_every_caption_its_figure():
