@@ -27,6 +27,7 @@ from ensdistill.reports import (
     reliability,
     saturation,
     scores,
+    selective,
     sweep,
     transfer,
 )
@@ -180,6 +181,29 @@ def test_reliability_bins_add_up_to_the_calibration_error(files):
             gaps = (group.accuracy - group.confidence).abs() * group["count"]
             assert gaps.sum() / images == pytest.approx(group.ece.iloc[0])
     assert table[table.name == "A"].n.unique().tolist() == [2]
+
+
+def test_risk_coverage_curves_are_the_errors_among_the_surest(files):
+    teachers, students = files
+    table = selective.table(teachers[:2], students)
+    assert list(table.system.unique()) == ["DE-1", "DE-2", "A", "B", "C"]
+    assert table.groupby("system").replicate.nunique().to_dict() == {
+        **{"DE-1": 2, "DE-2": 1},
+        **{"A": 2, "B": 1, "C": 1},
+    }
+    read = [(name, 0, students[name][0]) for name in "ABC"] + [("DE-1", 1, teachers[1])]
+    for system, replicate, path in read:
+        logits, labels = read_logits(path, "test")
+        p = softmax(np.float64(logits), axis=2).mean(1)
+        wrong = [np.argmax(p[i]) != labels[i] for i in sorted(range(120), key=lambda i: -max(p[i]))]
+        rows = table[(table.system == system) & (table.replicate == replicate)]
+        assert rows.coverage.tolist() == list(range(1, 101))
+        for coverage, risk in zip(rows.coverage, rows.risk, strict=True):
+            kept = math.ceil(coverage * 120 / 100)
+            assert risk == pytest.approx(100 * sum(wrong[:kept]) / kept)
+        means = [sum(wrong[:k]) / k for k in range(1, 121)]
+        assert rows.aurc.tolist() == pytest.approx([sum(means) / 120] * 100)
+        assert rows.n.unique().tolist() == [120]
 
 
 def test_diversity_in_confidence_bins_averages_to_the_diversity(files):

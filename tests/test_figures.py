@@ -21,6 +21,7 @@ from ensdistill.reports import (
     out_of_distribution,
     reliability,
     saturation,
+    selective,
     sweep,
     transfer,
 )
@@ -353,6 +354,34 @@ def test_detection_is_shown_by_system_and_score_with_the_spread_over_seeds(tmp_p
                 ends = spread[0].get_segments()[0][:, 0]
                 assert np.ptp(ends) == pytest.approx(2 * group[key].std())
     assert "AUPR 0.25" in figure.get_supxlabel()
+
+
+def test_risk_coverage_curves_are_means_and_areas_have_the_spread_over_seeds(tmp_path):
+    rng = np.random.default_rng(0)
+    tables = [
+        pd.DataFrame({"system": system, "replicate": replicate, "coverage": range(1, 101)}).assign(
+            risk=rng.random(100), aurc=rng.random(), n=30
+        )
+        for system, replicates in (("DE-1", 2), ("DE-4", 1), ("A", 3))
+        for replicate in range(replicates)
+    ]
+    frame = pd.concat(tables)
+    figure = selective.draw(stored(tmp_path / "s.csv", frame))
+    curves, areas = figure.axes
+    groups = frame.groupby("system", sort=False)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(groups.groups)
+    for line, container, (_, group) in zip(curves.lines, areas.containers, groups, strict=True):
+        assert line.get_xdata().tolist() == list(range(1, 101))
+        np.testing.assert_allclose(line.get_ydata(), group.groupby("coverage")["risk"].mean())
+        values = group.groupby("replicate")["aurc"].first()
+        dot, _, spread = container
+        assert dot.get_xdata()[0] == pytest.approx(values.mean())
+        if len(values) > 1:
+            ends = spread[0].get_segments()[0][:, 0]
+            assert np.ptp(ends) == pytest.approx(2 * values.std())
+        else:
+            assert not spread
+    assert "2 (DE-1), 1 (DE-4), 3 seeds (students)" in figure.get_supxlabel()
 
 
 def test_detection_of_several_sets_has_a_panel_for_each(tmp_path):
