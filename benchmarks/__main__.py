@@ -20,6 +20,7 @@ from benchmarks.measurements import (
     dry_run,
     hours,
     judging,
+    judging_at_scale,
     methods,
     operations,
     steps,
@@ -38,6 +39,7 @@ def main() -> None:
     dry_run(bench)
     workflow(bench)
     judging(bench)
+    judging_at_scale(bench)
     workloads = {key: Workload(it, bench.device) for key, it in shapes(bench.device).items()}
     for key, workload in workloads.items():
         with threads(workload.shape.threads):

@@ -282,7 +282,7 @@ METRICS: dict[str, Metric] = {
         deep_ensemble_equivalent,
         HIGHER,
         decimals=2,
-        meaning="the same with NLL, TS",
+        meaning="Deep Ensemble Equivalent of the NLL after scaling by T*",
         equivalent_of="nll_ts",
     ),
     "diversity": Metric(
@@ -348,8 +348,8 @@ METRICS: dict[str, Metric] = {
         lambda it: 100 * it.lac.coverage,
         unit="%",
         decimals=2,
-        meaning="images whose label is in their conformal set, of which 90 % were asked for: least "
-        "ambiguous sets, calibrated on half of the validation split",
+        meaning="images whose label is in their conformal set (least ambiguous sets, LAC); "
+        "90 % are asked for; calibrated on half of the validation split",
         in_table=False,
     ),
     "lac_size": Metric(
@@ -358,7 +358,7 @@ METRICS: dict[str, Metric] = {
         LOWER,
         "classes",
         decimals=3,
-        meaning="mean number of classes in these sets",
+        meaning="mean number of classes in these sets, LAC",
         in_table=False,
     ),
     "aps_coverage": Metric(
@@ -366,7 +366,8 @@ METRICS: dict[str, Metric] = {
         lambda it: 100 * it.aps.coverage,
         unit="%",
         decimals=2,
-        meaning="the same of adaptive prediction sets, which are never empty",
+        meaning="images whose label is in their adaptive prediction set (APS), which is never "
+        "empty; at least 90 % are asked for",
         in_table=False,
     ),
     "aps_size": Metric(
@@ -375,7 +376,7 @@ METRICS: dict[str, Metric] = {
         LOWER,
         "classes",
         decimals=3,
-        meaning="mean number of classes in these",
+        meaning="mean number of classes in adaptive prediction sets",
         in_table=False,
     ),
     "human_kl": Metric(

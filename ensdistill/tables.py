@@ -9,24 +9,35 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from ensdistill.judging import Metric
 from ensdistill.latex import UNICODE_ENGINE, latex
 from ensdistill.markup import html_page, markdown, markdown_table, number, unbroken
 from ensdistill.metrics import METRICS
 
 COLUMNS = {key: metric for key, metric in METRICS.items() if metric.in_table}
-"""Of the table; the CSV has all metrics."""
+"""Of the table; the wide one and the CSV have all metrics."""
 
-LEGEND = (
-    "Mean ± standard deviation over n replicates: student seeds, or for DE-m subsets of the pool "
-    "of teachers (overlapping, so the spread is understated). "
-    + "; ".join(
+ABSENT = "–"
+
+
+def legend(columns: Mapping[str, Metric]) -> str:
+    """What a table's columns are."""
+    meanings = (
         f"{metric.title}: {metric.meaning}{' in nats' if metric.unit == 'nats' else ''}"
-        for metric in COLUMNS.values()
+        for metric in columns.values()
         if metric.meaning
     )
-    + ". '–': a network that predicts one distribution has none. Arrows point to better."
-)
-ABSENT = "–"
+    return (
+        "Mean ± standard deviation over n replicates: student seeds, or for DE-m subsets of the "
+        f"pool of teachers (overlapping, so the spread is understated). {'; '.join(meanings)}. "
+        f"'{ABSENT}': undefined, as is the diversity of a network that predicts one distribution. "
+        "Arrows point to better."
+    )
+
+
+def measured_columns(summary: pd.DataFrame) -> dict[str, Metric]:
+    """Of the wide table: all metrics that some system has."""
+    return {key: metric for key, metric in METRICS.items() if summary[key].notna().any()}
 
 
 def summarize(scores: pd.DataFrame, published: Mapping[str, Any] | None = None) -> pd.DataFrame:
@@ -72,17 +83,17 @@ class Row:
     """Texts and ranks; 1 and 2 mark the best and second best student."""
 
 
-def _rows(summary: pd.DataFrame) -> Iterator[Row]:
+def _rows(summary: pd.DataFrame, columns: Mapping[str, Metric] = COLUMNS) -> Iterator[Row]:
     students = ~summary["system"].str.fullmatch(r"DE-\d+")
     ranks = {
         key: (metric.better * summary[key])[students].rank(method="min", ascending=False)
-        for key, metric in COLUMNS.items()
+        for key, metric in columns.items()
         if metric.better
     }
-    decimals = {key: _published_decimals(summary, key) for key in COLUMNS}
+    decimals = {key: _published_decimals(summary, key) for key in columns}
     for index, row in summary.iterrows():
         cells = [(row["system"], 0), (str(row["n"]), 0)]
-        for key in COLUMNS:
+        for key in columns:
             rank = ranks.get(key, {}).get(index, 0)
             cells.append((_cell(row, key), int(rank) if rank == rank else 0))
         kind = "student" if students[index] else "ensemble"
@@ -120,8 +131,8 @@ def _bound(outside: float) -> str:
     return "≤" if outside < 0 else "≥" if outside > 0 else ""
 
 
-def _titles() -> list[str]:
-    return ["System", "n", *(metric.column for metric in COLUMNS.values()), "Parameters"]
+def _titles(columns: Mapping[str, Metric] = COLUMNS) -> list[str]:
+    return ["System", "n", *(metric.column for metric in columns.values()), "Parameters"]
 
 
 def _source(summary: pd.DataFrame) -> str:
@@ -136,18 +147,18 @@ def _mark(cell: tuple[str, int], best: Callable[[str], str], second: Callable[[s
     return best(text) if rank == 1 else second(text) if rank == 2 else text
 
 
-def to_markdown(summary: pd.DataFrame) -> str:
+def to_markdown(summary: pd.DataFrame, columns: Mapping[str, Metric] = COLUMNS) -> str:
     """The table in GitHub's Markdown; best student bold, second best in italics."""
-    lines = [_titles(), [":--", *["--:"] * (len(COLUMNS) + 2)]]
-    for row in _rows(summary):
+    lines = [_titles(columns), [":--", *["--:"] * (len(columns) + 2)]]
+    for row in _rows(summary, columns):
         texts = ((markdown(text).replace("± ", unbroken("± ")), rank) for text, rank in row.cells)
         line = [_mark(cell, "**{}**".format, "*{}*".format) for cell in texts]
         if row.kind == "published":
             line[0] = unbroken(f"↳ {line[0]}")
         lines.append(line)
     marks = "**Best** and *second best* student are marked."
-    legend = f"{markdown(LEGEND)} {marks} {markdown(_source(summary))}"
-    return f"{markdown_table(lines)}\n\n{legend.rstrip()}\n"
+    below = f"{markdown(legend(columns))} {marks} {markdown(_source(summary))}"
+    return f"{markdown_table(lines)}\n\n{below.rstrip()}\n"
 
 
 FOR_OTHER_ENGINES = (
@@ -177,7 +188,7 @@ def to_latex(summary: pd.DataFrame) -> str:
     source = latex(_source(summary))
     return "\n".join(
         [
-            f"% {latex(LEGEND)}",
+            f"% {latex(legend(COLUMNS))}",
             *([FOR_OTHER_ENGINES] if UNICODE_ENGINE in "".join([*body, source]) else []),
             rf"\begin{{tabular}}{{l{'r' * (columns - 1)}}}",
             r"\toprule",
@@ -196,9 +207,11 @@ def _first_student(rows: list[Row]) -> int:
     return next((index for index, row in enumerate(rows) if row.kind == "student"), len(rows))
 
 
-def to_html(summary: pd.DataFrame) -> str:
+def to_html(
+    summary: pd.DataFrame, columns: Mapping[str, Metric] = COLUMNS, title: str = "Results"
+) -> str:
     """A page of its own; best student bold, second best underlined."""
-    rows, body = list(_rows(summary)), []
+    rows, body = list(_rows(summary, columns)), []
     first = _first_student(rows)
     for index, row in enumerate(rows):
         cells = "".join(
@@ -207,15 +220,15 @@ def to_html(summary: pd.DataFrame) -> str:
         )
         kind = "first-student" if index == first else row.kind
         body.append(f"<tr class={kind}>{cells}</tr>")
-    head = "".join(f"<th>{title}</th>" for title in _titles())
-    legend = (
-        f"{html.escape(LEGEND)} <b>Best</b> and <u>second best</u> student are marked. "
+    head = "".join(f"<th>{column}</th>" for column in _titles(columns))
+    below = (
+        f"{html.escape(legend(columns))} <b>Best</b> and <u>second best</u> student are marked. "
         f"{html.escape(_source(summary))}"
     )
     return html_page(
-        "Results",
+        title,
         f"<table><thead><tr>{head}</tr></thead><tbody>",
         *body,
         "</tbody></table>",
-        f"<p>{legend.rstrip()}</p>",
+        f"<p>{below.rstrip()}</p>",
     )

@@ -23,7 +23,7 @@ STUDIES = CONFIGURATION.studies
 RUN = CONFIGURATION.run
 METHODS = sorted({method for study in STUDIES.values() for method in study.methods})
 
-TABLES = ["csv", "md", "tex", "html"]
+TABLES = [*(f"results.{ending}" for ending in ("csv", "md", "tex", "html")), "wide.md", "wide.html"]
 RESULTS = results()
 FIGURES = [name for name, result in RESULTS.items() if result.has_figure]
 
@@ -260,7 +260,7 @@ def result_input(pattern):
 
 def reported(study):
     """The files of a study for the report that exist, with all that Snakemake then looks for."""
-    table = ["tables/results.csv", "tables/results.html"]
+    table = ["tables/results.csv", "tables/results.html", "tables/wide.html"]
     needed = {name: table for name in table} | {"claims.html": ["claims.html"]}
     for name in FIGURES:
         figure = f"figures/{name}.png"

@@ -23,6 +23,8 @@ from tests.project import FIGURES, METHODS, Project, another_result
 def test_everything_is_made_and_a_second_run_has_nothing_to_do(finished):
     for ending in ("csv", "md", "tex", "html"):
         assert finished.file(f"tables/results.{ending}").stat().st_size > 200
+    for ending in ("md", "html"):
+        assert "APS size" in finished.file(f"tables/wide.{ending}").read_text()
     for figure in FIGURES:
         assert finished.file(f"figures/{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert finished.file(f"figures/{figure}.pdf").read_bytes().startswith(b"%PDF")
@@ -168,6 +170,7 @@ def test_the_report_is_one_page_with_every_figure_and_the_table(finished):
     for figure in FIGURES:
         assert f"results/tiny/figures/{figure}.png" in page
     assert "results/tiny/tables/results.html" in page
+    assert "results/tiny/tables/wide.html" in page
     assert "results/tiny/claims.html" in page
 
 
