@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensdistill import InputError
-from ensdistill.downloads import verify
+from ensdistill.downloads import verify_answers
 from ensdistill.files import reading
 
 
@@ -24,7 +24,7 @@ def read_answers(
         InputError: the archive is missing or damaged, or is of other images: people agree with the
             labels of fewer than half of them.
     """
-    verify(path)
+    verify_answers(path)
     with reading(path, "an array", lambda error: isinstance(error, ValueError)) as file:
         answers = np.load(file, allow_pickle=False)
     if answers.shape != (len(labels), classes) or np.mean(answers.argmax(1) == labels) < 0.5:

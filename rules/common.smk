@@ -7,7 +7,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from ensdistill import InputError
-from ensdistill.downloads import ARCHIVES, HUMAN_ANSWERS, OFFICIAL_CORRUPTIONS, SOURCES
+from ensdistill.downloads import ANSWERS, ARCHIVES, HUMAN_ANSWERS, OFFICIAL_CORRUPTIONS, SOURCES
 from ensdistill.digests import code_digest
 from ensdistill.architectures import parse_architecture
 from ensdistill.own_data import known_state

@@ -4,13 +4,13 @@ rule download:
     log:
         "results/downloads/{archive}.log",
     wildcard_constraints:
-        archive="|".join(map(re.escape, ARCHIVES)),
+        archive="|".join(map(re.escape, [*ARCHIVES, *ANSWERS])),
     localrule: True  # nodes of a cluster often cannot reach the internet
     conda:
         "../envs/ensdistill.yaml"
     params:
         # Whatever code fetched it, a verified archive is the same.
-        md5=lambda wildcards: ARCHIVES[wildcards.archive].md5,
+        md5=lambda wildcards: {**ARCHIVES, **ANSWERS}[wildcards.archive].md5,
     script:
         "../workflow_scripts/download.py"
 

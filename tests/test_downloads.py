@@ -16,6 +16,7 @@ from torchvision import datasets
 
 from ensdistill import DamagedFile, InputError, downloads, files, sources
 from ensdistill.downloads import (
+    ANSWERS,
     ARCHIVES,
     HUMAN_ANSWERS,
     OFFICIAL_CORRUPTIONS,
@@ -257,8 +258,8 @@ def test_the_registry_is_the_publishers():
         url, name, checksum = datasets.SVHN.split_list[split]
         assert ARCHIVES[f"svhn_{name}"] == (url, checksum)
     read = [*chain.from_iterable(it.archives for it in SOURCES.values())]
-    beside = [*OFFICIAL_CORRUPTIONS.values(), *HUMAN_ANSWERS.values()]
-    assert sorted([*read, *beside]) == sorted(ARCHIVES)
+    assert sorted([*read, *OFFICIAL_CORRUPTIONS.values()]) == sorted(ARCHIVES)
+    assert [*HUMAN_ANSWERS.values()] == [*ANSWERS]
     assert all(callable(getattr(sources, it.reader)) for it in SOURCES.values())
 
 

@@ -1,6 +1,5 @@
 """Tables of numbers against sums written out, SciPy and scikit-learn."""
 
-import io
 import math
 from itertools import combinations, permutations, product
 from math import comb
@@ -14,6 +13,7 @@ from scipy.stats import entropy as kl_or_entropy
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
 from ensdistill import InputError, metrics
+from ensdistill.downloads import ANSWERS, Archive
 from ensdistill.files import write_hdf5
 from ensdistill.predictions import read_prediction
 from ensdistill.reports import (
@@ -33,7 +33,7 @@ from ensdistill.reports import (
 )
 from ensdistill.reports.diversity_teachers import diversity_by_confidence
 from ensdistill.systems import by_label, subsets
-from tests.builders import publish
+from tests.builders import md5
 
 POOL, K = 4, 5
 
@@ -124,11 +124,12 @@ def test_the_temperature_is_from_the_validation_images_alone(files):
     assert row.nll_ts == pytest.approx(log_loss(labels, scaled, labels=range(K)))
 
 
-def answers(path, shares):
-    """An archive of people's answers."""
-    buffer = io.BytesIO()
-    np.save(buffer, shares)
-    return path, buffer.getvalue()
+def publish_answers(monkeypatch, path, shares):
+    """Write an archive of people's answers that stands for the official one."""
+    np.save(path, shares)
+    known = Archive("http://127.0.0.1/", md5(path.read_bytes()))
+    monkeypatch.setitem(ANSWERS, path.name, known)
+    return str(path)
 
 
 def test_predictions_are_compared_with_peoples_answers_where_there_are_some(
@@ -139,13 +140,13 @@ def test_predictions_are_compared_with_peoples_answers_where_there_are_some(
     assert scores.table(teachers, students, n_bins=15).human_kl.isna().all()
     labels = read_logits(teachers[0], "test")[1]
     shares = 0.6 * np.eye(K)[labels] + 0.4 * np.random.default_rng(7).dirichlet(np.ones(K), 120)
-    archive = publish(monkeypatch, *answers(tmp_path / "cifar10h-probs.npy", shares))
+    archive = publish_answers(monkeypatch, tmp_path / "cifar10h-probs.npy", shares)
     table = scores.table(teachers, students, n_bins=15, human=[archive])
     rows = table.set_index(["system", "replicate"])
     p = softmax(np.float64(read_logits(students["A"][1], "test")[0]), axis=2).mean(1)
     assert rows.human_kl["A", "1"] == pytest.approx(np.mean(kl_or_entropy(shares, p, axis=1)))
     for wrong in (shares[:-1], np.roll(shares, 1, axis=1)):
-        archive = publish(monkeypatch, *answers(tmp_path / "cifar10h-probs.npy", wrong))
+        publish_answers(monkeypatch, tmp_path / "cifar10h-probs.npy", wrong)
         with pytest.raises(InputError, match="answers are not about the study's test images"):
             scores.table(teachers, students, n_bins=15, human=[archive])
     (tmp_path / "cifar10h-probs.npy").write_bytes(b"x")
