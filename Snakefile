@@ -55,7 +55,7 @@ include: "rules/render.smk"
 rule all:
     default_target: True
     input:
-        expand("results/{study}/tables/results.{ending}", study=RUN, ending=TABLES),
+        expand("results/{study}/tables/{table}", study=RUN, table=TABLES),
         expand("results/{study}/figures/{figure}.png", study=RUN, figure=FIGURES),
         expand("results/{study}/{page}.md", study=RUN, page=["claims", "findings"]),
         expand("results/{study}/index.html", study=RUN),
@@ -74,7 +74,7 @@ rule students:
 
 rule tables:
     input:
-        expand("results/{study}/tables/results.{ending}", study=RUN, ending=TABLES),
+        expand("results/{study}/tables/{table}", study=RUN, table=TABLES),
 
 
 rule figures:

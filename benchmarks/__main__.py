@@ -20,6 +20,7 @@ from benchmarks.measurements import (
     dry_run,
     hours,
     judging,
+    judging_at_scale,
     methods,
     operations,
     steps,
@@ -40,6 +41,7 @@ def main() -> None:
     workflow(bench)
     judging(bench)
     predictions(bench)
+    judging_at_scale(bench)
     workloads = {key: Workload(it, bench.device) for key, it in shapes(bench.device).items()}
     for key, workload in workloads.items():
         with threads(workload.shape.threads):

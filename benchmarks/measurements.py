@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import scale
 from benchmarks.rows import Bench, Row
 from benchmarks.workloads import CONF_ODS, CPU_THREADS, MEMBERS, Call, Workload, shapes, threads
 from ensdistill import claims
@@ -281,6 +282,25 @@ def judging(bench: Bench) -> None:
         ours_mb=found["mb"],
         **facts,
     )
+
+
+def judging_at_scale(bench: Bench) -> None:
+    """From logits of 50,000 images of 20 systems to tables, each in a process of its own."""
+    wanted = [name for name in scale.JUDGED if bench.wants(f"judging_50k_{name}_s")]
+    if not wanted:
+        return
+    shape = f"{scale.IMAGES:,} images, {scale.MEMBERS} members, {scale.CLASSES} classes"
+    with tempfile.TemporaryDirectory() as folder:
+        scale.write(folder)
+        for name in wanted:
+            seconds, peak = in_a_new_process(scale.judged, name, folder)
+            bench.alone(
+                f"judging_50k_{name}_s",
+                f"{name} of {scale.SYSTEMS} systems, from HDF5; memory: of the whole process",
+                [seconds],
+                ours_mb=peak,
+                shape=shape,
+            )
 
 
 def metrics_10k() -> Row:

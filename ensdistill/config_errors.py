@@ -127,6 +127,8 @@ def _place(schema: Mapping[str, Any], loc: tuple[str | int, ...]) -> tuple[list[
         section = node
         if part in node.get("discriminator", {}).get("mapping", {}):
             node = {"$ref": node["discriminator"]["mapping"][part]}
+        elif part.isdigit() and "properties" in node:  # of a list that may be one section
+            path += [part] if part != "0" else []
         else:
             path.append(part)
             by_pattern = node.get("patternProperties", {}).values()

@@ -35,6 +35,7 @@ class Archive(NamedTuple):
 CIFAR = "https://www.cs.toronto.edu/~kriz"
 SVHN = "http://ufldl.stanford.edu/housenumbers"
 ZENODO = "https://zenodo.org/records"
+CIFAR_10H = "https://raw.githubusercontent.com/jcpeterson/cifar-10h/master/data"
 
 ARCHIVES = {
     "cifar-10-python.tar.gz": Archive(
@@ -56,6 +57,14 @@ ARCHIVES = {
     ),
 }
 """The archives by the names they have here."""
+
+ANSWERS = {
+    "cifar10h-probs.npy": Archive(
+        f"{CIFAR_10H}/cifar10h-probs.npy", "7b41f73eee90fdefc73bfc820ab29ba8"
+    ),
+}
+"""More archives, of what people answered of test images. Their publisher states no MD5; it is that
+of the file at its address. Apart from `ARCHIVES`, of which all counts as code that reads images."""
 
 
 class Source(NamedTuple):
@@ -80,6 +89,9 @@ SOURCES = {
 OFFICIAL_CORRUPTIONS = {"cifar10": "CIFAR-10-C.tar", "cifar100": "CIFAR-100-C.tar"}
 """By source, the archive of its corrupted test images."""
 
+HUMAN_ANSWERS = {"cifar10": "cifar10h-probs.npy"}
+"""By source, the archive of what people answered of its test images."""
+
 
 def verify(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of an official archive, known by its file's name and its MD5.
@@ -93,6 +105,13 @@ def verify(path: str | os.PathLike[str]) -> str:
     if md5 != ARCHIVES[path.name].md5:
         raise DamagedFile(path, f"not the official {path.name}")
     return sha256
+
+
+def verify_answers(path: str | os.PathLike[str]) -> None:
+    """As `verify`, of an archive of `ANSWERS`."""
+    path = Path(path)
+    if _digests(path)[0] != ANSWERS[path.name].md5:
+        raise DamagedFile(path, f"not the official {path.name}")
 
 
 def download(name: str, path: str | os.PathLike[str]) -> None:
@@ -109,7 +128,7 @@ def download(name: str, path: str | os.PathLike[str]) -> None:
     from requests import RequestException
     from urllib3.exceptions import HTTPError
 
-    url, md5 = ARCHIVES[name]
+    url, md5 = {**ARCHIVES, **ANSWERS}[name]
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)

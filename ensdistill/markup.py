@@ -9,6 +9,8 @@ h1 { font-size: 1.25rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .3rem .45rem; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
+td:first-child { position: sticky; left: 0; background: #fff; }
+thead th:first-child { left: 0; z-index: 1; }
 thead th { border-block: 2px solid #222; position: sticky; top: 0; background: #fff; }
 tbody:last-child tr:last-child td { border-bottom: 2px solid #222; }
 tr.first-student td { border-top: 1px solid #999; }

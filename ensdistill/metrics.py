@@ -6,29 +6,30 @@ probabilities are clipped at 1e-12 inside them. Arithmetic is float64. What is s
 imported where it is used: Snakemake reads this module in every job.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ensdistill.calibration import (
-    apply_temperature,
+    adaptive_ece,
+    classwise_ece,
     clipped_log,
     ece,
     paired,
+    smooth_ece,
     softmax,
 )
+from ensdistill.calibration import apply_temperature as apply_temperature
 from ensdistill.calibration import confidence_bins as confidence_bins
 from ensdistill.calibration import optimal_temperature as optimal_temperature
 from ensdistill.calibration import reliability as reliability
 from ensdistill.detection import aupr, auroc, fpr95
-
-if TYPE_CHECKING:
-    from ensdistill.predictions import Prediction
+from ensdistill.judging import HIGHER, LOWER, Metric
+from ensdistill.judging import Judged as Judged
+from ensdistill.selective import augrc, aurc, rejection_ratio
 
 Array = NDArray[np.float64]
 
@@ -162,6 +163,20 @@ def mutual_information(logits: ArrayLike) -> Array:
     return entropy(members.mean(1), "none") - entropy(members, "none").mean(1)
 
 
+def human_kl(probs: ArrayLike, human: ArrayLike) -> float:
+    """KL(h ‖ p), in nats, the mean over images of Σ_k h_k log(h_k/p_k) [Peterson et al. 2019].
+
+    Args:
+        probs: p, (N, K).
+        human: h, the shares of people who chose each class, (N, K).
+
+    >>> round(human_kl([[0.5, 0.5]], [[1.0, 0.0]]), 4)
+    0.6931
+    """
+    human = np.asarray(human, dtype=np.float64)
+    return float(np.mean(np.sum(human * (clipped_log(human) - clipped_log(probs)), axis=1)))
+
+
 def deep_ensemble_equivalent(score: float, curve: Sequence[float]) -> float:
     """DEE: the smallest real m ≥ 1 at which deep ensembles reach a score [Ashukha et al. 2020].
 
@@ -191,68 +206,6 @@ def dee_outside(score: float, curve: Sequence[float]) -> int:
 
 def _reduce(values: Array, reduction: str) -> float | Array:
     return float(values.mean()) if reduction == "mean" else values
-
-
-HIGHER, LOWER = 1, -1
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What a metric may look at: a system on the test images."""
-
-    prediction: "Prediction"
-    labels: NDArray[np.int64]
-    n_bins: int
-    """Of calibration errors."""
-    temperature: float = 1.0
-    """T*, which is the best on the validation images; only scaled metrics need it."""
-
-    @cached_property
-    def probs(self) -> Array:
-        """(N, K)."""
-        return self.prediction.probs()
-
-    @cached_property
-    def scaled(self) -> Array:
-        """Probabilities after temperature scaling, (N, K)."""
-        return apply_temperature(self.probs, self.temperature)
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a system is measured, and how the number is shown."""
-
-    title: str
-    """Heads its column in the results table."""
-    function: Callable[..., float]
-    """Of a `Judged`; of uncertainties inside and outside in `DETECTION`; of the means of another
-    metric where `equivalent_of` names it."""
-    better: int = 0
-    """`HIGHER`, `LOWER`, or 0 where neither is better."""
-    unit: str = ""
-    decimals: int = 4
-    meaning: str = ""
-    """Explains the title under the results table."""
-    name: str = ""
-    """In figures and sentences, where that is not the title."""
-    equivalent_of: str = ""
-    """The metric whose curve over ensemble sizes is asked for the size that does as well."""
-    in_table: bool = True
-    """Whether the results table has a column of it; the CSV has all."""
-
-    @property
-    def column(self) -> str:
-        """The head of its column, with an arrow to what is better."""
-        arrow = {HIGHER: " ↑", LOWER: " ↓", 0: ""}[self.better]
-        return f"{self.title}{' %' if self.unit == '%' else ''}{arrow}"
-
-    @property
-    def axis(self) -> str:
-        """The title of a panel."""
-        name = self.name or self.title
-        unit = f" ({self.unit})" if self.unit else ""
-        better = {HIGHER: ", higher is better", LOWER: ", lower is better", 0: ""}[self.better]
-        return f"{name[0].upper()}{name[1:]}{unit}{better}"
 
 
 def mean_or_nan(values: Array | None) -> float:
@@ -290,14 +243,30 @@ METRICS: dict[str, Metric] = {
         LOWER,
         meaning="expected calibration error",
     ),
-    "nll_ts": Metric("NLL, TS", lambda it: nll(it.scaled, it.labels), LOWER, "nats"),
-    "bs_ts": Metric("BS, TS", lambda it: brier(it.scaled, it.labels), LOWER),
-    "ece_ts": Metric("ECE, TS", lambda it: ece(it.scaled, it.labels, it.n_bins), LOWER),
+    "nll_ts": Metric(
+        "NLL, TS",
+        lambda it: nll(it.scaled, it.labels),
+        LOWER,
+        "nats",
+        meaning="NLL after scaling by T*",
+    ),
+    "bs_ts": Metric(
+        "BS, TS",
+        lambda it: brier(it.scaled, it.labels),
+        LOWER,
+        meaning="Brier score after scaling by T*",
+    ),
+    "ece_ts": Metric(
+        "ECE, TS",
+        lambda it: ece(it.scaled, it.labels, it.n_bins),
+        LOWER,
+        meaning="expected calibration error after scaling by T*",
+    ),
     "temperature": Metric(
         "T*",
         lambda it: it.temperature,
         decimals=2,
-        meaning="temperature that is best on the validation split; TS: after scaling by it",
+        meaning="temperature that is best on the validation split",
     ),
     "dee": Metric(
         "DEE",
@@ -309,7 +278,12 @@ METRICS: dict[str, Metric] = {
         equivalent_of="nll",
     ),
     "dee_ts": Metric(
-        "DEE, TS", deep_ensemble_equivalent, HIGHER, decimals=2, equivalent_of="nll_ts"
+        "DEE, TS",
+        deep_ensemble_equivalent,
+        HIGHER,
+        decimals=2,
+        meaning="Deep Ensemble Equivalent of the NLL after scaling by T*",
+        equivalent_of="nll_ts",
     ),
     "diversity": Metric(
         "Diversity",
@@ -317,7 +291,103 @@ METRICS: dict[str, Metric] = {
         unit="nats",
         meaning="pairwise KL between members, or between draws from a Dirichlet distribution",
     ),
-    "entropy": Metric("Entropy", lambda it: entropy(it.probs), unit="nats", in_table=False),
+    "entropy": Metric(
+        "Entropy",
+        lambda it: entropy(it.probs),
+        unit="nats",
+        meaning="entropy of the prediction",
+        in_table=False,
+    ),
+    "aurc": Metric(
+        "AURC",
+        lambda it: aurc(it.probs, it.labels),
+        LOWER,
+        meaning="area under the risk–coverage curve, the error rate among the k surest images "
+        "averaged over k",
+        in_table=False,
+    ),
+    "augrc": Metric(
+        "AUGRC",
+        lambda it: augrc(it.probs, it.labels),
+        LOWER,
+        meaning="area under the generalised risk–coverage curve, the k surest images' errors as a "
+        "share of all images, averaged over k",
+        in_table=False,
+    ),
+    "rejection_ratio": Metric(
+        "Rejection ratio",
+        lambda it: rejection_ratio(it.probs, it.labels),
+        HIGHER,
+        meaning="how much of the AURC between a random ranking (0) and one with all errors last "
+        "(1) is gained",
+        in_table=False,
+    ),
+    "classwise_ece": Metric(
+        "Class-wise ECE",
+        lambda it: classwise_ece(it.probs, it.labels, it.n_bins),
+        LOWER,
+        meaning="calibration error of every class's probability, the mean over classes",
+        in_table=False,
+    ),
+    "adaptive_ece": Metric(
+        "Adaptive ECE",
+        lambda it: adaptive_ece(it.probs, it.labels, it.n_bins),
+        LOWER,
+        meaning="calibration error in bins of equally many images",
+        in_table=False,
+    ),
+    "smooth_ece": Metric(
+        "Smooth ECE",
+        lambda it: smooth_ece(it.probs, it.labels),
+        LOWER,
+        meaning="calibration error smoothed over confidences instead of binned",
+        in_table=False,
+    ),
+    "lac_coverage": Metric(
+        "LAC coverage",
+        lambda it: 100 * it.lac.coverage,
+        unit="%",
+        decimals=2,
+        meaning="images whose label is in their conformal set (least ambiguous sets, LAC); "
+        "90 % are asked for; calibrated on half of the validation split",
+        in_table=False,
+    ),
+    "lac_size": Metric(
+        "LAC size",
+        lambda it: it.lac.size,
+        LOWER,
+        "classes",
+        decimals=3,
+        meaning="mean number of classes in these sets, LAC",
+        in_table=False,
+    ),
+    "aps_coverage": Metric(
+        "APS coverage",
+        lambda it: 100 * it.aps.coverage,
+        unit="%",
+        decimals=2,
+        meaning="images whose label is in their adaptive prediction set (APS), which is never "
+        "empty; at least 90 % are asked for",
+        in_table=False,
+    ),
+    "aps_size": Metric(
+        "APS size",
+        lambda it: it.aps.size,
+        LOWER,
+        "classes",
+        decimals=3,
+        meaning="mean number of classes in adaptive prediction sets",
+        in_table=False,
+    ),
+    "human_kl": Metric(
+        "KL to people",
+        lambda it: float("nan") if it.human is None else human_kl(it.probs, it.human),
+        LOWER,
+        "nats",
+        meaning="divergence of the prediction from the shares of people who chose each class "
+        "(CIFAR-10H)",
+        in_table=False,
+    ),
 }
 """What every system is measured by. An entry more is a column more of the results."""
 

@@ -53,6 +53,21 @@ class Prediction(ABC):
         """1 − max_k p̄_k, (N,), exact where p̄ is nearly one-hot."""
         return np.sort(self.probs(), axis=1)[:, :-1].sum(1)
 
+    @abstractmethod
+    def mean_logits(self) -> Array:
+        """Logits z̄ of one network for all, (N, K): the mean of the members'."""
+
+    def energy(self) -> Array:
+        """Free energy at temperature 1, −log Σ_k e^z̄_k, (N,) [Liu et al. 2020, eq. 3].
+
+        In units of logits; unlike probabilities it knows their level. Higher outside.
+        """
+        return -np.logaddexp.reduce(self.mean_logits(), axis=1)
+
+    def max_logit(self) -> Array:
+        """−max_k z̄_k, (N,), in units of logits [Hendrycks et al. 2022]. Higher outside."""
+        return -self.mean_logits().max(1)
+
     def mutual_information(self) -> Array | None:
         """What the members disagree about, (N,): entropy of p̄ minus their mean entropy."""
         return None
@@ -78,6 +93,9 @@ class Mixture(Prediction):
 
     def probs(self) -> Array:
         return metrics.ensemble_probs(self.logits)
+
+    def mean_logits(self) -> Array:
+        return self.logits.mean(axis=1, dtype=np.float64)
 
     def mutual_information(self) -> Array | None:
         return self._of_members(metrics.mutual_information)
@@ -125,6 +143,10 @@ class Dirichlet(Prediction):
 
     def probs(self) -> Array:
         return self._means.mean(1)
+
+    def mean_logits(self) -> Array:
+        """Of log α, so that the energy of one network is −log α₀."""
+        return self._log_alpha.mean(1)
 
     def mutual_information(self) -> Array:
         """Of prediction and π, (N,): H(p̄) − E H(π), with −E H(π) = Σ_k p_k(ψ(α_k+1) − ψ(α₀+1)).

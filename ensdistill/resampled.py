@@ -1,6 +1,6 @@
 """Metrics of students and deep ensembles, as measured and on resamples of the test images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,21 +38,22 @@ class ResampledSystems:
             label: int(read_attributes(paths[0])["parameters"]) for label, paths in students.items()
         }
         self.metrics = {
-            label: self._measure([read_prediction(path, "test") for path in paths], n_bins)
+            label: self._measure((read_prediction(path, "test") for path in paths), n_bins)
             for label, paths in students.items()
         }
 
     def _measure(
-        self, replicates: Sequence[tuple[Prediction, Labels]], n_bins: int
+        self, replicates: Iterable[tuple[Prediction, Labels]], n_bins: int
     ) -> dict[str, Estimate]:
-        seeds = [_per_image(*pair) for pair in replicates]
+        seeds, errors = [], []
+        for pair in replicates:
+            seeds.append(_per_image(*pair))
+            errors.append(calibration_error(*pair, n_bins, self.weights))
         found = {
             key: mean_of(np.stack([seed[key] for seed in seeds], axis=1), self.weights)
             for key in seeds[0]
         }
-        found["ece"] = side_by_side(
-            [calibration_error(*pair, n_bins, self.weights) for pair in replicates]
-        )
+        found["ece"] = side_by_side(errors)
         found["dee"] = _equivalents(found["nll"], self.curve)
         return found
 

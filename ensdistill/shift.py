@@ -1,14 +1,14 @@
 """Test images under shift, on which uncertainty should grow: shifted.h5.
 
 shifted.h5 has `/corrupted/clean/0`, `/corrupted/<kind>/<severity>` for the 19 `KINDS` at severities
-1 … 5, and `/out_of_distribution`, each with `images` uint8 (N, C, H, W) and `labels` int64 (N,);
-images out of distribution have the label −1.
+1 … 5, and `/out_of_distribution/<name>` for every set of other images, each with `images` uint8
+(N, C, H, W) and `labels` int64 (N,); images out of distribution have the label −1.
 """
 
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from sklearn.datasets import load_sample_images
 
 from ensdistill import InputError
 from ensdistill.corruptions import KINDS, SEVERITIES, corrupt
-from ensdistill.downloads import verify
+from ensdistill.downloads import SOURCES, verify
 from ensdistill.files import open_hdf5, write_hdf5
 from ensdistill.images import read_images, read_source
 from ensdistill.sources import as_array
@@ -33,36 +33,40 @@ def write_shifted(
     images: str | os.PathLike[str],
     *,
     corruptions: dict[str, Any],
-    out_of_distribution: dict[str, Any],
+    out_of_distribution: Sequence[Mapping[str, Any]],
     seed: int,
     official: Sequence[str] = (),
     archives: Sequence[str] = (),
     attributes: dict[str, Any],
-) -> str:
+) -> dict[str, str]:
     """Write shifted.h5: corrupted test images, and images of other things.
 
     Args:
         output: the file to write, whole or not at all.
         images: images.h5, whose test split is corrupted.
-        corruptions, out_of_distribution: sections of a study.
+        corruptions: that section of a study.
+        out_of_distribution: its sections, one for each set.
         seed: of choices, corruptions and pieces.
         official: the archive of the `official` corruptions.
-        archives: those of the source of images out of distribution.
+        archives: those of the sources of images out of distribution.
         attributes: what else the file should say of itself.
 
     Returns:
-        the SHA-256 of the images out of distribution that were read.
+        the SHA-256 of the images out of distribution that were read, by the set's name.
 
     Raises:
         InputError: a source is unusable, or the official corruptions are of other images.
     """
     clean, labels = read_images(images, "test")
     with open_hdf5(images) as file:
-        checksums = {"images": str(file.attrs["sha256"])}
+        checksums: dict[str, Any] = {"images": str(file.attrs["sha256"])}
     chosen = _choice(labels, corruptions["images"], seed)
-    others, checksums["out_of_distribution"], files = _others(
-        **out_of_distribution, shape=clean.shape[1:], seed=seed, archives=archives
-    )
+    sets = {
+        section["name"]: _others(section, shape=clean.shape[1:], seed=seed, archives=archives)
+        for section in out_of_distribution
+    }
+    checksums["out_of_distribution"] = {name: sha256 for name, (_, sha256, _) in sets.items()}
+    files = {name: read for name, (_, _, read) in sets.items() if read}
     if corruptions["source"] == "official":
         (archive,) = official
         checksums["corruptions"] = verify(archive)
@@ -74,7 +78,9 @@ def write_shifted(
         yield from _named("corrupted/clean/0", clean[chosen], labels[chosen])
         for kind, severity, copies in corrupted:
             yield from _named(f"corrupted/{kind}/{severity}", copies, labels[chosen])
-        yield from _named("out_of_distribution", others, np.full(len(others), -1, dtype=np.int64))
+        for name, (others, *_) in sets.items():
+            unknown = np.full(len(others), -1, dtype=np.int64)
+            yield from _named(f"out_of_distribution/{name}", others, unknown)
 
     if files:
         attributes = {**attributes, "out_of_distribution_files": files}
@@ -140,18 +146,13 @@ def _official(
 
 
 def _others(
-    *,
-    source: str,
-    path: str | Sequence[str] | None,
-    images: int | None,
-    shape: tuple[int, int, int],
-    seed: int,
-    archives: Sequence[str],
+    section: Mapping[str, Any], *, shape: tuple[int, int, int], seed: int, archives: Sequence[str]
 ) -> tuple[NDArray[np.uint8], str, dict[str, int]]:
     """Images of `shape` (C, H, W) from another source, the SHA-256 of what was read.
 
     Of own data also how many files were read and skipped.
     """
+    source, images = section["source"], section["images"]
     channels, height, width = shape
     mode = "L" if channels == 1 else "RGB"
     if source == "photographs":
@@ -162,11 +163,11 @@ def _others(
     else:
         data = read_source(
             source,
-            path=path,
+            path=section["path"],
             size=max(height, width),
             test=None,
             seed=seed,
-            archives=archives,
+            archives=[path for path in archives if Path(path).name in SOURCES[source].archives],
             labelled=False,
         )
         pixels, labels = data.test

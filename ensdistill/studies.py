@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from ensdistill import InputError
 from ensdistill.architectures import Architecture, NamedArchitecture
@@ -68,6 +68,8 @@ class Corruptions(Section):
 class OutOfDistribution(Section):
     """Images of other things, which a network should be unsure about."""
 
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_ -]*$")] = "photographs"
+    """What files and figures call them; the source's name unless told."""
     source: Literal["photographs", *SOURCES] = "photographs"
     """`photographs`: pieces of the two photographs that ship with scikit-learn; else the test
     split of a source. Brought to the size and channels of the study's images."""
@@ -76,11 +78,26 @@ class OutOfDistribution(Section):
     images: Count | None = 500
     """How many: a seeded stratified choice; null for all (of the photographs: 2,000 pieces)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_called_like_its_source(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("source") in [*SOURCES]:
+            return {"name": value["source"], **value}
+        return value
+
     @model_validator(mode="after")
     def _path_goes_with_folder(self) -> Self:
         if (self.source == "folder") != (self.path is not None):
             raise ValueError("'path' and the source 'folder' need each other")
         return self
+
+
+PHOTOGRAPHS = [OutOfDistribution()]
+
+
+def _several(value: Any) -> Any:
+    """One section stands for a list of just that one."""
+    return [value] if isinstance(value, Mapping | Section) else value
 
 
 class Augmentation(Section):
@@ -161,8 +178,15 @@ class Study(Section):
     """The data."""
     corruptions: Corruptions = Corruptions()
     """Corrupted test images, to see how uncertainty grows with the shift."""
-    out_of_distribution: OutOfDistribution = OutOfDistribution()
-    """Images that belong to none of the classes, to see whether uncertainty tells them apart."""
+    out_of_distribution: Annotated[
+        list[OutOfDistribution],
+        Field(min_length=1),
+        BeforeValidator(
+            _several, json_schema_input_type=OutOfDistribution | list[OutOfDistribution]
+        ),
+    ] = PHOTOGRAPHS
+    """Images that belong to none of the classes, to see whether uncertainty tells them apart: one
+    set, or a list of sets, such as one near the study's images and one far from them."""
     architecture: NamedArchitecture = Architecture()
     """The architecture of teachers and, unless told, of students."""
     student_architecture: NamedArchitecture | None = None
@@ -257,8 +281,12 @@ class Study(Section):
                 "corruptions of source 'official' need images of source 'cifar10' or 'cifar100', "
                 "with 'test' null"
             )
-        if self.out_of_distribution.source == source != "folder":
-            raise ValueError(f"'out_of_distribution' and 'images' have one source, {source!r}")
+        names = [others.name for others in self.out_of_distribution]
+        for others in self.out_of_distribution:
+            if others.source == source != "folder":
+                raise ValueError(f"'out_of_distribution' and 'images' have one source, {source!r}")
+            if names.count(others.name) > 1:
+                raise ValueError(f"two sets of 'out_of_distribution' are called {others.name!r}")
         return self
 
     def _images_and_backbones_exist(self) -> None:

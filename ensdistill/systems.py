@@ -6,7 +6,7 @@ teachers. The *ensemble* are those teachers of the pool that teach.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -40,16 +40,18 @@ def subsets(pool: int, size: int) -> list[tuple[int, ...]]:
 
 def read_systems(
     ensemble: Sequence[str], students: Students, split: str, single: bool = False
-) -> dict[str, list[tuple[Prediction, Labels]]]:
-    """Predictions and labels of every replicate by system: the deep ensemble, then the students.
+) -> Iterator[tuple[str, Iterator[tuple[Prediction, Labels]]]]:
+    """Every system's name and its replicates, predictions with labels: the ensemble, then students.
+
+    Each replicate is read when it is asked for, so that not all need be in memory.
 
     Args:
         ensemble, students: logits files.
         split: of these files.
         single: with DE-1 before, whose replicates are the members of the ensemble.
     """
-    first = {"DE-1": [read_prediction(path, split) for path in ensemble]} if single else {}
-    first[f"DE-{len(ensemble)}"] = [read_ensemble(ensemble, split)]
-    return first | {
-        label: [read_prediction(path, split) for path in paths] for label, paths in students.items()
-    }
+    if single:
+        yield "DE-1", (read_prediction(path, split) for path in ensemble)
+    yield f"DE-{len(ensemble)}", (read_ensemble(paths, split) for paths in [ensemble])
+    for label, paths in students.items():
+        yield label, (read_prediction(path, split) for path in paths)

@@ -9,27 +9,39 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from ensdistill.judging import Metric
 from ensdistill.latex import UNICODE_ENGINE, latex
 from ensdistill.markup import html_page, markdown, markdown_table, number, unbroken
 from ensdistill.metrics import METRICS
 
 COLUMNS = {key: metric for key, metric in METRICS.items() if metric.in_table}
-"""Of the table; the CSV has all metrics."""
+"""Of the table; the wide one and the CSV have all metrics."""
 
 REPLICATES = (
     "Mean ± standard deviation over n replicates: student seeds, or for DE-m subsets of the pool "
     "of teachers (overlapping, so the spread is understated)."
 )
-LEGEND = (
-    f"{REPLICATES} "
-    + "; ".join(
+ABSENT = "–"
+
+
+def legend(summary: pd.DataFrame, columns: Mapping[str, Metric]) -> str:
+    """What a table's columns are."""
+    meanings = (
         f"{metric.title}: {metric.meaning}{' in nats' if metric.unit == 'nats' else ''}"
-        for metric in COLUMNS.values()
+        for metric in columns.values()
         if metric.meaning
     )
-    + ". '–': a network that predicts one distribution has none. Arrows point to better."
-)
-ABSENT = "–"
+    of_costs = f" {LEGEND_OF_COSTS}" if "passes" in summary else ""
+    return (
+        f"{REPLICATES} {'; '.join(meanings)}. '{ABSENT}': undefined, as is the diversity of a "
+        f"network that predicts one distribution. Arrows point to better.{of_costs}"
+    )
+
+
+def measured_columns(summary: pd.DataFrame) -> dict[str, Metric]:
+    """Of the wide table: all metrics that some system has."""
+    return {key: metric for key, metric in METRICS.items() if summary[key].notna().any()}
+
 
 COSTS = {
     "parameters": ("Parameters", lambda value: f"{int(value):,}"),
@@ -107,13 +119,13 @@ def ranks(summary: pd.DataFrame, key: str) -> pd.Series:
     return places.fillna(0).astype(int)
 
 
-def _rows(summary: pd.DataFrame) -> Iterator[Row]:
+def _rows(summary: pd.DataFrame, columns: Mapping[str, Metric] = COLUMNS) -> Iterator[Row]:
     students = are_students(summary)
-    places = {key: ranks(summary, key) for key in COLUMNS}
-    decimals = {key: published_decimals(summary, key) for key in COLUMNS}
+    places = {key: ranks(summary, key) for key in columns}
+    decimals = {key: published_decimals(summary, key) for key in columns}
     for index, row in summary.iterrows():
         cells = [(row["system"], 0), (str(row["n"]), 0)]
-        cells += [(cell_text(row, key), places[key][index]) for key in COLUMNS]
+        cells += [(cell_text(row, key), places[key][index]) for key in columns]
         kind = "student" if students[index] else "ensemble"
         written = [(text(row[key]), 0) for key, (_, text) in _costs(summary).items()]
         yield Row(kind, [*cells, *written])
@@ -155,13 +167,9 @@ def _costs(summary: pd.DataFrame) -> dict[str, tuple[str, Callable[[Any], str]]]
     return {key: column for key, column in COSTS.items() if key in summary}
 
 
-def _titles(summary: pd.DataFrame) -> list[str]:
+def _titles(summary: pd.DataFrame, columns: Mapping[str, Metric] = COLUMNS) -> list[str]:
     costs = [title for title, _ in _costs(summary).values()]
-    return ["System", "n", *(metric.column for metric in COLUMNS.values()), *costs]
-
-
-def _legend(summary: pd.DataFrame) -> str:
-    return f"{LEGEND} {LEGEND_OF_COSTS}" if "passes" in summary else LEGEND
+    return ["System", "n", *(metric.column for metric in columns.values()), *costs]
 
 
 def source_sentence(summary: pd.DataFrame) -> str:
@@ -176,19 +184,19 @@ def _mark(cell: tuple[str, int], best: Callable[[str], str], second: Callable[[s
     return best(text) if rank == 1 else second(text) if rank == 2 else text
 
 
-def to_markdown(summary: pd.DataFrame) -> str:
+def to_markdown(summary: pd.DataFrame, columns: Mapping[str, Metric] = COLUMNS) -> str:
     """The table in GitHub's Markdown; best student bold, second best in italics."""
-    titles = _titles(summary)
+    titles = _titles(summary, columns)
     lines = [titles, [":--", *["--:"] * (len(titles) - 1)]]
-    for row in _rows(summary):
+    for row in _rows(summary, columns):
         texts = ((markdown(text).replace("± ", unbroken("± ")), rank) for text, rank in row.cells)
         line = [_mark(cell, "**{}**".format, "*{}*".format) for cell in texts]
         if row.kind == "published":
             line[0] = unbroken(f"↳ {line[0]}")
         lines.append(line)
     marks = "**Best** and *second best* student are marked."
-    legend = f"{markdown(_legend(summary))} {marks} {markdown(source_sentence(summary))}"
-    return f"{markdown_table(lines)}\n\n{legend.rstrip()}\n"
+    below = f"{markdown(legend(summary, columns))} {marks} {markdown(source_sentence(summary))}"
+    return f"{markdown_table(lines)}\n\n{below.rstrip()}\n"
 
 
 FOR_OTHER_ENGINES = (
@@ -218,7 +226,7 @@ def to_latex(summary: pd.DataFrame) -> str:
     source = latex(source_sentence(summary))
     return "\n".join(
         [
-            f"% {latex(_legend(summary))}",
+            f"% {latex(legend(summary, COLUMNS))}",
             *([FOR_OTHER_ENGINES] if UNICODE_ENGINE in "".join([*body, source]) else []),
             rf"\begin{{tabular}}{{l{'r' * (columns - 1)}}}",
             r"\toprule",
@@ -237,9 +245,11 @@ def _first_student(rows: list[Row]) -> int:
     return next((index for index, row in enumerate(rows) if row.kind == "student"), len(rows))
 
 
-def to_html(summary: pd.DataFrame) -> str:
+def to_html(
+    summary: pd.DataFrame, columns: Mapping[str, Metric] = COLUMNS, title: str = "Results"
+) -> str:
     """A page of its own; best student bold, second best underlined."""
-    rows, body = list(_rows(summary)), []
+    rows, body = list(_rows(summary, columns)), []
     first = _first_student(rows)
     for index, row in enumerate(rows):
         cells = "".join(
@@ -248,15 +258,15 @@ def to_html(summary: pd.DataFrame) -> str:
         )
         kind = "first-student" if index == first else row.kind
         body.append(f"<tr class={kind}>{cells}</tr>")
-    head = "".join(f"<th>{title}</th>" for title in _titles(summary))
-    legend = (
-        f"{html.escape(_legend(summary))} <b>Best</b> and <u>second best</u> student are marked. "
-        f"{html.escape(source_sentence(summary))}"
+    head = "".join(f"<th>{column}</th>" for column in _titles(summary, columns))
+    below = (
+        f"{html.escape(legend(summary, columns))} <b>Best</b> and <u>second best</u> student are "
+        f"marked. {html.escape(source_sentence(summary))}"
     )
     return html_page(
-        "Results",
+        title,
         f"<table><thead><tr>{head}</tr></thead><tbody>",
         *body,
         "</tbody></table>",
-        f"<p>{legend.rstrip()}</p>",
+        f"<p>{below.rstrip()}</p>",
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from ensdistill import InputError
-from ensdistill.downloads import ARCHIVES, OFFICIAL_CORRUPTIONS, SOURCES
+from ensdistill.downloads import ANSWERS, ARCHIVES, HUMAN_ANSWERS, OFFICIAL_CORRUPTIONS, SOURCES
 from ensdistill.digests import PACKAGE, code_digest, text_digest
 from ensdistill.architectures import parse_architecture
 from ensdistill.own_data import known_state
@@ -24,7 +24,7 @@ STUDIES = CONFIGURATION.studies
 RUN = CONFIGURATION.run
 METHODS = sorted({method for study in STUDIES.values() for method in study.methods})
 
-TABLES = ["csv", "md", "tex", "html"]
+TABLES = [*(f"results.{ending}" for ending in ("csv", "md", "tex", "html")), "wide.md", "wide.html"]
 RESULTS = results()
 FIGURES = [name for name, result in RESULTS.items() if result.has_figure]
 # What the first page is made of.
@@ -224,32 +224,41 @@ def method_of(wildcards):
     return rest[0] if role == "students" else wildcards.get("method")
 
 
-def archives_of(source):
-    """The downloads that a source is read from, if any."""
-    archives = SOURCES[source].archives if source in SOURCES else ()
+def archives_of(*sections):
+    """The downloads that the sources of a study's sections are read from, if any."""
+    sources = dict.fromkeys(section.source for section in sections)
+    archives = [archive for it in sources if it in SOURCES for archive in SOURCES[it].archives]
     return [f"results/downloads/{archive}" for archive in archives]
 
 
-def reading_code(script, section):
-    """A parameter function: it changes with code that reads the source of a study's images."""
-
-    def digest(wildcards):
-        source = getattr(STUDIES[wildcards.study], section).source
-        known = (source,) if source in SOURCES else ()
-        return code(script, sources=tuple(SOURCES[it].reader for it in known), SOURCES=known)
-
-    return digest
+def reading_code(script, *sections):
+    """A parameter that changes with code that reads the sources of a study's sections."""
+    known = sorted({section.source for section in sections} & SOURCES.keys())
+    readers = sorted({SOURCES[it].reader for it in known})
+    return code(script, sources=tuple(readers), SOURCES=tuple(known))
 
 
 @cache
-def own_data(study, section):
+def own_data(study):
     """A parameter that changes when a study's own images do, and where that is noted; else None."""
-    source = getattr(STUDIES[study], section)
-    if source.source != "folder":
-        return None
-    record = f".snakemake/own_data/{study}-{section}.json"
-    state = known_state(record, source.path, labelled=section == "images")
-    return {"record": record, "state": state}
+    images = STUDIES[study].images
+    return state_of(f"{study}-images", images, labelled=True) if images.path else None
+
+
+@cache
+def own_others(study):
+    """The same of its own images out of distribution, by the name of their set."""
+    return {
+        others.name: state_of(f"{study}-out_of_distribution-{others.name}", others, labelled=False)
+        for others in STUDIES[study].out_of_distribution
+        if others.path
+    }
+
+
+def state_of(name, section, labelled):
+    """What is known of a section's own images, and where that is noted."""
+    record = f".snakemake/own_data/{name}.json"
+    return {"record": record, "state": known_state(record, section.path, labelled=labelled)}
 
 
 def official_corruptions(wildcards):
@@ -258,6 +267,14 @@ def official_corruptions(wildcards):
     if study.corruptions.source != "official":
         return []
     return [f"results/downloads/{OFFICIAL_CORRUPTIONS[study.images.source]}"]
+
+
+def human_answers(wildcards):
+    """The download of what people answered of a study's test images, if they are the asked ones."""
+    images = STUDIES[wildcards.study].images
+    if images.source not in HUMAN_ANSWERS or images.test is not None:
+        return []
+    return [f"results/downloads/{HUMAN_ANSWERS[images.source]}"]
 
 
 def shift(wildcards):
@@ -302,6 +319,8 @@ def of_students(pattern):
 
 def result_input(pattern):
     """Files that a result reads, as `ensdistill.reports` explains: a path or an input function."""
+    if pattern == "{human}":
+        return human_answers
     for mark, files in (
         ("{pool}", of_pool),
         ("{ensemble}", of_ensemble),
@@ -314,7 +333,7 @@ def result_input(pattern):
 
 def reported(study):
     """The files of a study for the report that exist, with all that Snakemake then looks for."""
-    table = ["tables/results.csv", "tables/results.html"]
+    table = ["tables/results.csv", "tables/results.html", "tables/wide.html"]
     needed = {name: table for name in table}
     needed |= {page: [page] for page in ("claims.html", "findings.html")}
     for name in FIGURES:
@@ -344,6 +363,7 @@ def settings_of(names):
         known = {
             "n_bins": study.confidence_bins,
             "members": study.members,
+            "sets": [others.name for others in study.out_of_distribution],
             "labels": {name: method.label for name, method in study.methods.items()},
             "families": study.families(),
             "paper": {

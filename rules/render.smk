@@ -17,6 +17,13 @@ rule table:
             category="{study}",
             labels={"what": "Results", "as": "table"},
         ),
+        wide_md="results/{study}/tables/wide.md",
+        wide_html=report(
+            "results/{study}/tables/wide.html",
+            caption="../report/wide.rst",
+            category="{study}",
+            labels={"what": "All metrics", "as": "table"},
+        ),
     log:
         "results/{study}/logs/table.log",
     group:
@@ -28,6 +35,7 @@ rule table:
         runtime=growing(5),
     params:
         published=lambda wildcards: STUDIES[wildcards.study].model_dump()["published"],
+        study=lambda wildcards: STUDIES[wildcards.study].model_dump(include={"confidence_bins"}),
         code=code("table"),
     script:
         "../workflow_scripts/table.py"
@@ -43,7 +51,7 @@ IN_CAPTIONS = {
     "teacher": {"epochs"},
     "student": {"epochs"},
     "corruptions": {"source", "images"},
-    "out_of_distribution": {"source", "images"},
+    "out_of_distribution": {"__all__": {"name", "source", "images"}},
 }
 
 

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[1]
 PARTS = ["Snakefile", "rules", "workflow_scripts", "ensdistill", "report", "envs", "profiles"]
 
 ON_STUDENTS = {"reliability", "diversity_students", "learning_curves", "jacobians"}
-ON_STUDENTS |= {"corruptions", "out_of_distribution"}
+ON_STUDENTS |= {"corruptions", "out_of_distribution", "selective"}
 ON_TEACHERS = {"diversity_teachers", "saturation", "sweep", "transfer"}
 FIGURES = {"cost_quality", "de_curve", "examples", *ON_STUDENTS, *ON_TEACHERS}
 

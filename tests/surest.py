@@ -15,7 +15,7 @@ def table(ensemble, students):
     """One row per system: name, confidence (its mean over images and replicates)."""
     rows = [
         {"name": name, "confidence": np.mean([it.probs().max(1).mean() for it, _ in replicates])}
-        for name, replicates in read_systems(ensemble, students, "test").items()
+        for name, replicates in read_systems(ensemble, students, "test")
     ]
     return pd.DataFrame(rows)
 

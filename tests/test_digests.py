@@ -591,7 +591,7 @@ def test_a_change_reruns_the_jobs_that_use_it_and_no_others(real, definition):
 @pytest.mark.parametrize(
     ("old", "new", "must"),
     [
-        ("METRICS: dict[str, Metric] = {", '{} "aurc": ECE,', "evaluate:scores table"),
+        ("METRICS: dict[str, Metric] = {", '{} "another": ECE,', "evaluate:scores table"),
         (
             "lambda it: nll(it.probs",
             "lambda it: 2 * nll(it.probs",

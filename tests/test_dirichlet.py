@@ -143,3 +143,16 @@ def test_a_file_says_its_offset(tmp_path, said, offset):
     prediction, _ = read_prediction(tmp_path / "d.h5", "test")
     alpha = np.exp(logits[:, 0].astype(float)) + offset
     np.testing.assert_allclose(prediction.probs(), alpha / alpha.sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_the_energy_of_one_network_is_its_concentration(offset):
+    logits = np.random.default_rng(3).normal(0, 2, (N, 2, K))
+    alpha = np.exp(logits) + offset
+    one = Dirichlet(logits[:, :1], offset)
+    np.testing.assert_allclose(one.energy(), -np.log(alpha[:, 0].sum(1)))
+    np.testing.assert_allclose(one.max_logit(), -np.log(alpha[:, 0].max(1)))
+    both = Dirichlet(logits, offset)
+    geometric = np.sqrt(alpha[:, 0] * alpha[:, 1])
+    np.testing.assert_allclose(both.energy(), -np.log(geometric.sum(1)))
+    np.testing.assert_allclose(both.max_logit(), -np.log(geometric.max(1)))

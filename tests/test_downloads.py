@@ -16,7 +16,9 @@ from torchvision import datasets
 
 from ensdistill import DamagedFile, InputError, downloads, files, sources
 from ensdistill.downloads import (
+    ANSWERS,
     ARCHIVES,
+    HUMAN_ANSWERS,
     OFFICIAL_CORRUPTIONS,
     SOURCES,
     Archive,
@@ -257,6 +259,7 @@ def test_the_registry_is_the_publishers():
         assert ARCHIVES[f"svhn_{name}"] == (url, checksum)
     read = [*chain.from_iterable(it.archives for it in SOURCES.values())]
     assert sorted([*read, *OFFICIAL_CORRUPTIONS.values()]) == sorted(ARCHIVES)
+    assert [*HUMAN_ANSWERS.values()] == [*ANSWERS]
     assert all(callable(getattr(sources, it.reader)) for it in SOURCES.values())
 
 

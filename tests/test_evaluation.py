@@ -1,17 +1,19 @@
 """Tables of numbers against sums written out, SciPy and scikit-learn."""
 
-from itertools import combinations, permutations
+import math
+from itertools import combinations, permutations, product
 from math import comb
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax, logsumexp, softmax
 from scipy.stats import bootstrap
 from scipy.stats import entropy as kl_or_entropy
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
 from ensdistill import InputError, metrics
+from ensdistill.downloads import ANSWERS, Archive
 from ensdistill.files import write_hdf5
 from ensdistill.predictions import read_prediction
 from ensdistill.reports import (
@@ -25,11 +27,13 @@ from ensdistill.reports import (
     reliability,
     saturation,
     scores,
+    selective,
     sweep,
     transfer,
 )
 from ensdistill.reports.diversity_teachers import diversity_by_confidence
 from ensdistill.systems import by_label, subsets
+from tests.builders import md5
 
 POOL, K = 4, 5
 
@@ -120,6 +124,36 @@ def test_the_temperature_is_from_the_validation_images_alone(files):
     assert row.nll_ts == pytest.approx(log_loss(labels, scaled, labels=range(K)))
 
 
+def publish_answers(monkeypatch, path, shares):
+    """Write an archive of people's answers that stands for the official one."""
+    np.save(path, shares)
+    known = Archive("http://127.0.0.1/", md5(path.read_bytes()))
+    monkeypatch.setitem(ANSWERS, path.name, known)
+    return str(path)
+
+
+def test_predictions_are_compared_with_peoples_answers_where_there_are_some(
+    files, tmp_path, monkeypatch
+):
+    teachers, students = files
+    students = {"A": students["A"]}
+    assert scores.table(teachers, students, n_bins=15).human_kl.isna().all()
+    labels = read_logits(teachers[0], "test")[1]
+    shares = 0.6 * np.eye(K)[labels] + 0.4 * np.random.default_rng(7).dirichlet(np.ones(K), 120)
+    archive = publish_answers(monkeypatch, tmp_path / "cifar10h-probs.npy", shares)
+    table = scores.table(teachers, students, n_bins=15, human=[archive])
+    rows = table.set_index(["system", "replicate"])
+    p = softmax(np.float64(read_logits(students["A"][1], "test")[0]), axis=2).mean(1)
+    assert rows.human_kl["A", "1"] == pytest.approx(np.mean(kl_or_entropy(shares, p, axis=1)))
+    for wrong in (shares[:-1], np.roll(shares, 1, axis=1)):
+        publish_answers(monkeypatch, tmp_path / "cifar10h-probs.npy", wrong)
+        with pytest.raises(InputError, match="answers are not about the study's test images"):
+            scores.table(teachers, students, n_bins=15, human=[archive])
+    (tmp_path / "cifar10h-probs.npy").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"not the official cifar10h-probs\.npy"):
+        scores.table(teachers, students, n_bins=15, human=[archive])
+
+
 def test_a_single_network_has_no_diversity(files):
     teachers, students = files
     frame = scores.table(teachers, {**students, "single": teachers[:1]}, n_bins=15)
@@ -148,6 +182,29 @@ def test_reliability_bins_add_up_to_the_calibration_error(files):
             gaps = (group.accuracy - group.confidence).abs() * group["count"]
             assert gaps.sum() / images == pytest.approx(group.ece.iloc[0])
     assert table[table.name == "A"].n.unique().tolist() == [2]
+
+
+def test_risk_coverage_curves_are_the_errors_among_the_surest(files):
+    teachers, students = files
+    table = selective.table(teachers[:2], students)
+    assert list(table.system.unique()) == ["DE-1", "DE-2", "A", "B", "C"]
+    assert table.groupby("system").replicate.nunique().to_dict() == {
+        **{"DE-1": 2, "DE-2": 1},
+        **{"A": 2, "B": 1, "C": 1},
+    }
+    read = [(name, 0, students[name][0]) for name in "ABC"] + [("DE-1", 1, teachers[1])]
+    for system, replicate, path in read:
+        logits, labels = read_logits(path, "test")
+        p = softmax(np.float64(logits), axis=2).mean(1)
+        wrong = [np.argmax(p[i]) != labels[i] for i in sorted(range(120), key=lambda i: -max(p[i]))]
+        rows = table[(table.system == system) & (table.replicate == replicate)]
+        assert rows.coverage.tolist() == list(range(1, 101))
+        for coverage, risk in zip(rows.coverage, rows.risk, strict=True):
+            kept = math.ceil(coverage * 120 / 100)
+            assert risk == pytest.approx(100 * sum(wrong[:kept]) / kept)
+        means = [sum(wrong[:k]) / k for k in range(1, 121)]
+        assert rows.aurc.tolist() == pytest.approx([sum(means) / 120] * 100)
+        assert rows.n.unique().tolist() == [120]
 
 
 def test_diversity_in_confidence_bins_averages_to_the_diversity(files):
@@ -319,7 +376,8 @@ def shifted(tmp_path):
     rng = np.random.default_rng(6)
     labels = {split: rng.integers(0, K, 40) for split in ("clean/0", "fog/1", "fog/5")}
     labels = {f"corrupted/{split}": y for split, y in labels.items()}
-    labels["out_of_distribution"] = np.full(55, -1)
+    labels["out_of_distribution/near"] = np.full(55, -1)
+    labels["out_of_distribution/far"] = np.full(30, -1)
     known = {}
 
     def write(name, members):
@@ -373,35 +431,42 @@ def test_out_of_distribution_images_are_told_from_test_images_by_uncertainty(fil
     teachers, students = files
     students = {"A": students["A"], "single": [teachers[3]]}
     shifted_teachers, shifted_students, known, _ = shifted
-    table = out_of_distribution.table(teachers[:2], students, shifted_teachers, shifted_students)
+    sets = {"near": 55, "far": 30}
+    files = shifted_teachers, shifted_students
+    table = out_of_distribution.table(teachers[:2], students, *files, list(sets))
     inside = systems_of(teachers[:2], students, lambda path: read_logits(path, "test")[0])
-    outside = systems_of(
-        shifted_teachers, shifted_students, lambda path: known[path]["out_of_distribution"]
-    )
+    outside = {
+        name: systems_of(*files, lambda path, name=name: known[path][f"out_of_distribution/{name}"])
+        for name in sets
+    }
     expected = {}
-    for system in inside:
-        logits = np.float64(inside[system]), outside[system]
+    for system, name in product(inside, sets):
+        logits = np.float64(inside[system]), outside[name][system]
         p = [softmax(part, axis=2) for part in logits]
         uncertainty = {
             "max_probability": [1 - part.mean(1).max(1) for part in p],
             "entropy": [kl_or_entropy(part.mean(1), axis=1) for part in p],
+            "energy": [-logsumexp(part.mean(1), axis=1) for part in logits],
+            "max_logit": [-part.mean(1).max(1) for part in logits],
         }
         if p[0].shape[1] > 1:
             uncertainty["mutual_information"] = [
                 kl_or_entropy(part.mean(1), axis=1) - kl_or_entropy(part, axis=2).mean(1)
                 for part in p
             ]
-        for name, values in uncertainty.items():
-            both, is_outside = np.concatenate(values), np.repeat([0, 1], [120, 55])
-            threshold = np.sort(values[1])[-53]  # 53 of 55 are the first to make 95 %
-            expected[*system, name] = {
+        for score, values in uncertainty.items():
+            both, is_outside = np.concatenate(values), np.repeat([0, 1], [120, sets[name]])
+            # 53 of 55, and 29 of 30, are the first to make 95 %.
+            threshold = np.sort(values[1])[-math.ceil(0.95 * sets[name])]
+            expected[*system, score, name] = {
                 "auroc": roc_auc_score(is_outside, both),
                 "aupr": average_precision_score(is_outside, both),
                 "fpr95": np.mean(values[0] >= threshold),
                 "n_in": 120,
-                "n_out": 55,
+                "n_out": sets[name],
             }
-    found = table.set_index(["system", "replicate", "score"]).to_dict("index")
+    assert table["set"].unique().tolist() == ["near", "far"]
+    found = table.set_index(["system", "replicate", "score", "set"]).to_dict("index")
     assert found.keys() == expected.keys()
     for key in expected:
         assert found[key] == pytest.approx(expected[key])

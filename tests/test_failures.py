@@ -70,6 +70,7 @@ def remove(project, name):
         }
     if name.startswith("tables/"):
         made |= {f"tables/results.{ending}" for ending in ("csv", "md", "tex", "html")}
+        made |= {f"tables/wide.{ending}" for ending in ("md", "html")}
     for one in made:
         project.file(one).unlink(missing_ok=True)
 

@@ -21,6 +21,7 @@ from ensdistill.reports import (
     out_of_distribution,
     reliability,
     saturation,
+    selective,
     sweep,
     transfer,
 )
@@ -331,6 +332,7 @@ def test_detection_is_shown_by_system_and_score_with_the_spread_over_seeds(tmp_p
     rng = np.random.default_rng(0)
     rows = [
         {"system": system, "replicate": replicate, "score": score, "n_in": 30, "n_out": 10}
+        | {"set": "far"}
         | dict(zip(("auroc", "aupr", "fpr95"), rng.random(3), strict=True))
         for system in ("DE-1", "A")
         for replicate in range(seeds)
@@ -342,7 +344,7 @@ def test_detection_is_shown_by_system_and_score_with_the_spread_over_seeds(tmp_p
     groups = frame.groupby(["system", "score"], sort=False)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["DE-1", "A"]
     for axis, key in zip(figure.axes, ("auroc", "aupr", "fpr95"), strict=True):
-        assert len(axis.containers) == 5
+        assert len(axis.containers) == 9
         for container, ((system, score), group) in zip(axis.containers, groups, strict=True):
             dot, _, spread = container
             assert dot.get_xdata()[0] == pytest.approx(group[key].mean())
@@ -352,6 +354,52 @@ def test_detection_is_shown_by_system_and_score_with_the_spread_over_seeds(tmp_p
                 ends = spread[0].get_segments()[0][:, 0]
                 assert np.ptp(ends) == pytest.approx(2 * group[key].std())
     assert "AUPR 0.25" in figure.get_supxlabel()
+
+
+def test_risk_coverage_curves_are_means_and_areas_have_the_spread_over_seeds(tmp_path):
+    rng = np.random.default_rng(0)
+    tables = [
+        pd.DataFrame({"system": system, "replicate": replicate, "coverage": range(1, 101)}).assign(
+            risk=rng.random(100), aurc=rng.random(), n=30
+        )
+        for system, replicates in (("DE-1", 2), ("DE-4", 1), ("A", 3))
+        for replicate in range(replicates)
+    ]
+    frame = pd.concat(tables)
+    figure = selective.draw(stored(tmp_path / "s.csv", frame))
+    curves, areas = figure.axes
+    groups = frame.groupby("system", sort=False)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(groups.groups)
+    for line, container, (_, group) in zip(curves.lines, areas.containers, groups, strict=True):
+        assert line.get_xdata().tolist() == list(range(1, 101))
+        np.testing.assert_allclose(line.get_ydata(), group.groupby("coverage")["risk"].mean())
+        values = group.groupby("replicate")["aurc"].first()
+        dot, _, spread = container
+        assert dot.get_xdata()[0] == pytest.approx(values.mean())
+        if len(values) > 1:
+            ends = spread[0].get_segments()[0][:, 0]
+            assert np.ptp(ends) == pytest.approx(2 * values.std())
+        else:
+            assert not spread
+    assert "2 (DE-1), 1 (DE-4), 3 seeds (students)" in figure.get_supxlabel()
+
+
+def test_detection_of_several_sets_has_a_panel_for_each(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [
+        {"system": system, "replicate": 0, "score": score, "set": name, "n_in": 30, "n_out": count}
+        | dict(zip(("auroc", "aupr", "fpr95"), rng.random(3), strict=True))
+        for system in ("DE-1", "A")
+        for score in ("entropy", "energy")
+        for name, count in (("near", 10), ("far", 1234))
+    ]
+    frame = pd.DataFrame(rows)
+    figure = out_of_distribution.draw(stored(tmp_path / "o.csv", frame))
+    assert [axis.get_title("left") for axis in figure.axes] == ["AUROC, near", "AUROC, far"]
+    for axis, name in zip(figure.axes, ("near", "far"), strict=True):
+        shown = sorted(container[0].get_xdata()[0] for container in axis.containers)
+        assert shown == pytest.approx(sorted(frame["auroc"][frame["set"] == name]))
+    assert "30 test images, others: 10 of near, 1,234 of far." in figure.get_supxlabel()
 
 
 def test_equal_figures_have_equal_bytes(diversity, tmp_path):

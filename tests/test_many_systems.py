@@ -18,6 +18,7 @@ from ensdistill.reports import (
     learning_curves,
     out_of_distribution,
     reliability,
+    selective,
 )
 
 FAMILIES = ["Single", "KD", "LatentBE", "Hydra", "Proxy-EnD²", "EnD²", "DLF", "Packed", "MIMO"]
@@ -160,6 +161,7 @@ def test_bins_are_dots_coloured_by_value_and_sized_by_share(module):
 def test_detection_and_jacobians_fit_a_page():
     rows = [
         {"system": system, "replicate": seed, "score": score, "n_in": 30, "n_out": 10, "n": 5}
+        | {"set": "far"}
         | dict.fromkeys(("auroc", "aupr", "fpr95"), RNG.random())
         | dict.fromkeys(("error", "error_low", "cosine", "cosine_low"), 0.4 + seed)
         | dict.fromkeys(("error_high", "cosine_high"), 0.5 + seed)
@@ -171,6 +173,27 @@ def test_detection_and_jacobians_fit_a_page():
         figure = module.draw(pd.DataFrame(rows))
         assert_readable(figure)
         assert rows_of(figure.axes[0]) == SYSTEMS
+
+
+def test_errors_among_the_surest_have_a_dot_per_coverage():
+    rows = [
+        {"system": system, "replicate": seed, "coverage": coverage, "n": 9}
+        | {"risk": coverage * (1 + seed) + place / 50, "aurc": place + seed}
+        for place, system in enumerate(SYSTEMS)
+        for seed in range(2)
+        for coverage in range(1, 101)
+    ]
+    figure = selective.draw(pd.DataFrame(rows))
+    assert_readable(figure)
+    curves, areas = figure.axes
+    assert rows_of(curves) == SYSTEMS
+    lines = [line for line in curves.lines if len(line.get_xdata()) == len(SYSTEMS)]
+    for line, coverage in zip(lines, selective.SHOWN, strict=True):
+        expected = [1.5 * coverage + place / 50 for place in range(len(SYSTEMS))]
+        np.testing.assert_allclose(line.get_xdata(), expected)
+    assert len({to_hex(line.get_color()) for line in lines}) == len(selective.SHOWN)
+    dots = [container[0].get_xydata()[0].tolist() for container in areas.containers]
+    assert dots == [[place + 0.5, place] for place in range(len(SYSTEMS))]
 
 
 def history(system, **columns):

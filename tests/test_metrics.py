@@ -22,6 +22,7 @@ from sklearn.metrics import (
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ensdistill import metrics
+from ensdistill.conformal import aps_scores, calibration_half, conformal_sets, lac_scores
 from ensdistill.metrics import METRICS, Judged
 from ensdistill.predictions import Mixture
 
@@ -226,7 +227,14 @@ def test_deep_ensemble_equivalent_inverts_numpy_interpolation():
 def test_every_metric_is_its_function_of_the_prediction(logits, labels):
     prediction, probs = Mixture(logits), metrics.ensemble_probs(logits)
     scaled = metrics.apply_temperature(probs, 1.7)
-    judged = Judged(prediction, labels, n_bins=9, temperature=1.7)
+    human = np.random.default_rng(3).dirichlet(np.ones(7), len(labels))
+    validation = metrics.apply_temperature(probs, 3.0)[:200], labels[:200]
+    judged = Judged(prediction, labels, 9, 1.7, validation, human)
+    half = calibration_half(200)
+    calibration = validation[0][half], validation[1][half]
+    lac, aps = (
+        conformal_sets(scores, calibration, (probs, labels)) for scores in (lac_scores, aps_scores)
+    )
     expected = {
         "acc": metrics.accuracy(probs, labels),
         "nll": metrics.nll(probs, labels),
@@ -238,12 +246,41 @@ def test_every_metric_is_its_function_of_the_prediction(logits, labels):
         "temperature": 1.7,
         "diversity": metrics.pairwise_kl(logits),
         "entropy": metrics.entropy(probs),
+        "aurc": metrics.aurc(probs, labels),
+        "augrc": metrics.augrc(probs, labels),
+        "rejection_ratio": metrics.rejection_ratio(probs, labels),
+        "classwise_ece": metrics.classwise_ece(probs, labels, 9),
+        "adaptive_ece": metrics.adaptive_ece(probs, labels, 9),
+        "smooth_ece": metrics.smooth_ece(probs, labels),
+        "lac_coverage": 100 * lac.coverage,
+        "lac_size": lac.size,
+        "aps_coverage": 100 * aps.coverage,
+        "aps_size": aps.size,
+        "human_kl": metrics.human_kl(probs, human),
     }
+    assert len(set(expected.values())) == len(expected)
     alone = {key: metric for key, metric in METRICS.items() if not metric.equivalent_of}
     assert {key: metric.function(judged) for key, metric in alone.items()} == expected
     for key, metric in METRICS.items() - alone.items():
         assert METRICS[metric.equivalent_of].better == -1, key
         assert metric.function(0.65, [0.8, 0.7, 0.6]) == pytest.approx(2.5)
+
+
+def test_divergence_from_people_agrees_with_scipy(probs):
+    human = np.random.default_rng(4).multinomial(50, probs) / 50  # with classes that nobody chose
+    expected = np.mean([scipy_entropy(h, p) for h, p in zip(human, probs, strict=True)])
+    assert metrics.human_kl(probs, human) == pytest.approx(expected, rel=1e-12)
+    assert metrics.human_kl(human, human) == 0
+    alone = Judged(Mixture(np.log(probs[:, None])), np.zeros(len(probs), int), 9)
+    assert np.isnan(METRICS["human_kl"].function(alone))
+
+
+def test_every_metric_says_what_it_is():
+    for key, metric in METRICS.items():
+        assert metric.title, key
+        assert metric.meaning, key
+        assert not metric.meaning.endswith("."), key
+    assert len({metric.title for metric in METRICS.values()}) == len(METRICS)
 
 
 def test_metrics_are_titled_by_their_unit_and_by_what_is_better():

@@ -1,5 +1,7 @@
 """Kinds of prediction: what metrics ask of them, and one more kind."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy.special import softmax
@@ -31,6 +33,10 @@ def test_a_mixture_averages_the_probabilities_of_its_members(logits):
     np.testing.assert_allclose(prediction.probs(), p.mean(1))
     np.testing.assert_allclose(prediction.doubt(), 1 - p.mean(1).max(1), atol=1e-12)
     np.testing.assert_allclose(prediction.entropy(), entropy(p.mean(1), axis=1))
+    means = [[sum(column) / 3 for column in image.T] for image in logits.astype(float)]
+    energies = [-math.log(sum(math.exp(z) for z in image)) for image in means]
+    np.testing.assert_allclose(prediction.energy(), energies)
+    np.testing.assert_allclose(prediction.max_logit(), [-max(image) for image in means])
     information = entropy(p.mean(1), axis=1) - entropy(p, axis=2).mean(1)
     np.testing.assert_allclose(prediction.mutual_information(), information)
     pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
@@ -91,13 +97,15 @@ def test_results_ask_whatever_kind_of_prediction_a_file_names(written, logits):
 
 
 def test_shifted_images_are_judged_by_what_a_prediction_has(written, logits):
-    splits = ["out_of_distribution", "corrupted/clean/0", "corrupted/fog/3"]
+    splits = ["out_of_distribution/far", "corrupted/clean/0", "corrupted/fog/3"]
     inside = [written(name, 1) for name in "ab"], {"D": [written("c", 1, **DIRICHLET)]}
     outside = [written(name, 1, splits) for name in "ef"]
-    outside = outside, {"D": [written("d", 1, splits, **DIRICHLET)], "one": outside[:1]}
-    found = out_of_distribution.table(*inside, *outside)
+    outside = outside, {"D": [written("d", 1, splits, **DIRICHLET)]}
+    found = out_of_distribution.table(*inside, *outside, ["far"])
     assert set(found.score[found.system == "D"]) == set(out_of_distribution.UNCERTAINTIES)
-    assert set(found.score[found.system == "DE-1"]) == {"max_probability", "entropy"}
+    single = {"max_probability", "entropy", "energy", "max_logit"}
+    assert set(found.score[found.system == "DE-1"]) == single
+    outside[1]["one"] = outside[0][:1]
     shifted = corruptions.table(*outside, n_bins=5).groupby("system").diversity.mean()
     alpha = np.exp(logits[:, 0].astype(float)) + 1
     assert shifted["D"] == pytest.approx(np.mean(3 / alpha.sum(1)))

@@ -181,7 +181,7 @@ def test_a_pickle_among_corrupted_images_is_not_run(tmp_path, monkeypatch, canar
         tmp_path / "shifted.h5",
         tmp_path / "images.h5",
         corruptions={"source": "official", "images": None},
-        out_of_distribution={"source": "photographs", "path": None, "images": 2},
+        out_of_distribution=[{"name": "far", "source": "photographs", "path": None, "images": 2}],
         seed=0,
         official=[publish(monkeypatch, path, path.read_bytes())],
         attributes={},

@@ -13,10 +13,11 @@ from ensdistill import InputError, shift
 from ensdistill.files import write_hdf5
 from ensdistill.images import read_images
 from ensdistill.shift import KINDS, SEVERITIES, corrupt, write_shifted
+from ensdistill.sources import Dataset
 from tests.builders import encode, make, noise, photographs, publish, write_tar, write_tree
 
 COPIES = {"source": "copies", "images": 4}
-PHOTOGRAPHS = {"source": "photographs", "path": None, "images": 5}
+PHOTOGRAPHS = {"name": "far", "source": "photographs", "path": None, "images": 5}
 SHAPES = [(1, 8, 8), (3, 32, 32), (3, 64, 64), (1, 28, 20)]
 
 
@@ -27,7 +28,7 @@ def images_file(path, images, labels, **attributes):
     return path
 
 
-def write(tmp_path, images, *, corruptions=COPIES, others=PHOTOGRAPHS, seed=0, **options):
+def write(tmp_path, images, *, corruptions=COPIES, others=(PHOTOGRAPHS,), seed=0, **options):
     path = tmp_path / "shifted.h5"
     sections = {"corruptions": corruptions, "out_of_distribution": others}
     write_shifted(path, images, **sections, seed=seed, attributes={"study": "x"}, **options)
@@ -49,6 +50,7 @@ def test_shifted_images_have_their_layout_and_attributes(tmp_path):
     clean, labels = read_images(path, "corrupted/clean/0")
     with h5py.File(path) as file:
         assert set(file) == {"corrupted", "out_of_distribution"}
+        assert list(file["out_of_distribution"]) == ["far"]
         assert set(file["corrupted"]) == {"clean", *KINDS}
         for kind in KINDS:
             assert list(file["corrupted"][kind]) == list("12345")
@@ -172,7 +174,7 @@ def others(tmp_path, shape, **section):
     """Images out of distribution for a study of images of a shape."""
     source = images_file(tmp_path / "images.h5", photographs(*shape), [0, 1, 0, 1])
     images, labels = read_images(
-        write(tmp_path, source, others={**PHOTOGRAPHS, **section}), "out_of_distribution"
+        write(tmp_path, source, others=[{**PHOTOGRAPHS, **section}]), "out_of_distribution/far"
     )
     assert labels.dtype == np.int64
     assert labels.tolist() == [-1] * len(images)
@@ -233,3 +235,47 @@ def test_a_folder_of_colour_images_of_all_sizes_becomes_grey_ones_of_one_size(
     images = others(tmp_path, (1, 6, 8), source="folder", path=path, images=None)
     luma = 0.299 * 200 + 0.587 * 100 + 0.114 * 50  # ITU-R 601-2
     np.testing.assert_allclose(images, np.full((2, 1, 6, 8), luma), atol=1)
+
+
+def test_every_set_of_other_images_is_what_it_is_alone(tmp_path, uncorrupted):
+    source = images_file(tmp_path / "images.h5", photographs(1, 8, 8), [0, 1, 0, 1])
+    own = write_tree(tmp_path / "own", {f"{i}.png": encode(noise(8, 8, seed=i)) for i in range(3)})
+    sections = [
+        {**PHOTOGRAPHS, "name": "far"},
+        {**PHOTOGRAPHS, "name": "near", "source": "digits", "images": 7},
+        {**PHOTOGRAPHS, "name": "mine", "source": "folder", "path": own, "images": None},
+    ]
+    alone, checksums = {}, {}
+    for section in sections:
+        name = f"out_of_distribution/{section['name']}"
+        path = write(tmp_path, source, others=[section])
+        alone[name] = read_images(path, name)[0]
+        with h5py.File(path) as file:
+            checksums |= json.loads(file.attrs["sha256"])["out_of_distribution"]
+    assert [len(images) for images in alone.values()] == [5, 7, 3]
+    path = write(tmp_path, source, others=sections)
+    for name, images in alone.items():
+        found, labels = read_images(path, name)
+        np.testing.assert_array_equal(found, images)
+        assert labels.tolist() == [-1] * len(images)
+    with h5py.File(path) as file:
+        assert json.loads(file.attrs["sha256"])["out_of_distribution"] == checksums
+        assert json.loads(file.attrs["out_of_distribution_files"])["mine"]["read"] == 3
+    assert len(set(checksums.values())) == 3
+
+
+def test_each_source_is_read_from_its_own_archives(tmp_path, uncorrupted, monkeypatch):
+    read = []
+
+    def answer(source, archives, **_):
+        read.append((source, archives))
+        split = noise(4, 1, 8, 8), np.zeros(4, np.int64)
+        return Dataset(split, split, ["a"], source)
+
+    monkeypatch.setattr(shift, "read_source", answer)
+    source = images_file(tmp_path / "images.h5", photographs(1, 8, 8), [0, 1, 0, 1])
+    sections = [{**PHOTOGRAPHS, "name": it, "source": it} for it in ("svhn", "cifar100")]
+    archives = ["svhn_train_32x32.mat", "svhn_test_32x32.mat", "cifar-100-python.tar.gz"]
+    archives = [f"downloads/{archive}" for archive in archives]
+    write(tmp_path, source, others=sections, archives=archives)
+    assert read == [("svhn", archives[:2]), ("cifar100", archives[2:])]

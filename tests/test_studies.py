@@ -341,6 +341,20 @@ TOGETHER = [
     ({"images": {"source": "folder"}}, "images: 'path' and the source 'folder' need each other"),
     ({"images": {"path": "x"}}, "images: 'path' and the source 'folder' need each other"),
     ({"out_of_distribution": {"source": "folder"}}, "out_of_distribution: 'path' and the source"),
+    ({"out_of_distribution": []}, "out_of_distribution: list should have at least 1 item"),
+    (
+        {"out_of_distribution": [{"source": "svhn"}, {"source": "svhn", "images": 5}]},
+        "two sets of 'out_of_distribution' are called 'svhn'",
+    ),
+    (
+        {"out_of_distribution": [{"source": "svhn"}, {"source": "mnist"}]},
+        "out_of_distribution.1.source: input should be 'photographs'",
+    ),
+    (
+        {"out_of_distribution": [{}, {"source": "svhn", "imags": 5}]},
+        "unknown key 'out_of_distribution.1.imags'; did you mean 'images'?",
+    ),
+    ({"out_of_distribution": {"name": "a/b"}}, "out_of_distribution.name: string should match"),
     (
         {"out_of_distribution": {"source": "digits"}},
         "'out_of_distribution' and 'images' have one source, 'digits'",

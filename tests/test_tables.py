@@ -178,6 +178,31 @@ def test_what_a_system_does_not_have_is_a_dash(scores, show, read):
     assert absent == ["DE-1", "B"]
 
 
+@pytest.mark.parametrize(("show", "read"), [FORMATS[0], FORMATS[2]])
+def test_the_wide_table_has_every_metric_that_a_system_has(scores, show, read):
+    scores["human_kl"] = np.nan
+    scores.loc[scores.system == "B", "aurc"] = np.nan
+    summary = tables.summarize(scores)
+    columns = tables.measured_columns(summary)
+    assert [*columns] == [key for key in METRICS if key != "human_kl"]
+    text = show(summary, columns)
+    head, *rows = read(text)
+    assert head == ["System", "n", *(metric.column for metric in columns.values()), "Parameters"]
+    found = {
+        row[0]: dict(zip(head, (cell.strip("*") for cell in row), strict=True)) for row in rows
+    }
+    values = summary.set_index("system")
+    assert found["B"]["AURC ↓"] == "–"
+    for column, key, decimals in (("AUGRC ↓", "augrc", 4), ("LAC size ↓", "lac_size", 3)):
+        mean, spread = values.loc["A", [key, f"{key}_std"]]
+        assert found["A"][column] == f"{mean:.{decimals}f} ± {spread:.{decimals}f}"
+    below = html.unescape(text.replace("\\", ""))
+    for metric in columns.values():
+        assert f"{metric.title}: {metric.meaning}" in below
+    assert METRICS["human_kl"].title not in below
+    assert "AURC" not in show(summary)
+
+
 @pytest.mark.parametrize(("show", "read"), FORMATS)
 def test_a_method_called_like_a_missing_value_is_in_the_table(scores, tmp_path, show, read):
     names = {"DE-1": "DE-1", "DE-2": "DE-2", "A": "None", "B": "NA", "C": "nan"}

@@ -23,6 +23,8 @@ from tests.project import FIGURES, METHODS, Project, another_result
 def test_everything_is_made_and_a_second_run_has_nothing_to_do(finished):
     for ending in ("csv", "md", "tex", "html"):
         assert finished.file(f"tables/results.{ending}").stat().st_size > 200
+    for ending in ("md", "html"):
+        assert "APS size" in finished.file(f"tables/wide.{ending}").read_text()
     for figure in FIGURES:
         assert finished.file(f"figures/{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert finished.file(f"figures/{figure}.pdf").read_bytes().startswith(b"%PDF")
@@ -42,8 +44,9 @@ def member_logits(project, name, split):
 def test_metrics_recomputed_from_the_logits_by_other_libraries_agree(finished):
     table = pd.read_csv(finished.file("tables/results.csv")).set_index("system")
     assert list(table.index) == ["DE-1", "DE-2", "DE-3", "BE", "KD-single", "KD", "KD+ConfODS"]
-    diversity = ["diversity", "diversity_std"]
-    assert np.isfinite(table.drop(columns=diversity).to_numpy()).all()
+    absent = ["diversity", "diversity_std", "human_kl", "human_kl_std"]
+    assert np.isfinite(table.drop(columns=absent).to_numpy()).all()
+    assert table["human_kl"].isna().all()
     assert table.index[table.diversity.isna()].tolist() == ["DE-1", "KD-single"]
     labels_of = {method["label"]: name for name, method in METHODS.items()}
     systems = {label: [f"students/{name}/0"] for label, name in labels_of.items()}
@@ -171,6 +174,7 @@ def test_the_report_is_one_page_with_every_figure_and_the_table(finished):
     for figure in FIGURES:
         assert f"results/tiny/figures/{figure}.png" in page
     assert "results/tiny/tables/results.html" in page
+    assert "results/tiny/tables/wide.html" in page
     assert "results/tiny/claims.html" in page
     assert "results/tiny/index.html" in page
 

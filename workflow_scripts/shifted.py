@@ -5,7 +5,7 @@ from ensdistill.shift import write_shifted
 
 with job(snakemake):
     settings = snakemake.params.settings
-    sha256 = write_shifted(
+    checksums = write_shifted(
         snakemake.output[0],
         snakemake.input.images,
         **settings,
@@ -13,5 +13,5 @@ with job(snakemake):
         archives=snakemake.input.archives,
         attributes=attributes(study=snakemake.wildcards.study, **settings),
     )
-    if settings["out_of_distribution"]["source"] == "folder":
-        remember(**snakemake.params.own_data, sha256=sha256)
+    for name, own in snakemake.params.own_data.items():
+        remember(**own, sha256=checksums[name])

@@ -4,7 +4,8 @@ A file of this folder is all that a result is, but for its caption report/<name>
 made of what it says at its top, as plain literals, so that Snakemake need not import it:
 
 - `READS`: which files `table` gets, by argument, in the study's folder. `{pool}`, `{ensemble}` and
-  `{students}` stand for all teachers, those that teach, and all students.
+  `{students}` stand for all teachers, those that teach, and all students; `{human}` for the archive
+  of what people answered of the test images, if they were asked.
 - `SETTINGS`: which settings of the study `table` gets; those that `settings_of` in rules/common.smk
   knows.
 - `CHOSEN`: of registries that `table` and `draw` use by name, which entries; an entry more in them

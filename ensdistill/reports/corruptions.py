@@ -50,7 +50,7 @@ def table(ensemble: Sequence[str], students: Students, n_bins: int) -> pd.DataFr
         if group != "corrupted":
             continue
         corrupted = {"kind": rest[0], "severity": int(rest[1])}
-        for system, replicates in read_systems(ensemble, students, split, single=True).items():
+        for system, replicates in read_systems(ensemble, students, split, single=True):
             for replicate, (prediction, labels) in enumerate(replicates):
                 judged = Judged(prediction, labels, n_bins)
                 found = {key: METRICS[key].function(judged) for key in CHOSEN["METRICS"]}

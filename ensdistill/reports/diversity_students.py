@@ -21,7 +21,7 @@ def table(ensemble: Sequence[str], students: Students, n_bins: int) -> pd.DataFr
     Systems without a diversity, such as most single networks, are left out.
     """
     tables = []
-    for name, replicates in read_systems(ensemble, students, "test").items():
+    for name, replicates in read_systems(ensemble, students, "test"):
         predictions = [prediction for prediction, _ in replicates]
         if predictions[0].diversity() is not None:
             tables.append(diversity_by_confidence(name, predictions, n_bins))

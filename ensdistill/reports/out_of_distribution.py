@@ -12,6 +12,7 @@ from ensdistill.drawing import (
     GREY,
     add_legend,
     add_note,
+    are_many,
     panels_by_system,
     replicates_of,
     styled,
@@ -28,6 +29,7 @@ READS = {
     "shifted_ensemble": "logits/shifted/{ensemble}.h5",
     "shifted_students": "logits/shifted/{students}.h5",
 }
+SETTINGS = ["sets"]
 
 
 class Uncertainty(NamedTuple):
@@ -44,6 +46,8 @@ UNCERTAINTIES = {
     "mutual_information": Uncertainty(
         lambda it: it.mutual_information(), "^", "mutual information"
     ),
+    "energy": Uncertainty(lambda it: it.energy(), "s", "energy"),
+    "max_logit": Uncertainty(lambda it: it.max_logit(), "v", "− largest logit"),
 }
 
 
@@ -52,32 +56,38 @@ def table(
     students: Students,
     shifted_ensemble: Sequence[str],
     shifted_students: Students,
+    sets: Sequence[str],
 ) -> pd.DataFrame:
     """How well uncertainty tells out-of-distribution images from test images.
 
     Args:
         ensemble, students: logits files.
         shifted_ensemble, shifted_students: their files of rule `shifted_logits`.
+        sets: names of the sets of out-of-distribution images.
 
     Returns:
-        One row per system, replicate and score of `UNCERTAINTIES` that the system has: system,
-        replicate, score, the metrics of `DETECTION`, n_in, n_out (images). Mutual information
+        One row per system, replicate, score and set of `UNCERTAINTIES` that the system has: system,
+        replicate, score, set, the metrics of `DETECTION`, n_in, n_out (images). Mutual information
         needs members or a distribution over predictions, which most single networks lack.
     """
     rows = []
     inside = read_systems(ensemble, students, "test", single=True)
-    outside = read_systems(shifted_ensemble, shifted_students, "out_of_distribution", single=True)
-    for system, replicates in inside.items():
-        pairs = zip(replicates, outside[system], strict=True)
-        for replicate, ((own, labels), (other, others)) in enumerate(pairs):
-            images = {"n_in": len(labels), "n_out": len(others)}
-            for name, uncertainty in UNCERTAINTIES.items():
-                scores = uncertainty.of(own), uncertainty.of(other)
-                if scores[0] is None:
+    outside = [
+        read_systems(shifted_ensemble, shifted_students, f"out_of_distribution/{name}", single=True)
+        for name in sets
+    ]
+    for (system, replicates), *others in zip(inside, *outside, strict=True):
+        together = zip(replicates, *(other for _, other in others), strict=True)
+        for replicate, ((own, labels), *found) in enumerate(together):
+            known = {"system": system, "replicate": replicate}
+            for score, uncertainty in UNCERTAINTIES.items():
+                if (of_own := uncertainty.of(own)) is None:
                     continue
-                found = {key: metric.function(*scores) for key, metric in DETECTION.items()}
-                known = {"system": system, "replicate": replicate, "score": name}
-                rows.append({**known, **found, **images})
+                for name, (other, unknown) in zip(sets, found, strict=True):
+                    pair = of_own, uncertainty.of(other)
+                    measured = {key: it.function(*pair) for key, it in DETECTION.items()}
+                    images = {"n_in": len(labels), "n_out": len(unknown)}
+                    rows.append({**known, "score": score, "set": name, **measured, **images})
     return pd.DataFrame(rows)
 
 
@@ -85,31 +95,50 @@ def table(
 def draw(frame: pd.DataFrame) -> Figure:
     """How well uncertainty tells images of other things from test images, by system and score.
 
-    The other images are the positives [Hendrycks et al. 2019].
+    The other images are the positives [Hendrycks et al. 2019]. Of one set all metrics of
+    `DETECTION`, of several AUROC.
     """
-    styles = styles_of(frame["system"].unique())
-    titles = [metric.axis for metric in DETECTION.values()]
-    figure, axes = panels_by_system(styles, titles, 0.34)
-    for axis, key in zip(axes, DETECTION, strict=True):
+    styles, sets = styles_of(frame["system"].unique()), frame["set"].unique()
+    many = are_many(styles)
+    if len(sets) == 1:
+        panels = [(frame, key, metric.axis) for key, metric in DETECTION.items()]
+    else:
+        panels = [
+            (frame[frame["set"] == name], "auroc", f"{DETECTION['auroc'].title}, {name}")
+            for name in sets
+        ]
+    figure, axes = panels_by_system(styles, [title for *_, title in panels], 0.42)
+    shifts = np.linspace(-0.34, 0.34, len(UNCERTAINTIES))
+    for axis, (part, key, _) in zip(axes, panels, strict=True):
+        groups = part.groupby(["system", "score"])[key]
+        means, spreads = groups.mean(), groups.std()
         for row, (name, style) in enumerate(styles.items()):
-            shifts = np.linspace(-0.26, 0.26, len(UNCERTAINTIES))
             for shift, (score, uncertainty) in zip(shifts, UNCERTAINTIES.items(), strict=True):
-                values = frame[key][(frame["system"] == name) & (frame["score"] == score)]
-                if len(values):
-                    error = values.std() if len(values) > 1 else None
-                    dot = style | {"ls": "", "marker": uncertainty.marker, "ms": 4}
-                    dot["elinewidth"] = 0.9
-                    axis.errorbar(values.mean(), row + shift, xerr=error, **dot)
+                if (name, score) in means.index:
+                    spread = spreads[name, score]
+                    dot = style | {"ls": "", "marker": uncertainty.marker, "elinewidth": 0.8}
+                    dot |= {"ms": 2.4 if many else 3.6, "mew": 0.6}
+                    error = None if np.isnan(spread) else spread
+                    axis.errorbar(means[name, score], row + shift, xerr=error, **dot)
     dot = {"ls": "", "color": GREY, "ms": 4}
     add_legend(
         figure,
         [Line2D([], [], marker=it.marker, label=it.label, **dot) for it in UNCERTAINTIES.values()],
     )
-    inside, outside = frame["n_in"].iloc[0], frame["n_out"].iloc[0]
     add_note(
         figure,
-        f"Mean ± standard deviation over n = {replicates_of(frame)}; {inside:,} test images, "
-        f"{outside:,} others. By chance: AUROC 0.50, AUPR {outside / (inside + outside):.2f}, "
-        "FPR95 0.95.",
+        f"Mean ± standard deviation over n = {replicates_of(frame)}; "
+        f"{frame['n_in'].iloc[0]:,} test images, {_others(frame)}",
     )
     return figure
+
+
+def _others(frame: pd.DataFrame) -> str:
+    """How many other images there are, and what guessing would give."""
+    inside, outside = frame["n_in"].iloc[0], frame.groupby("set", sort=False)["n_out"].first()
+    if len(outside) > 1:
+        counts = ", ".join(f"{count:,} of {name}" for name, count in outside.items())
+        return f"others: {counts}. AUROC: higher is better, by chance 0.50."
+    (count,) = outside
+    share = count / (inside + count)
+    return f"{count:,} others. By chance: AUROC 0.50, AUPR {share:.2f}, FPR95 0.95."

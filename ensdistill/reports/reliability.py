@@ -45,7 +45,7 @@ def table(ensemble: Sequence[str], students: Students, n_bins: int) -> pd.DataFr
         and the same in every row of a system ece (mean over replicates) and n (replicates).
     """
     tables = []
-    for label, replicates in read_systems(ensemble, students, "test").items():
+    for label, replicates in read_systems(ensemble, students, "test"):
         pairs = [(prediction.probs(), labels) for prediction, labels in replicates]
         probs, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
         count, confidence, correct = binned(probs, labels, n_bins)

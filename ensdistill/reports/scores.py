@@ -5,21 +5,36 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ensdistill.calibration import optimal_temperature
+from ensdistill.human import read_answers
 from ensdistill.metrics import METRICS, Judged, dee_outside
-from ensdistill.predictions import Labels, Prediction, join, read_attributes, read_prediction
+from ensdistill.predictions import (
+    Array,
+    Labels,
+    Prediction,
+    join,
+    read_attributes,
+    read_prediction,
+)
 from ensdistill.systems import Students, subsets
 
-READS = {"teachers": "logits/{pool}.h5", "students": "logits/{students}.h5"}
+READS = {
+    "teachers": "logits/{pool}.h5",
+    "students": "logits/{students}.h5",
+    "human": "{human}",
+}
 SETTINGS = ["n_bins"]
 
 Pair = tuple[Prediction, Labels]
 
 
-def table(teachers: Sequence[str], students: Students, n_bins: int) -> pd.DataFrame:
+def table(
+    teachers: Sequence[str], students: Students, human: Sequence[str] = (), *, n_bins: int
+) -> pd.DataFrame:
     """All metrics of every system and replicate.
 
     Args:
         teachers, students: logits files.
+        human: the archive of what people answered of the test images, if they were asked.
         n_bins: of the calibration errors.
 
     Returns:
@@ -29,6 +44,8 @@ def table(teachers: Sequence[str], students: Students, n_bins: int) -> pd.DataFr
     rows = []
     networks = [(read_prediction(path, "test"), read_prediction(path, "val")) for path in teachers]
     one = _parameters(teachers[0])
+    classes = networks[0][0][0].logits.shape[2]
+    answers = read_answers(human[0], networks[0][0][1], classes) if human else None
     for size in range(1, len(teachers) + 1):
         for subset in subsets(len(teachers), size):
             test, val = (
@@ -36,19 +53,23 @@ def table(teachers: Sequence[str], students: Students, n_bins: int) -> pd.DataFr
                 for split in (0, 1)
             )
             known = {"system": f"DE-{size}", "replicate": "+".join(map(str, subset))}
-            rows.append({**known, "parameters": size * one, **measured(test, val, n_bins)})
+            rows.append({**known, "parameters": size * one, **measured(test, val, n_bins, answers)})
     for label, paths in students.items():
         for replicate, path in enumerate(paths):
             known = {"system": label, "replicate": str(replicate), "parameters": _parameters(path)}
             pairs = read_prediction(path, "test"), read_prediction(path, "val")
-            rows.append({**known, **measured(*pairs, n_bins)})
+            rows.append({**known, **measured(*pairs, n_bins, answers)})
     return _with_equivalents(pd.DataFrame(rows))
 
 
-def measured(test: Pair, val: Pair, n_bins: int) -> dict[str, float]:
-    """Every metric that needs no other system; the temperature is from the validation images."""
-    temperature = optimal_temperature(val[0].probs(), val[1])
-    judged = Judged(*test, n_bins, temperature)
+def measured(test: Pair, val: Pair, n_bins: int, human: Array | None = None) -> dict[str, float]:
+    """Every metric that needs no other system.
+
+    What is fitted is from the validation images: the temperature, and the thresholds of conformal
+    sets.
+    """
+    validation = val[0].probs(), val[1]
+    judged = Judged(*test, n_bins, optimal_temperature(*validation), validation, human)
     return {
         key: metric.function(judged) for key, metric in METRICS.items() if not metric.equivalent_of
     }

@@ -1,0 +1,95 @@
+"""Conformal prediction: sets of classes that hold the label of a given share of all images.
+
+A threshold is set on calibration images so that, if these and the test images were drawn alike,
+the label is in the set with at least the probability that is asked for [Vovk et al. 2005].
+Probabilities are (N, K), labels (N,) integers in 0 … K−1. Arithmetic is float64, and nothing is
+random but the choice of calibration images, which has a fixed seed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ensdistill.calibration import paired
+
+Array = NDArray[np.float64]
+Pair = tuple[ArrayLike, ArrayLike]
+"""Probabilities (N, K) and labels (N,)."""
+
+WANTED = 0.9
+"""The share of labels that the sets should hold."""
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Prediction sets of test images."""
+
+    coverage: float
+    """Share of images whose label is in their set."""
+    size: float
+    """Mean number of classes of a set, in 0 … K."""
+
+
+def lac_scores(probs: ArrayLike) -> Array:
+    """1 − p_k, (N, K) → (N, K): least ambiguous sets on average [Sadinle et al. 2019].
+
+    Sets may be empty: of images that no class fits as well as calibration images fit theirs.
+    """
+    return 1 - np.asarray(probs, dtype=np.float64)
+
+
+def aps_scores(probs: ArrayLike) -> Array:
+    """Σ of the probabilities above p_k, (N, K) → (N, K): adaptive sets [Romano et al. 2020].
+
+    Without their randomisation: a class is in the set if what is more probable adds up to no more
+    than the threshold, so that no set is empty, and labels are covered more often than asked where
+    the most probable class alone does so.
+
+    >>> aps_scores([[0.2, 0.5, 0.2, 0.1]]).round(4).tolist()
+    [[0.5, 0.0, 0.5, 0.9]]
+    """
+    probs = np.asarray(probs, dtype=np.float64)
+    order = np.argsort(-probs, axis=1, kind="stable")
+    ranked = np.take_along_axis(probs, order, axis=1)
+    above = np.zeros_like(ranked)
+    np.cumsum(ranked[:, :-1], axis=1, out=above[:, 1:])
+    above[:, 1:][ranked[:, 1:] == ranked[:, :-1]] = 0  # of equals all have what the first has
+    np.maximum.accumulate(above, axis=1, out=above)
+    found = np.empty_like(above)
+    np.put_along_axis(found, order, above, axis=1)
+    return found
+
+
+def conformal_sets(
+    scores: Callable[[ArrayLike], Array], calibration: Pair, test: Pair, wanted: float = WANTED
+) -> Sets:
+    """Split conformal prediction: the sets {k: score_k ≤ q} of test images.
+
+    q is the ⌈(n + 1)·wanted⌉-th smallest score of the n calibration labels; if there is none, the
+    sets hold every class.
+
+    Args:
+        scores: `lac_scores` or `aps_scores`: how ill each class fits.
+        calibration, test: probabilities and labels.
+        wanted: the share of labels that the sets should hold.
+    """
+    own = _at_label(scores(calibration[0]), calibration)
+    rank = int(np.ceil((len(own) + 1) * wanted - 1e-9))  # 0.9 · 10 is 9
+    threshold = np.partition(own, rank - 1)[rank - 1] if rank <= len(own) else np.inf
+    found = scores(test[0])
+    inside = found <= threshold
+    return Sets(
+        coverage=float(np.mean(_at_label(inside, test))), size=float(inside.sum(axis=1).mean())
+    )
+
+
+def _at_label(values: NDArray, pair: Pair) -> NDArray:
+    _, labels = paired(*pair)
+    return values[np.arange(len(labels)), labels]
+
+
+def calibration_half(images: int) -> NDArray[np.int64]:
+    """Indices of the half of so many validation images that calibrates: random, by seed 0."""
+    return np.sort(np.random.default_rng(0).permutation(images)[: images // 2])
