@@ -93,7 +93,7 @@ def test_a_press_sorts_better_first_then_worse_first_then_as_it_was(opened, key,
 
 
 def test_numbers_sort_as_numbers(opened):
-    """Their texts would put 1.00 M after 2.10 M, and 19 after 1,100."""
+    """As texts 12 million would stand before 2 million."""
     page = opened()
     page.locator("button[data-key=macs]").click()
     values = page.locator("#table tbody tr").evaluate_all(
