@@ -32,7 +32,7 @@ RECIPE = {"epochs": 3, "batch_size": 64, "learning_rate": 0.1, "warmup_epochs": 
 TINY = {
     "images": {"source": "digits", "train": 200, "validation": 100, "test": 100},
     "corruptions": {"images": 20},
-    "out_of_distribution": {"images": 50},
+    "out_of_distribution": [{"images": 50}, {"name": "few", "images": 10}],
     "analyses": {"train_images": 100, "jacobian_images": 20},
     "architecture": {"name": "resnet8", "width": 4},
     "members": 2,

@@ -44,7 +44,7 @@ AFTER_TEACHERS = {*logits(*(f"teachers/{seed}" for seed in range(3))), *OF_TEACH
 TRAINING = {*TEACHERS, *STUDENTS, *AFTER_TEACHERS, *AFTER_STUDENTS}
 EVERYTHING = {"images", "shifted", "costs", *TRAINING}
 # One job makes a network's logits on all images, so all that is made of logits runs again.
-OF_LOGITS = {"reliability", "corruptions", "out_of_distribution"}
+OF_LOGITS = {"reliability", "selective", "corruptions", "out_of_distribution"}
 OF_LOGITS |= {"diversity_students", "diversity_teachers", "saturation", "sweep"}
 OF_SHIFTED = {"shifted", *(job for job in EVERYTHING if job.startswith("logits"))}
 OF_SHIFTED |= {"scores", "claims", *TABLE, *OF_LOGITS, *figures(OF_LOGITS)}
