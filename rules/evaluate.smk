@@ -115,7 +115,9 @@ rule findings:
     params:
         systems=student_labels,
         settings=settings_of(["members", "families"]),
-        study=lambda wildcards: STUDIES[wildcards.study].model_dump(include=IN_CAPTIONS),
+        study=lambda wildcards: STUDIES[wildcards.study].model_dump(
+            include={"members", "student_seeds"}
+        ),
         code=judging_code("findings"),
     script:
         "../workflow_scripts/findings.py"

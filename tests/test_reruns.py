@@ -36,7 +36,8 @@ def figures(tables):
 
 
 # What is made of students, whichever, and of what teachers say around training images.
-OF_STUDENTS = {"distances", "scores", "claims", *TABLE, *ON_STUDENTS, *figures(ON_STUDENTS)}
+VERDICTS = {"claims", "findings"}
+OF_STUDENTS = {"distances", "scores", *VERDICTS, *TABLE, *ON_STUDENTS, *figures(ON_STUDENTS)}
 OF_TEACHERS = {"perturbed", "swept", "transferred", "claims", *DIRECTIONS}
 OF_TEACHERS |= {"figure_examples", *figures(ON_TEACHERS)}
 AFTER_STUDENTS = {*logits(*(f"students/{m}/0" for m in METHODS)), *OF_STUDENTS}
@@ -47,7 +48,7 @@ EVERYTHING = {"images", "shifted", "costs", *TRAINING}
 OF_LOGITS = {"reliability", "selective", "corruptions", "out_of_distribution"}
 OF_LOGITS |= {"diversity_students", "diversity_teachers", "saturation", "sweep"}
 OF_SHIFTED = {"shifted", *(job for job in EVERYTHING if job.startswith("logits"))}
-OF_SHIFTED |= {"scores", "claims", *TABLE, *OF_LOGITS, *figures(OF_LOGITS)}
+OF_SHIFTED |= {"scores", *VERDICTS, *TABLE, *OF_LOGITS, *figures(OF_LOGITS)}
 SHIFTED = OF_SHIFTED | REDRAWN  # captions say how many images
 
 
@@ -216,7 +217,7 @@ ROWS = {
     "a larger `pool`": (
         setting("pool", value=4),
         {"teacher 3", "logits teachers/3", "costs", "scores", "learning_curves", *TABLE, *REDRAWN}
-        | {"transferred", "transfer", "directions", "claims"},
+        | {"transferred", "transfer", "directions", *VERDICTS},
     ),
     "`members`": (
         setting("members", value=3),
@@ -247,7 +248,7 @@ ROWS = {
         {"swept", "transferred", "distances", "directions", "claims"}
         | {*INTERVALS, *figures(INTERVALS)},
     ),
-    "`costs`": (setting("costs", value={"seconds": 1}), {"costs", *TABLE}),
+    "`costs`": (setting("costs", value={"seconds": 1}), {"costs", "findings", *TABLE}),
     "`images`": (setting("images", "test", value=90), EVERYTHING),
     "your own images (`source: folder`)": (own_images("images", validation=4), EVERYTHING),
     "your own images out of distribution": (
@@ -296,7 +297,7 @@ ROWS = {
     ),
     "how intervals are computed": (
         code("ensdistill/bootstrap.py", "LEVEL = 0.95", "LEVEL = 0.9"),
-        {"claims", *INTERVALS, *figures(INTERVALS)},
+        {*VERDICTS, *INTERVALS, *figures(INTERVALS)},
     ),
     "an analysis": (
         code("ensdistill/analysis.py", "2**22", "2**21"),
