@@ -84,10 +84,10 @@ class Project:
         assert text.count(old) == 1, f"{old!r} is in {file} {text.count(old)} times"
         (self.folder / file).write_text(text.replace(old, new))
 
-    def snakemake(self, *arguments, **options):
+    def snakemake(self, *arguments, cores=("--cores", "2"), **options):
         environment = {**os.environ, "PYTHONPATH": str(self.folder)}
         return subprocess.run(
-            [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
+            [sys.executable, "-m", "snakemake", *cores, *arguments],
             cwd=self.folder,
             capture_output=True,
             text=True,

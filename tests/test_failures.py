@@ -406,7 +406,8 @@ def test_training_is_interrupted_and_goes_on(untrained, number, whom):
         after = {path: content for path, content in after.items() if path.name[0] != "."}
     assert after == before
     if whom == "everything" and number == signal.SIGKILL:
-        untrained.run("--unlock")
+        unlocked = untrained.snakemake("--unlock", cores=())
+        assert unlocked.returncode == 0, unlocked.stderr
     with training(untrained):
         first = epochs_logged(untrained)[0]
     # An epoch ends after the state of its last step is saved, so a kill may come in between.
