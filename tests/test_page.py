@@ -59,7 +59,7 @@ def test_one_best_student_is_told_of_once(tmp_path):
     rows = [finding(NEAR, "KD-single", 1.16, 0.95, 1.4, "yes")] * 2
     first, second = sentences(page_of(make_folder(tmp_path, findings=pd.DataFrame(rows))))
     assert first.startswith("KD-single keeps 116 % (95 to 140) of the ensemble’s gain")
-    assert second == "No other student of this study comes nearer, in however many passes."
+    assert second == "It is the best of all students, in however many passes."
 
 
 @pytest.mark.parametrize(
