@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
 REPOSITORY = Path(__file__).parents[1]
@@ -122,3 +123,9 @@ def another_result(project):
     """A file in ensdistill/reports and its caption are all that it takes."""
     shutil.copy2(REPOSITORY / "tests/surest.py", project.folder / "ensdistill/reports")
     (project.folder / "report/surest.rst").write_text("How sure every system is.")
+
+
+def without_times(path):
+    """The lines of a table, but for milliseconds and how often they were taken."""
+    frame = pd.read_csv(path, dtype=str)
+    return frame[[it for it in frame if not it.startswith("ms_") and it != "n"]].to_csv()
