@@ -40,7 +40,7 @@ rule costs:
     priority: 1
     conda:
         "../envs/ensdistill.yaml"
-    threads: workflow.resource_settings.cores or 1
+    threads: workflow.resource_settings.cores or 1 if workflow.is_main_process else 1
     resources:
         gpu=1,
         mem_mb=growing(4000, 4),
