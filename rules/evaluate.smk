@@ -28,8 +28,9 @@ for result in RESULTS.values():
             "../workflow_scripts/evaluate.py"
 
 
-# It has all cores, so that nothing runs beside what is timed, and computes with the threads that the
-# study says. It needs no trained network, so it comes before training.
+# A local run gives it all cores, so that nothing runs beside what is timed; inside its job it asks for
+# no more than a cluster has given it. It computes with the threads that the study says, and needs no
+# trained network, so it comes before training.
 rule costs:
     input:
         images="results/{study}/images.h5",
