@@ -175,8 +175,9 @@ def _row(
     bound: float,
     images: int,
     system: str = "",
+    most: float = np.inf,
 ) -> _Row:
-    """Asked is whether a quantity, or a difference, is above a bound."""
+    """Asked is whether a quantity or a difference is above a bound; it can be `most` at most."""
     found = interval(*sides)
     known = {
         "question": question,
@@ -184,7 +185,7 @@ def _row(
         "system": system,
         "estimate": found.estimate,
         "low": found.low,
-        "high": found.high,
+        "high": min(found.high, most),
         "asked": f"> {bound + 0.0:.3g}".replace("-", "−"),
         "n": images,
         "seeds": min(len(side.measured) for side in sides),
@@ -200,7 +201,7 @@ def _near_the_ensemble(
     cheap = [label for label in ranked if costs_one[label]]
     question = "How near do students come to the ensemble?"
     quantity = f"share of DE-{systems.members}'s gain in NLL over DE-1"
-    best = dict.fromkeys([*cheap[:1], *ranked[:1]])  # once, if they are the same
+    best = dict.fromkeys([*ranked[:1], *cheap[:1]])  # once, if they are the same
     for label in best:
         share = share_of_gain(systems.on_test[label], systems.one, systems.ensemble)
         yield _row(question, quantity, [share], MOST, systems.images, label)
@@ -299,7 +300,7 @@ def _rankings(systems: Systems) -> Iterator[_Row]:
                 [systems.on_test[x] for x in labels], [others[x] for x in labels]
             )
             quantity = f"Kendall's τ of NLL, {len(labels)} students, on test and {what}"
-            yield _row(question, quantity, [order], ORDERED, images)
+            yield _row(question, quantity, [order], ORDERED, images, most=1.0)
 
 
 def rank_correlation(here: Sequence[Estimate], there: Sequence[Estimate]) -> Estimate:

@@ -49,9 +49,9 @@ def test_the_answer_has_the_numbers_of_findings_and_results(folder):
         "and 50 % of its compute."
     )
     assert second == (
-        "That is the best student that predicts in one pass. The best of all: KD+ConfODS keeps "
-        "92 % (85 to 97) of the ensemble’s gain in NLL at 55 % of its parameters and 105 % of its "
-        "compute."
+        "That is the best of all students. The best that costs no more than one network: "
+        "KD+ConfODS keeps 92 % (85 to 97) of the ensemble’s gain in NLL at 55 % of its parameters "
+        "and 105 % of its compute."
     )
 
 

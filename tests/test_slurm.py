@@ -163,7 +163,7 @@ def test_jobs_ask_for_what_their_rules_say(cluster, submitted):
 
 def test_short_jobs_go_together(cluster, submitted):
     *single, group = jobs_of(cluster, submitted)
-    assert len(single) == 2 + 3 + 4 + 7  # images and shifted, teachers, students, logits
+    assert len(single) == 3 + 3 + 4 + 7  # images, shifted and costs, teachers, students, logits
     rules = {"scores", "table", "figure_de_curve", "reliability", "figure_reliability"}
     assert set(re.findall(r"^localrule (\w+):", group["log"], re.MULTILINE)) == rules
     # One after another: the sum of their times, the CPUs and memory of one.
@@ -177,7 +177,7 @@ def test_jobs_at_the_same_time_have_different_cards(cluster, submitted):
     for job in jobs_of(cluster, submitted):
         if found := re.search(r"^card: (\d)$", job["log"], re.MULTILINE):
             cards[job["JobId"]] = (job["StartTime"], job["EndTime"], found[1])
-    assert len(cards) == 3 + 4 + 7
+    assert len(cards) == 1 + 3 + 4 + 7  # costs, teachers, students, logits
     together = [
         (one[2], other[2])
         for one, other in combinations(cards.values(), 2)

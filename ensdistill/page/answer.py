@@ -62,11 +62,11 @@ class Answer:
 def answers(
     findings: "pd.DataFrame | None", results: "pd.DataFrame | None", members: int
 ) -> list[Answer]:
-    """Of the best student that predicts in one pass, then of the best of all if that is another.
+    """Of the best student, then of the best that costs one network if that is another.
 
     Args:
         findings: whose first question is how near students come to the ensemble, with the best
-            one-pass student in its first row and the best of all in its second.
+            in its first row and the best that costs one network in its second.
         results: the results table; parameters and macs of students and of DE-M are read there.
         members: M.
 
