@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from ensdistill.bootstrap import Estimate, Interval, image_weights, interval, mean_of
 from ensdistill.files import open_hdf5
@@ -24,7 +23,7 @@ from ensdistill.metrics import LOWER, METRICS, pairwise_kl
 from ensdistill.predictions import read_ensemble
 from ensdistill.reports.directions import direction_cosines
 from ensdistill.reports.jacobians import jacobian_means
-from ensdistill.resampled import ResampledSystems
+from ensdistill.resampled import ResampledSystems, share_of_gain
 from ensdistill.systems import Students
 
 MUCH = 2.0
@@ -255,15 +254,12 @@ def _nearer_jacobians(
 
 def _recovers(page: _Page, systems: ResampledSystems, label: str, diversified: bool) -> None:
     """The share of a deep ensemble's gain in NLL, and at what share of its parameters."""
-    size = systems.members
-    curve = systems.curve
+    size, curve = systems.members, systems.curve
     nll = systems.metrics[label]["nll"]
-
-    def share(student: NDArray, sizes: NDArray) -> NDArray:
-        one, ensemble = sizes[..., :1], sizes[..., size - 1 : size]
-        return (one - student) / (one - ensemble)
-
-    found = Estimate(share(nll.measured, curve.measured), share(nll.resampled, curve.resampled))
+    one, ensemble = (
+        Estimate(curve.measured[[at]], curve.resampled[:, [at]]) for at in (0, size - 1)
+    )
+    found = share_of_gain(nll, one, ensemble)
     part = systems.parameters[label] / systems.ensemble_parameters
     extent = "more" if diversified else "less"
     page.add(

@@ -33,7 +33,8 @@ from ensdistill.bootstrap import (
 from ensdistill.calibration import apply_temperature, optimal_temperature
 from ensdistill.metrics import nll
 from ensdistill.predictions import Array, read_ensemble, read_prediction, splits_of
-from ensdistill.systems import Students, subsets
+from ensdistill.resampled import ensemble_nll, share_of_gain
+from ensdistill.systems import Students
 
 ONE_NETWORK = 1.1
 """Up to so many times the multiply–adds of one network is the cost of one network."""
@@ -219,18 +220,6 @@ def _near_the_ensemble(
         )
 
 
-def share_of_gain(student: Estimate, one: Estimate, ensemble: Estimate) -> Estimate:
-    """(NLL of one network − of the student) / (of one network − of the ensemble), by seed."""
-
-    def share(student: Array, one: Array, ensemble: Array) -> Array:
-        return (one - student) / (one - ensemble)
-
-    return Estimate(
-        share(student.measured, one.measured, ensemble.measured),
-        share(student.resampled, one.resampled, ensemble.resampled),
-    )
-
-
 def _contrasted(systems: Systems, families: Families, contrast: Contrast) -> Iterator[_Row]:
     pairs = [
         (at[contrast.other], at[contrast.better])
@@ -326,15 +315,9 @@ def measured(
     members: int,
 ) -> Systems:
     """NLL of all systems, a file at a time."""
-    labels = read_prediction(teachers[0], "test")[1]
+    read = [read_prediction(path, "test") for path in teachers]
+    pool, labels = [prediction for prediction, _ in read], read[0][1]
     weights = image_weights(len(labels))
-
-    def of_ensembles(size: int) -> Estimate:
-        scores = [
-            _on_test([teachers[i] for i in subset]) for subset in subsets(len(teachers), size)
-        ]
-        return mean_of(np.mean(scores, axis=0), weights)
-
     corrupted = [it for it in splits_of(shifted_ensemble[0]) if it.startswith("corrupted/")]
     corrupted = [it for it in corrupted if not it.endswith("/0")]
     copied = len(read_prediction(shifted_ensemble[0], corrupted[0])[1])
@@ -343,8 +326,8 @@ def measured(
     alone = np.mean([_on_copies([path], corrupted) for path in shifted_ensemble], axis=0)
     systems = Systems(
         members,
-        one=of_ensembles(1),
-        ensemble=of_ensembles(members),
+        one=mean_of(ensemble_nll(pool, labels, 1), weights),
+        ensemble=mean_of(ensemble_nll(pool, labels, members), weights),
         images=len(labels),
         shifted_images=copied,
         shifted_one=mean_of(alone, of_copies),
@@ -355,12 +338,6 @@ def measured(
         copies = [_on_copies([path], corrupted) for path in shifted_students[label]]
         systems.shifted[label] = mean_of(np.stack(copies, axis=1), of_copies)
     return systems
-
-
-def _on_test(paths: Sequence[str]) -> Array:
-    """NLL (N,) of the deep ensemble of some networks, or of one."""
-    prediction, labels = read_ensemble(paths, "test")
-    return nll(prediction.probs(), labels, "none")
 
 
 def _on_copies(paths: Sequence[str], splits: Sequence[str]) -> Array:

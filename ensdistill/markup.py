@@ -46,6 +46,11 @@ def markdown_table(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def counted(count: int, noun: str, several: str = "") -> str:
+    """As "1 network" or "2 networks"; `several` where an s does not make it so."""
+    return f"{count:,} {noun if count == 1 else several or f'{noun}s'}"
+
+
 def number(value: float, decimals: int, sign: str = "") -> str:
     """With a true minus, none before zero, and `sign` before positive numbers."""
     return f"{value:{sign}z,.{decimals}f}".replace("-", "−")

@@ -16,22 +16,13 @@ class ResampledSystems:
     """Metrics of the students and of deep ensembles, as measured and resampled by test image."""
 
     def __init__(self, teachers: Sequence[str], students: Students, members: int, n_bins: int):
-        pool = [read_prediction(path, "test") for path in teachers]
-        labels = pool[0][1]
+        read = [read_prediction(path, "test") for path in teachers]
+        pool, labels = [prediction for prediction, _ in read], read[0][1]
         self.images = len(labels)
         self.weights = image_weights(self.images)
         self.members = members
         self.ensemble_parameters = members * int(read_attributes(teachers[0])["parameters"])
-        sizes = [
-            np.mean(
-                [
-                    nll(join([pool[i][0] for i in subset]).probs(), labels, "none")
-                    for subset in subsets(len(pool), size)
-                ],
-                axis=0,
-            )
-            for size in range(1, len(pool) + 1)
-        ]
+        sizes = [ensemble_nll(pool, labels, size) for size in range(1, len(pool) + 1)]
         self.curve = mean_of(np.stack(sizes, axis=1), self.weights)
         """NLL of deep ensembles; its columns are not seeds but sizes."""
         self.parameters = {
@@ -56,6 +47,27 @@ class ResampledSystems:
         found["ece"] = side_by_side(errors)
         found["dee"] = _equivalents(found["nll"], self.curve)
         return found
+
+
+def ensemble_nll(pool: Sequence[Prediction], labels: Labels, size: int) -> NDArray:
+    """NLL (N,) of the deep ensembles of one size, the mean over `subsets` of the pool."""
+    scores = [
+        nll(join([pool[i] for i in subset]).probs(), labels, "none")
+        for subset in subsets(len(pool), size)
+    ]
+    return np.mean(scores, axis=0)
+
+
+def share_of_gain(student: Estimate, one: Estimate, ensemble: Estimate) -> Estimate:
+    """(NLL of one network − of the student) / (of one network − of the ensemble), by seed."""
+
+    def share(student: NDArray, one: NDArray, ensemble: NDArray) -> NDArray:
+        return (one - student) / (one - ensemble)
+
+    return Estimate(
+        share(student.measured, one.measured, ensemble.measured),
+        share(student.resampled, one.resampled, ensemble.resampled),
+    )
 
 
 def _per_image(prediction: Prediction, labels: Labels) -> dict[str, NDArray]:

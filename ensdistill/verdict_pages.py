@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ensdistill.bootstrap import LEVEL, RESAMPLES
-from ensdistill.markup import html_page, markdown, markdown_table, number, unbroken
+from ensdistill.markup import counted, html_page, markdown, markdown_table, number, unbroken
 
 Row = Mapping[str, Any]
 
@@ -134,12 +134,8 @@ FINDINGS = Kind(
 
 def _summary(kind: Kind, table: pd.DataFrame) -> str:
     counts = ", ".join(f"{sum(table['verdict'] == verdict)} {verdict}" for verdict in kind.signs)
-    quantities = _count(len(table), "quantity", "quantities")
-    return f"{_count(table[kind.by].nunique(), kind.by, f'{kind.by}s')} on {quantities}: {counts}."
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"
+    quantities = counted(len(table), "quantity", "quantities")
+    return f"{counted(table[kind.by].nunique(), kind.by)} on {quantities}: {counts}."
 
 
 def _titles(kind: Kind) -> list[str]:

@@ -186,6 +186,7 @@ def costs_code(wildcards):
     return code("costs", **entries(*parts), OBJECTIVES=objectives, PERTURBATIONS=perturbations)
 
 
+@cache
 def first_page():
     """Parameters of the first page: what is on it, what it looks like, and its code."""
     captions = Path(os.path.relpath(workflow.basedir), "report")  # of Snakemake's report, too

@@ -9,6 +9,7 @@ from typing import Any
 
 from ensdistill import DamagedFile, InputError
 from ensdistill.files import reading
+from ensdistill.markup import counted
 from ensdistill.page.columns import read_columns
 
 Facts = dict[str, str]
@@ -59,11 +60,6 @@ def _configuration(study: Mapping[str, Any]) -> Facts:
         f"{eta}, unless a method has its own",
         "Arithmetic": ARITHMETIC[study["precision"]],
     }
-
-
-def counted(count: int, noun: str) -> str:
-    """As "1 network" or "2 networks"."""
-    return f"{count:,} {noun if count == 1 else f'{noun}s'}"
 
 
 def _or_all(count: int | None) -> str:
