@@ -4,14 +4,16 @@ import math
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     WithJsonSchema,
+    model_serializer,
     model_validator,
 )
 
@@ -64,12 +66,22 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
     )
 
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Keys that came with a later version: left out of what is dumped where they have their
+    default, so that what was made before them stays up to date."""
+
     @model_validator(mode="before")
     @classmethod
     def _numbers_in_any_notation(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
         return {key: _number(it) if key in _numeric(cls) else it for key, it in value.items()}
+
+    @model_serializer(mode="wrap")
+    def _without_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        unused = {key for key in self.later if getattr(self, key) == fields[key].default}
+        return {key: value for key, value in dump(self).items() if key not in unused}
 
 
 @cache
