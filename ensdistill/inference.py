@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ensdistill.batch_ensemble import BatchEnsembleLayer
+from ensdistill.convert import member
 from ensdistill.gaussian_logits import GaussianLogits, LatentFactorNetwork
 from ensdistill.hydra import Hydra, HydraNetwork, split
-from ensdistill.layers import Layers
+from ensdistill.layers import WithoutRandomNumbers
 from ensdistill.networks import build_network, fold_batch_norms
 from ensdistill.packed import packed_layers
-from ensdistill.students import BatchEnsemble, Student, WithoutRandomNumbers
+from ensdistill.students import BatchEnsemble, Student
 
 REPEATS = 3
 """How often `fastest` times a form, after a warm-up."""
@@ -137,10 +138,7 @@ def inference_forms(student: Student) -> list[nn.Module]:
     student = copy.deepcopy(student.predictor()).eval().requires_grad_(False)
     architecture = student.spec["architecture"]
     if isinstance(student, BatchEnsemble):
-        networks = [
-            fold_batch_norms(_member(student.network, architecture, j))
-            for j in range(student.members)
-        ]
+        networks = [fold_batch_norms(member(student.network, j)) for j in range(student.members)]
         stem = SideBySide(networks, architecture).network.stem
         forms = [*ensemble_forms(networks, architecture), SharedWeights(student.network, stem)]
     else:
@@ -216,22 +214,6 @@ def _filled_beside(wide: nn.Module, networks: Sequence[nn.Module]) -> nn.Module:
         filled[key] = each[0] if each[0].shape == tensor.shape else torch.cat(each).view_as(tensor)
     wide.load_state_dict(filled, assign=True)
     return wide.to(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def _member(network: nn.Module, architecture: Mapping[str, Any], j: int) -> nn.Module:
-    """Member j of a BatchEnsemble as a plain network whose convolutions have biases."""
-    state = dict(network.state_dict())
-    for name, layer in network.named_modules():
-        if isinstance(layer, BatchEnsembleLayer):
-            r, s = state.pop(f"{name}.r")[j], state.pop(f"{name}.s")[j]
-            ones = [1] * (layer.weight.ndim - 2)
-            state[f"{name}.weight"] = layer.weight * torch.outer(s, r).view(len(s), len(r), *ones)
-            state[f"{name}.bias"] = layer.bias[j].clone()
-    with torch.device("meta"), WithoutRandomNumbers():
-        plain = build_network(**architecture, layers=Layers(nn.Conv2d, nn.Linear))
-    plain.load_state_dict(state, assign=True)
-    return plain.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 Layer = Callable[..., nn.Module]
 
@@ -21,8 +22,20 @@ class Layers(NamedTuple):
     Without members that do, 1."""
     stem: Layer | None = None
     """As `conv`, for the convolution of the images; None where it is no other."""
+    convert: Callable[[nn.Module], nn.Module] | None = None
+    """Makes such a network of an ordinary one that is built already; None where none can."""
 
 
 def plain_layers() -> Layers:
     """Of an ordinary network."""
-    return Layers(partial(nn.Conv2d, bias=False), nn.Linear)
+    return Layers(partial(nn.Conv2d, bias=False), nn.Linear, convert=lambda network: network)
+
+
+class WithoutRandomNumbers(TorchFunctionMode):
+    """Leaves out initialisation, which tensors without storage would answer by a long import."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.__name__.endswith(("normal_", "uniform_")):  # of tensors and of torch.nn.init
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)

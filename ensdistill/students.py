@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ensdistill.flow_matching import FlowMatching
 from ensdistill.gaussian_logits import GaussianLogits
 from ensdistill.hydra import Hydra
 from ensdistill.latent_batch_ensemble import latent_layers, merged_state
+from ensdistill.layers import WithoutRandomNumbers
 from ensdistill.mimo import MIMO
 from ensdistill.networks import build_network
 from ensdistill.packed import Packed
@@ -138,16 +138,6 @@ def build_student(
     student = STUDENTS[name](architecture, members, **options)
     student.spec = {"name": name, "architecture": architecture, "members": members, **options}
     return student
-
-
-class WithoutRandomNumbers(TorchFunctionMode):
-    """Leaves out initialisation, which tensors without storage would answer by a long import."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function.__name__.endswith(("normal_", "uniform_")):  # of tensors and of torch.nn.init
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
 
 
 def unfilled(name: str, architecture: Mapping[str, Any], members: int, **options: Any) -> Student:

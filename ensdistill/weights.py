@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ensdistill import InputError
 from ensdistill.files import atomic, reading
-from ensdistill.students import Student, WithoutRandomNumbers, build_student
+from ensdistill.layers import WithoutRandomNumbers
+from ensdistill.students import Student, build_student
 
 
 def save_student(
