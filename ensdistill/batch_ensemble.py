@@ -10,14 +10,13 @@ and its own bias. A layer takes M·B rows, of which rows jB … (j+1)B−1 belon
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ensdistill.layers import Layers, WithoutRandomNumbers
+from ensdistill.layers import WithoutRandomNumbers
 
 Init = Literal["normal", "signs", "ones"]
 """How the factors r and s begin: N(1, σ²), random signs, or all 1."""
@@ -316,11 +315,3 @@ class BatchEnsembleLinear(BatchEnsembleLayer):
 
     def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
-
-
-def batch_ensemble_layers(ensemble_size: int) -> Layers:
-    """Of a BatchEnsemble of M members, each with its own biases."""
-    return Layers(
-        partial(BatchEnsembleConv2d, ensemble_size=ensemble_size),
-        partial(BatchEnsembleLinear, ensemble_size=ensemble_size),
-    )

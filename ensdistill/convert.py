@@ -14,7 +14,7 @@ import copy
 import inspect
 import textwrap
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from ensdistill.batch_ensemble import (
     Init,
     init_factors,
 )
-from ensdistill.layers import WithoutRandomNumbers
+from ensdistill.layers import Layers, WithoutRandomNumbers
 
 KNOWN = (nn.Conv2d, nn.Linear)
 """Layers that become BatchEnsemble layers."""
@@ -145,6 +145,15 @@ def to_batch_ensemble(
     if ensemble_size < 1:
         raise ValueError(f"ensemble_size must be at least 1, not {ensemble_size}")
     return _replaced(network, _can_be_converted, converted)
+
+
+def batch_ensemble_layers(ensemble_size: int) -> Layers:
+    """Of a BatchEnsemble of M members, each with its own biases."""
+    return Layers(
+        partial(BatchEnsembleConv2d, ensemble_size=ensemble_size),
+        partial(BatchEnsembleLinear, ensemble_size=ensemble_size),
+        convert=partial(to_batch_ensemble, ensemble_size=ensemble_size),
+    )
 
 
 def with_attention(module: nn.Module) -> nn.Module:

@@ -22,6 +22,7 @@ from ensdistill.batch_ensemble import (
     BatchEnsembleLinear,
     outer,
 )
+from ensdistill.convert import to_batch_ensemble
 from ensdistill.layers import Layers
 
 
@@ -76,6 +77,9 @@ def latent_layers(ensemble_size: int) -> Layers:
     return Layers(
         partial(LatentConv2d, ensemble_size=ensemble_size, bias=False),
         partial(LatentLinear, ensemble_size=ensemble_size),
+        convert=partial(
+            to_batch_ensemble, ensemble_size=ensemble_size, conv=LatentConv2d, linear=LatentLinear
+        ),
     )
 
 

@@ -1,10 +1,11 @@
 """What an architecture is made of, so that one description makes networks of every kind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 Layer = Callable[..., nn.Module]
@@ -29,6 +30,27 @@ class Layers(NamedTuple):
 def plain_layers() -> Layers:
     """Of an ordinary network."""
     return Layers(partial(nn.Conv2d, bias=False), nn.Linear, convert=lambda network: network)
+
+
+class Normalize(nn.Module):
+    """(x − mean) / std per channel, so that everything outside a network is in pixel units."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def in_float32(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """module(x) without autocast where autocast is on; x is converted to float32 then."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return module(x)
+    with torch.autocast(device, enabled=False):
+        return module(x.float())
 
 
 class WithoutRandomNumbers(TorchFunctionMode):

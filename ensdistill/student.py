@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ensdistill import InputError
+
 
 class Student(nn.Module):
     """What every student has in common.
@@ -41,6 +43,33 @@ class Student(nn.Module):
             )
         logits = self.member_logits(x)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def check(self, x: Tensor) -> None:
+        """Refuse a network that does not give what its kind promises, before it is trained.
+
+        Args:
+            x: images (B, C, H, W) in [0, 1], B ≥ 2.
+
+        Raises:
+            InputError: it does not.
+        """
+        architecture = self.spec["architecture"]
+        expected = (self.members, len(x), architecture["num_classes"])
+        was_training = self.training
+        try:
+            found = tuple(self.eval()(x).shape)
+        except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            shape = "×".join(map(str, x.shape[1:]))
+            raise InputError(
+                f"{architecture['name']}: cannot take images of {shape} ({reason})"
+            ) from error
+        finally:
+            self.train(was_training)
+        if found != expected:
+            raise InputError(
+                f"{architecture['name']}: its logits have the shape {found[1:]}, not {expected[1:]}"
+            )
 
     def member_logits(self, x: Tensor) -> Tensor:
         """Images as of `forward` → logits (M, B, K), in the precision of the network."""

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ensdistill.batch_ensemble import init_factors
+from ensdistill.convert import check_members
 from ensdistill.flow_matching import FlowMatching
 from ensdistill.gaussian_logits import GaussianLogits
 from ensdistill.hydra import Hydra
@@ -42,18 +44,29 @@ class BatchEnsemble(Student):
     """M members that share one set of weights and differ by rank-one factors [Wen et al. 2020].
 
     Rows jB … (j+1)B−1 of the network belong to member j.
+
+    Args:
+        **factors: `init` and `std` of r and s, as of `init_factors`.
     """
 
     FACTORS = ("r", "s")
 
-    def __init__(self, architecture: Mapping[str, Any], members: int):
+    def __init__(self, architecture: Mapping[str, Any], members: int, **factors: Any):
         super().__init__()
         self.network = self.build(architecture, members)
         self.members = members
+        if factors:
+            for name, parameter in self.named_parameters():
+                if name.rsplit(".", 1)[-1] in self.FACTORS:
+                    init_factors(parameter, **factors)
 
     @staticmethod
     def build(architecture: Mapping[str, Any], members: int) -> nn.Module:
         return build_network(**architecture, ensemble_size=members)
+
+    def check(self, x: Tensor) -> None:
+        super().check(x)
+        check_members(self.network, self.members, x)
 
     def member_logits(self, x: Tensor) -> Tensor:
         x = self.of_each(x)
@@ -136,7 +149,9 @@ def build_student(
         **options: of this kind of student.
     """
     student = STUDENTS[name](architecture, members, **options)
-    student.spec = {"name": name, "architecture": architecture, "members": members, **options}
+    # Whoever builds it again has its weights.
+    known = {key: value for key, value in architecture.items() if key != "pretrained"}
+    student.spec = {"name": name, "architecture": known, "members": members, **options}
     return student
 
 

@@ -296,6 +296,12 @@ class Study(Section):
                     f"methods.{name}: perturbation {method.perturbation.name!r} needs "
                     "'images.held_out', the number of images to hold out"
                 )
+            architecture = Architecture(**self.parts(name)["architecture"])
+            if architecture.is_of_library and not method.student.any_architecture:
+                raise ValueError(
+                    f"methods.{name}: student {method.student.name!r} is made of this package's "
+                    f"own architectures, such as resnet32, not of {architecture.name!r}"
+                )
             if (backbone := self.backbone(name)) is None:
                 continue
             if backbone not in self.methods:

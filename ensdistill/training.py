@@ -31,7 +31,7 @@ from ensdistill.learning import (
     train_step,
 )
 from ensdistill.metrics import accuracy, nll
-from ensdistill.networks import fold_batch_norms
+from ensdistill.networks import described, fold_batch_norms
 from ensdistill.numerics import Precision, choose_precision, set_float32
 from ensdistill.predictions import PROBS
 from ensdistill.recipes import Recipe
@@ -339,6 +339,7 @@ def train_student(
     with state.exclusive():
         taught = _learning(networks, parts, images, device, recipe, augmentation)
         train = _tensors(images, "train", device)
+        student.check(train[0][:2].float() / 255)
         check_first_step(student, taught, train, recipe["batch_size"], precision)
         splits = train, _tensors(images, "val", device)
         predictor, rows = fit(student, taught, *splits, Recipe(**recipe), state=state, **settings)
@@ -379,13 +380,12 @@ def _learning(
 
 def _new_student(parts: Mapping[str, Any], images: Mapping[str, Any]) -> Student:
     """A student for the images that `read_description` describes."""
-    architecture = {
-        **parts["architecture"],
-        "num_classes": len(images["classes"]),
-        "in_channels": images["shape"][0],
-        "mean": images["mean"],
-        "std": images["std"],
-    }
-    student = build_student(**parts["student"], architecture=architecture, members=parts["members"])
+    architecture = described(parts["architecture"], images)
+    try:
+        student = build_student(
+            **parts["student"], architecture=architecture, members=parts["members"]
+        )
+    except ValueError as error:  # such as groups that do not divide the channels
+        raise InputError(f"{architecture['name']}: {error}") from error
     logger.info("%s, %d parameters", architecture["name"], count_parameters(student.network))
     return student

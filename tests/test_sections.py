@@ -25,5 +25,5 @@ def test_a_later_key_is_dumped_only_where_it_is_not_its_default():
     assert _New(second=2).model_dump() == {"first": 1, "second": 2}
     assert _Both().model_dump() == {"parts": ({"first": 1}, {"first": 1, "second": 2})}
     assert _Both().model_dump(include={"parts": {"__all__": {"second"}}}) == {
-        "parts": [{}, {"second": 2}]
+        "parts": ({}, {"second": 2})
     }
