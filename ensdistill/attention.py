@@ -60,7 +60,8 @@ class Attention(nn.Module):
         `is_causal` is a hint that comes with a mask, which says the same.
         """
         inputs = (query, key, value)
-        projected = {id(it): self.in_proj(it) for it in inputs}  # often all three are one
+        distinct = {id(it): it for it in inputs}  # often all three are one
+        projected = {key: self.in_proj(it) for key, it in distinct.items()}
         q, k, v = (
             projected[id(it)]
             .chunk(3, -1)[place]

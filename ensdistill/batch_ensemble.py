@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ensdistill.layers import WithoutRandomNumbers
+from ensdistill.layers import WithoutRandomNumbers, autocast_dtype
 
 Init = Literal["normal", "signs", "ones"]
 """How the factors r and s begin: N(1, σ²), random signs, or all 1."""
@@ -31,9 +31,8 @@ they measured alike; on a GPU it is an estimate, by launches of 5 µs and memory
 
 def _as_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Tensors in the type in which autocast, if it is on where x is, computes."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if (dtype := autocast_dtype(x)) is None:
         return tensors
-    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(None if it is None else it.to(dtype) for it in tensors)
 
 

@@ -44,12 +44,19 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """In which autocast computes where x is; None where it is off."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta does not know autocast
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def in_float32(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """module(x) without autocast where autocast is on; x is converted to float32 then."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if autocast_dtype(x) is None:
         return module(x)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         return module(x.float())
 
 

@@ -28,7 +28,7 @@ from ensdistill import InputError
 from ensdistill.batch_ensemble import BatchEnsembleConv2d, BatchEnsembleLinear
 from ensdistill.convert import with_attention
 from ensdistill.graphs import replace
-from ensdistill.layers import Layers, Normalize, in_float32
+from ensdistill.layers import Layers, Normalize, autocast_dtype, in_float32
 
 logger = logging.getLogger(__name__)
 
@@ -350,11 +350,7 @@ class _StemInFloat32(nn.Module):
     """The same; what it returns is of the type in which autocast goes on."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = in_float32(super().forward, x)
-        device = x.device.type
-        return (
-            out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
-        )
+        return in_float32(super().forward, x).to(autocast_dtype(x))
 
 
 @cache

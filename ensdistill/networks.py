@@ -15,7 +15,7 @@ from ensdistill.architectures import parse_architecture
 from ensdistill.batch_ensemble import BatchEnsembleConv2d, subsample
 from ensdistill.convert import batch_ensemble_layers
 from ensdistill.graphs import norms_behind_convolutions, replace
-from ensdistill.layers import Layers, Normalize, in_float32, plain_layers
+from ensdistill.layers import Layers, Normalize, autocast_dtype, in_float32, plain_layers
 from ensdistill.libraries import (
     LibraryNetwork,
     own_network,
@@ -127,9 +127,7 @@ class ResidualNetwork(nn.Module):
         if self.stem is not None:
             # bfloat16 pixels would lose a sixth of a perturbation with η = 1/255.
             x = in_float32(self._stem, x)
-            if torch.is_autocast_enabled(x.device.type):
-                x = x.to(torch.get_autocast_dtype(x.device.type))
-            x = self.stem_norm(x)
+            x = self.stem_norm(x.to(autocast_dtype(x)))
             x = x if self.pre_activation else F.relu_(x)
         x = self.blocks(x)
         if self.pre_activation and self.final_norm is not None:
