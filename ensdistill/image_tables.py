@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ensdistill import InputError
-from ensdistill.archives import LARGEST
+from ensdistill.archives import LARGEST, TABLES
 from ensdistill.own_images import Key, OwnImages
 
 SPELLINGS = {
@@ -142,7 +142,7 @@ class ImageTable(OwnImages):
 
 def kind_of(path: Path) -> str | None:
     """The key of `READERS` of what a path is; None for folders and archives of images."""
-    if path.suffix.lower() in (".csv", ".parquet"):
+    if path.suffix.lower() in TABLES:
         return path.suffix.lower()
     found = (path / name for name in (FOLDER_OF_PARTS, FOLDER_OF_ROWS))
     return "saved" if any(it.is_file() for it in found) else None
@@ -157,6 +157,29 @@ def _text(value: Any) -> str:
 
 def read_csv(path: Path, columns: Mapping[str, str], labelled: bool) -> Table:
     """A table of comma-separated values in UTF-8."""
+    return _table_of_paths(path, *_cells_of_csv(path, columns, ["path", *["label"] * labelled]))
+
+
+def read_parquet(path: Path, columns: Mapping[str, str], labelled: bool) -> Table:
+    """A table in Apache Parquet's format; values that are no texts are written as such."""
+    return _table_of_paths(path, *_cells_of_parquet(path, columns, ["path", *["label"] * labelled]))
+
+
+def listed_files(path: Path, columns: Mapping[str, str | None] | None) -> list[str]:
+    """The files that a table of paths lists, there or not; none if it cannot be read."""
+    named = {role: name for role, name in (columns or {}).items() if name is not None}
+    try:
+        found, _ = CELLS[path.suffix.lower()](path, named, ["path"])
+    except InputError:
+        return []
+    return [os.path.normpath(path.parent / name) for name in found["path"]]
+
+
+Cells = tuple[dict[str, list[str]], Callable[[int], str]]
+"""The columns of a table by role, and what messages call a row."""
+
+
+def _cells_of_csv(path: Path, columns: Mapping[str, str], needed: Sequence[str]) -> Cells:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, strict=True)
@@ -169,27 +192,30 @@ def read_csv(path: Path, columns: Mapping[str, str], labelled: bool) -> Table:
     for line, row in lines:
         if len(row) != len(header):
             raise InputError(f"{path}, line {line}: has {len(row)} cells, not {len(header)}")
-    chosen = _chosen(path, header, columns, ["path", *["label"] * labelled])
+    chosen = _chosen(path, header, columns, needed)
     found = {role: [row[header.index(it)] for _, row in lines] for role, it in chosen.items()}
-    return _table_of_paths(path, found, lambda row: f"{path}, line {lines[row][0]}")
+    return found, lambda row: f"{path}, line {lines[row][0]}"
 
 
-def read_parquet(path: Path, columns: Mapping[str, str], labelled: bool) -> Table:
-    """A table in Apache Parquet's format; values that are no texts are written as such."""
+def _cells_of_parquet(path: Path, columns: Mapping[str, str], needed: Sequence[str]) -> Cells:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise InputError(f"{path}: needs PyArrow: pip install 'ensdistill[parquet]'") from None
     try:
         header = parquet.read_schema(path).names
-        chosen = _chosen(path, header, columns, ["path", *["label"] * labelled])
+        chosen = _chosen(path, header, columns, needed)
         table = parquet.read_table(path, columns=[*dict.fromkeys(chosen.values())])
         found = {role: list(map(_text, table[it].to_pylist())) for role, it in chosen.items()}
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     except ArrowException as error:
         raise InputError(f"{path}: not a table in Parquet ({error})") from error
-    return _table_of_paths(path, found, lambda row: f"{path}, row {row + 1}")
+    return found, lambda row: f"{path}, row {row + 1}"
+
+
+CELLS = {".csv": _cells_of_csv, ".parquet": _cells_of_parquet}
+"""By the ending of a table."""
 
 
 def _chosen(
