@@ -203,9 +203,10 @@ def _cells_of_parquet(path: Path, columns: Mapping[str, str], needed: Sequence[s
     except ImportError:
         raise InputError(f"{path}: needs PyArrow: pip install 'ensdistill[parquet]'") from None
     try:
-        header = parquet.read_schema(path).names
-        chosen = _chosen(path, header, columns, needed)
-        table = parquet.read_table(path, columns=[*dict.fromkeys(chosen.values())])
+        with path.open("rb") as file:
+            stored = parquet.ParquetFile(file)
+            chosen = _chosen(path, stored.schema_arrow.names, columns, needed)
+            table = stored.read(columns=[*dict.fromkeys(chosen.values())])
         found = {role: list(map(_text, table[it].to_pylist())) for role, it in chosen.items()}
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error

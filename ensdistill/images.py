@@ -152,7 +152,8 @@ def _split(
         take("held_out", "held_out", held_out)
     chosen = _subset(images, labels[left], train, seed, "train", data.classes)
     splits["train"] = images, left[chosen[1]], chosen[2]
-    splits["test"] = _subset(*data.test, test, seed, "test", data.classes)
+    tested = None if data.chosen else test  # of whole groups there are only about so many
+    splits["test"] = _subset(*data.test, tested, seed, "test", data.classes)
     absent = set(range(classes)) - set(splits["train"][2].tolist())
     if absent:
         name = data.classes[min(absent)]

@@ -57,7 +57,7 @@ def by_groups(
         raise InputError(f"{count} {what} images are wanted, but there are only {len(labels)}")
     for label, number in enumerate((sizes > 0).sum(0)):
         if number < 2:
-            held = f": all of {names[sizes[:, label].argmax()]!r}" if number else ""
+            held = f": all of {str(names[sizes[:, label].argmax()])!r}" if number else ""
             raise InputError(
                 f"{refused} with every class in both parts: images of {classes[label]!r} are in "
                 f"{number} group{'' if number == 1 else 's'}{held}"
