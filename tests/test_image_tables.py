@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+import datasets
 import h5py
 import numpy as np
 import pandas as pd
@@ -21,7 +22,6 @@ from ensdistill.sources import folder
 from ensdistill.splits import by_groups
 from tests.builders import encode, fails, make, noise, write_tar, write_tree, write_zip
 
-datasets = pytest.importorskip("datasets")
 datasets.disable_progress_bars()
 
 COUNT = 30
