@@ -112,7 +112,7 @@ UNKNOWN_KEYS = [
     ("student.epoch", 3, "unknown key 'student.epoch'; did you mean 'epochs'?"),
     ("methods.kd.perturbaton", "ods", "'methods.kd.perturbaton'; did you mean 'perturbation'?"),
     ("methods.ods.lable", "KD", "'methods.ods.lable'; did you mean 'label'?"),
-    ("images.colour", "red", "unknown key 'images.colour'; known are source, path, size, train"),
+    ("images.shade", "red", "unknown key 'images.shade'; known are source, path, columns, size"),
     ("zzz", 1, "unknown key 'zzz'; known are images, corruptions, out_of_distribution, archit"),
     ("methods.kd.recipe.epoch", 3, "'methods.kd.recipe.epoch'; did you mean 'epochs'?"),
 ]
