@@ -18,6 +18,7 @@ from ensdistill import InputError, sources
 from ensdistill.downloads import SOURCES
 from ensdistill.files import open_hdf5, write_hdf5
 from ensdistill.sources import Dataset, Split, stratified
+from ensdistill.stored_images import StoredImages
 
 
 def read_source(source: str, **options: Any) -> Dataset:
@@ -116,15 +117,26 @@ def read_images(path: str | os.PathLike[str], split: str) -> Split:
     Raises:
         InputError: the file is damaged or no images file.
     """
+    stored = evaluation_images(path, split)
+    return stored.read(np.arange(len(stored))), stored.labels
+
+
+def evaluation_images(path: str | os.PathLike[str], split: str) -> StoredImages:
+    """Images of one split as networks see them when they do not learn: of larger ones the centre.
+
+    Raises:
+        InputError: as of `read_images`.
+    """
     with open_hdf5(path) as file:
-        return file[f"{split}/images"][:], file[f"{split}/labels"][:]
+        known = "val" in file
+    return StoredImages(path, split, StoredImages(path, "val").shape[2:] if known else None)
 
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The attributes of images.h5 that networks need: classes, mean, std, and shape (C, H, W)."""
+    """What networks need of images.h5: classes, mean, std, and shape (C, H, W), as they see it."""
     with open_hdf5(path) as file:
         known = {key: json.loads(file.attrs[key]) for key in ("classes", "mean", "std")}
-        return {**known, "shape": file["train/images"].shape[1:]}
+    return {**known, "shape": StoredImages(path, "val").shape[1:]}
 
 
 def _subset(

@@ -43,7 +43,7 @@ class Learning:
     def parts(self, step: Step) -> Parts:
         """The loss of a step, and its parts; `Step.held_out` is drawn here."""
         if self.held_out:
-            step = replace(step, held_out=next(self.held_out.epoch(step.generator))[0])
+            step = replace(step, held_out=self.held_out.any_batch(step.generator)[0])
         x_distill = self.perturbation(step)
         if self.single_pass:
             step = replace(step, x=x_distill)
