@@ -106,6 +106,15 @@ class LatentBatchEnsemble(BatchEnsemble):
             {"params": deviations, "lr": lr, "weight_decay": decay},
         ]
 
+    def adaptive_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Deviations as all others, with the rate η and weight decay λ.
+
+        That M times the gradient makes M times the step is not so with Adam: m/√v is the same for
+        g and Mg. So steps of the rate η are those by M times the gradient already. Decay that is
+        decoupled, δ ← δ − η·λ'·δ, shrinks δ by ηλ a step, as SGD's Mη·(λ/M) does, if λ' = λ.
+        """
+        return super(BatchEnsemble, self).parameter_groups(learning_rate, weight_decay)
+
     def predictor(self) -> Student:
         """The ordinary network as it is now: a new `Single`."""
         merged = unfilled("single", self.spec["architecture"], members=1)

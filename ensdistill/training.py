@@ -28,6 +28,8 @@ from ensdistill.learning import (
     check_first_step,
     learning,
     learning_rate_factor,
+    new_optimizer,
+    parameter_groups,
     train_step,
 )
 from ensdistill.loading import load_images
@@ -107,7 +109,7 @@ class Run:
         factor = learning_rate_factor(
             self.epoch, recipe.epochs, recipe.schedule, recipe.warmup_epochs
         )
-        groups = self.student.parameter_groups(recipe.learning_rate, recipe.weight_decay)
+        groups = parameter_groups(self.student, recipe)
         for group, peak in zip(self.optimizer.param_groups, groups, strict=True):
             group["lr"] = factor * peak["lr"]
         return factor * recipe.learning_rate
@@ -166,7 +168,7 @@ def fit(
     size = validation[0].shape[2:]
     batches = training_batches(*train, recipe.batch_size, size=size, **augmentation)
     _log_sizes(student, train[0], batches)
-    run = Run(student, _optimizer(student, recipe))
+    run = Run(student, new_optimizer(student, recipe))
     if state and (saved := state.load()):
         run.load_state_dict(saved)
     with deferred_interrupts() as interrupted:
@@ -185,12 +187,6 @@ def fit(
     predictor = student.predictor()
     predictor.load_state_dict(run.best)
     return predictor, run.history
-
-
-def _optimizer(student: Student, recipe: Recipe) -> torch.optim.Optimizer:
-    groups = student.parameter_groups(recipe.learning_rate, recipe.weight_decay)
-    momentum = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-    return torch.optim.SGD(groups, **momentum, fused=True)
 
 
 def _log_sizes(student: Student, images: Images, batches: TrainingBatches) -> None:
