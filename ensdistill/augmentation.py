@@ -38,6 +38,7 @@ class Augmentation:
     ):
         height, width = size or stored
         self.padding, self.flip = crop_padding, flip
+        # (C, H, W) → (C, H, W), with random numbers from the global generator.
         self.one_by_one: list[Callable[[Tensor], Tensor]] = []
         if random_resized_crop is not None:
             self.padding = 0
@@ -66,25 +67,25 @@ class Augmentation:
         else:
             top, left = (torch.randint(shifts, (count, 1), **on) for shifts in self.shifts)
         mirrored = torch.rand(count, 1, **on) < 0.5
-        places = torch.arange(self.width, device=generator.device)
-        rows = top + torch.arange(self.height, device=generator.device)
-        columns = left + (torch.where(mirrored, places.flip(0), places) if self.flip else places)
+        if not self.flip:
+            mirrored.fill_(False)
         seeds = torch.randint(2**63 - 1, (count,), **on).tolist() if self.one_by_one else []
-        return Changes(rows, columns, seeds, self.one_by_one)
+        return Changes(self, top, left, mirrored, seeds)
 
 
 @dataclass(frozen=True)
 class Changes:
     """What was drawn for the images of an epoch."""
 
-    rows: Tensor
-    """Of the padded image that come out, (N, H)."""
-    columns: Tensor
-    """(N, W)."""
+    of: Augmentation
+    top: Tensor
+    """First row of the padded image that comes out, (N, 1)."""
+    left: Tensor
+    """First column, (N, 1)."""
+    mirrored: Tensor
+    """(N, 1)."""
     seeds: Sequence[int]
-    """Of what is done to each image by itself."""
-    one_by_one: Sequence[Callable[[Tensor], Tensor]]
-    """That: (C, H, W) → (C, H, W), random numbers from the global generator."""
+    """Of what is done to each image by itself; none where nothing is."""
 
     def __call__(self, padded: Tensor, index: Tensor, chosen: slice) -> Tensor:
         """Changed images float32 (B, C, H, W) in [0, 1], channels_last.
@@ -95,12 +96,15 @@ class Changes:
             chosen: whose draws they get.
         """
         _, padded_height, padded_width, channels = padded.shape
-        lines = (index[:, None] * padded_height + self.rows[chosen]) * padded_width
-        places = lines[:, :, None] + self.columns[chosen][:, None, :]
+        across = torch.arange(self.of.width, device=padded.device)
+        rows = self.top[chosen] + torch.arange(self.of.height, device=padded.device)
+        columns = self.left[chosen] + torch.where(self.mirrored[chosen], across.flip(0), across)
+        lines = (index[:, None] * padded_height + rows) * padded_width
+        places = lines[:, :, None] + columns[:, None, :]
         # One flat index: several times as fast as indexing along three axes.
         pixels = padded.view(-1, channels).index_select(0, places.flatten())
         x = pixels.view(*places.shape, channels).permute(0, 3, 1, 2)
-        if self.one_by_one:
+        if self.seeds:
             pairs = zip(x, self.seeds[chosen], strict=True)
             with torch.random.fork_rng(devices=[]):
                 x = torch.stack([self._changed(*pair) for pair in pairs])
@@ -109,7 +113,7 @@ class Changes:
 
     def _changed(self, image: Tensor, seed: int) -> Tensor:
         torch.default_generator.manual_seed(seed)
-        for change in self.one_by_one:
+        for change in self.of.one_by_one:
             image = change(image)
         return image
 

@@ -107,7 +107,7 @@ class StreamedBatches(TrainingBatches):
         """Of images at random places, read when they are asked for."""
         device, size = self.labels.device, self.batch_size
         index = torch.randperm(len(self.labels), device=device, generator=generator)[:size]
-        changes = self.augmentation.draw(size, generator)
+        changes = self.augmentation.draw(len(self.labels), generator)
         pixels = torch.from_numpy(self.stored.read(index.cpu().numpy()))
         return self._changed(pixels, changes, slice(size)), self.labels[index]
 

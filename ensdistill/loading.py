@@ -121,15 +121,15 @@ def in_batches(
     step = images_per_read(images)
     ends = [*range(0, len(images), step), len(images)]
     parts = read_ahead(images, [np.arange(*pair) for pair in pairwise(ends)], batch_size)
-    rest: list[Tensor] = []
+    rest = torch.empty((0, *images.shape[1:]), dtype=torch.uint8)
     for part in parts:
-        rest.append(part)
-        while sum(map(len, rest)) >= batch_size:
-            whole = torch.cat(rest)
-            yield whole[:batch_size].to(device)
-            rest = [whole[batch_size:]]
-    if whole := torch.cat(rest) if rest else torch.empty(0):
-        yield whole.to(device)
+        known = torch.cat([rest, part])
+        full = len(known) // batch_size * batch_size
+        if full:
+            yield from known[:full].to(device).split(batch_size)
+        rest = known[full:]
+    if len(rest):
+        yield rest.to(device)
 
 
 def images_per_read(images: StoredImages) -> int:

@@ -88,7 +88,7 @@ class StoredImages:
 
     def _stored(self, places: ArrayLike) -> NDArray[np.int64]:
         """Places in the file."""
-        places = np.asarray(places)
+        places = np.asarray(places, np.int64)
         return places if self._places is None else self._places[places]
 
     @staticmethod

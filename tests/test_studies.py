@@ -685,7 +685,7 @@ def test_what_came_later_is_dumped_only_where_it_is_asked_for():
     alone = read_one("augmentation", {"policy": "trivial_augment"}).augmentation.model_dump()
     assert alone["policy"] == {"name": "trivial_augment"}
     for wrong in ([0.5, 0.2], [0, 1], [0.5], 0.5, [0.1, 2]):
-        with pytest.raises(InputError, match="augmentation.random_resized_crop"):
+        with pytest.raises(InputError, match=r"augmentation\.random_resized_crop"):
             read_one("augmentation", {"random_resized_crop": wrong})
 
 
