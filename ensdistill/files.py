@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from math import prod
@@ -40,6 +40,8 @@ PATIENCE = 10
 """Seconds to wait for another program that has a file open for writing."""
 ENOUGH = 1 << 26
 """Bytes: if so many are left, it is not for want of memory that a file cannot be read."""
+CHUNK = 2**17
+"""Bytes of a chunk of a streamed array, unless one row has more."""
 SETTLED = 1
 """Seconds in which a file that nobody writes does not change."""
 
@@ -162,27 +164,55 @@ def _joined(parts: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
         yield np.concatenate(waiting)
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """An array of bytes (uint8) that is written part by part, in any order; see `write_hdf5`.
+
+    It is stored in chunks of whole rows, with checksums, but not compressed: photographs are noise.
+    """
+
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterator[tuple[int | slice, NDArray[np.uint8]]]]
+    """Places along the first axis, and what belongs there; together all of the array."""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, file: h5py.File, name: str, check: Callable[[], None]) -> None:
+        rows = max(1, CHUNK // max(1, prod(self.shape[1:])))
+        chunks = (min(rows, self.shape[0]), *self.shape[1:])
+        dataset = file.create_dataset(name, self.shape, "uint8", chunks=chunks, fletcher32=True)
+        dataset.attrs.update(self.attributes)
+        for place, part in self.parts():
+            dataset[place] = part
+            check()
+
+
+Stored = ArrayLike | Blocks | Streamed
+
+
 def write_hdf5(
     path: str | os.PathLike[str],
-    arrays: Mapping[str, ArrayLike | Blocks] | Iterable[tuple[str, ArrayLike | Blocks]],
+    arrays: Mapping[str, Stored] | Iterable[tuple[str, Stored]],
     attributes: Mapping[str, Any],
+    last: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
     """Write arrays by name ("test/logits"), chunked, compressed and checksummed, with attributes.
 
-    Nested attributes are stored as JSON. Pairs are taken one by one: not all need be in memory.
+    Nested attributes are stored as JSON. Pairs are taken one by one, and streamed arrays by their
+    parts: not all need be in memory. `last` gives attributes that are known only then.
     """
     form = {"chunks": True, "compression": "gzip", "shuffle": True, "fletcher32": True}
     with atomic(path) as temporary, _PatientFile(temporary, "w+") as disk:
         with h5py.File(disk, "w") as file:
-            for key, value in attributes.items():
-                plain = isinstance(value, str | int | float)
-                file.attrs[key] = value if plain else json.dumps(value, default=str)
+            _set_attributes(file, attributes)
             for name, array in arrays.items() if isinstance(arrays, Mapping) else arrays:
-                if isinstance(array, Blocks):
+                if isinstance(array, Streamed):
+                    array.write(file, name, partial(disk.check, path))
+                elif isinstance(array, Blocks):
                     _write_blocks(file, name, array, form)
                 else:
                     file.create_dataset(name, data=array, **form)
                 disk.check(path)
+            _set_attributes(file, last())
         disk.check(path)
 
 
@@ -195,6 +225,12 @@ def _write_blocks(file: h5py.File, name: str, array: Blocks, form: Mapping[str, 
         written[start : start + len(part)] = part
         start += len(part)
     written.resize(start, 0)
+
+
+def _set_attributes(file: h5py.File, attributes: Mapping[str, Any]) -> None:
+    for key, value in attributes.items():
+        plain = isinstance(value, str | int | float)
+        file.attrs[key] = value if plain else json.dumps(value, default=str)
 
 
 class _PatientFile(io.FileIO):

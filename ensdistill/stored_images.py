@@ -1,19 +1,21 @@
 """Images of images.h5 that are read in parts, so that memory grows with the part alone.
 
-A split is stored as pixels (`images` uint8 (N, C, H, W)) or as the files that its images came in
-(`files`, of whose bytes `ensdistill.pictures.pixels` makes the same pixels).
+A split is stored as pixels (`images` uint8 (N, C, H, W)) or as the files that its images came in,
+one after the other (`files` uint8 (bytes,) and `offsets` int64 (N + 1,)), of which
+`ensdistill.pictures.pixels` makes the same pixels.
 """
 
 import copy
 import os
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Self
+from typing import Self
 
 import h5py
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ensdistill import pictures
 from ensdistill.files import open_hdf5
 
 
@@ -43,9 +45,11 @@ class StoredImages:
         with open_hdf5(path) as file:
             self.labels = file[f"{split}/labels"][:]
             self.encoded = "files" in file[split]
-            stored = file[f"{split}/{'files' if self.encoded else 'images'}"]
-            self.block = 1 if self.encoded or not stored.chunks else stored.chunks[0]
-            shape = _decoded(stored, 0).shape if self.encoded else stored.shape[1:]
+            if self.encoded:
+                self.block, shape = 1, self._decoded(file[split], 0).shape
+            else:
+                stored = file[f"{split}/images"]
+                self.block, shape = (stored.chunks or (1,))[0], stored.shape[1:]
         height, width = size or shape[1:]
         top, left = (shape[1] - height) // 2, (shape[2] - width) // 2
         self._centre = slice(top, top + height), slice(left, left + width)
@@ -72,9 +76,8 @@ class StoredImages:
         pixels = np.empty((len(sorted_places), *self.shape[1:]), np.uint8)
         with open_hdf5(self.path) as file:
             if self.encoded:
-                stored = file[f"{self.split}/files"]
                 for image, place in zip(pixels, sorted_places, strict=True):
-                    image[:] = _decoded(stored, place)[:, *self._centre]
+                    image[:] = self._decoded(file[self.split], place)[:, *self._centre]
             else:
                 stored = file[f"{self.split}/images"]
                 for span in self._spans(sorted_places, stored.chunks):
@@ -91,6 +94,13 @@ class StoredImages:
         places = np.asarray(places, np.int64)
         return places if self._places is None else self._places[places]
 
+    def _decoded(self, group: h5py.Group, place: int) -> NDArray[np.uint8]:
+        """One image (C, H, W) of which the file is stored."""
+        files, (start, end) = group["files"], group["offsets"][place : place + 2]
+        settings = {"resize": None, "crop": None, **files.attrs}
+        name = f"{self.path}: {self.split}, image {place}"
+        return pictures.pixels(files[start:end].tobytes(), **settings, name=name)
+
     @staticmethod
     def _spans(places: NDArray[np.int64], chunks: Sequence[int] | None) -> list[slice]:
         """Parts of sorted places that are read at once: neighbours, and images of one chunk."""
@@ -98,22 +108,3 @@ class StoredImages:
         apart = (np.diff(places) > 1) & (np.diff(of_chunk) > 0)
         ends = [0, *(np.flatnonzero(apart) + 1).tolist(), len(places)]
         return [slice(*pair) for pair in pairwise(ends) if pair[0] < pair[1]]
-
-
-def _decoded(stored: h5py.Dataset, place: int) -> NDArray[np.uint8]:
-    """One image (C, H, W) of a data set of files."""
-    from ensdistill import pictures
-
-    return pictures.pixels(bytes(stored[place]), **_decoding(stored.attrs))
-
-
-def _decoding(attributes: Any) -> dict[str, Any]:
-    return {
-        "resize": _side(attributes.get("resize")),
-        "crop": _side(attributes.get("crop")),
-        "mode": str(attributes["mode"]),
-    }
-
-
-def _side(value: Any) -> int | None:
-    return None if value is None or isinstance(value, h5py.Empty | str) else int(value)

@@ -259,7 +259,9 @@ def own_others(study):
 def state_of(name, section, labelled):
     """What is known of a section's own images, and where that is noted."""
     record = f".snakemake/own_data/{name}.json"
-    return {"record": record, "state": known_state(record, section.path, labelled=labelled)}
+    columns = section.columns.model_dump() if labelled else None
+    state = known_state(record, section.path, labelled=labelled, columns=columns)
+    return {"record": record, "state": state}
 
 
 def official_corruptions(wildcards):

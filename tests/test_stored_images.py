@@ -67,7 +67,6 @@ def test_of_larger_images_the_centre_is_read(tmp_path):
 
 
 def test_files_are_decoded_to_the_pixels_that_they_were(tmp_path):
-    pytest.importorskip("ensdistill.pictures")
     pixels = noise(6, 3, 8, 8)
     with h5py.File(tmp_path / "images.h5", "w") as file:
         files = [png(it) for it in pixels]
