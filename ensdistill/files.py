@@ -15,20 +15,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h5py
-from numpy.typing import ArrayLike
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from ensdistill import DamagedFile, InputError
 from ensdistill.locks import try_lock
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas
-    from numpy.typing import NDArray
 
 MEMORY_IS_FULL = (
     "can't allocate memory",  # PyTorch on a CPU
@@ -44,6 +44,9 @@ CHUNK = 2**17
 """Bytes of a chunk of a streamed array, unless one row has more."""
 SETTLED = 1
 """Seconds in which a file that nobody writes does not change."""
+
+BLOCK = 1 << 26
+"""Bytes of an array that is written block by block."""
 
 _complete: set[tuple[int, ...]] = set()  # HDF5 files that hold all that they show
 
@@ -124,6 +127,43 @@ def read_csv(path: str | os.PathLike[str]) -> "pandas.DataFrame":
         return pandas.read_csv(content, dtype=text, keep_default_na=False, na_values=[""])
 
 
+@dataclass
+class Blocks:
+    """An array that is not in memory as a whole.
+
+    Args:
+        parts: its rows, block after block; taken once.
+        shape: of all of it; the first axis may come out shorter.
+    """
+
+    parts: Iterator[NDArray[Any]]
+    shape: tuple[int, ...]
+
+
+def in_blocks(parts: Iterable[ArrayLike], most: int) -> NDArray[Any] | Blocks:
+    """An array of at most so many rows, of which `parts` has some at a time.
+
+    Returns:
+        The array where it has at most `BLOCK` bytes, else blocks of it, of about that size.
+    """
+    blocks = _joined(map(np.asarray, parts))
+    first = next(blocks)
+    if first.nbytes <= BLOCK:
+        return first
+    return Blocks(chain([first], blocks), (most, *first.shape[1:]))
+
+
+def _joined(parts: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    waiting: list[NDArray[Any]] = []
+    for part in parts:
+        waiting.append(part)
+        if sum(it.nbytes for it in waiting) > BLOCK:
+            yield np.concatenate(waiting)
+            waiting = []
+    if waiting:
+        yield np.concatenate(waiting)
+
+
 @dataclass(frozen=True)
 class Streamed:
     """An array of bytes (uint8) that is written part by part, in any order; see `write_hdf5`.
@@ -132,7 +172,7 @@ class Streamed:
     """
 
     shape: tuple[int, ...]
-    parts: Callable[[], Iterator[tuple[int | slice, "NDArray[np.uint8]"]]]
+    parts: Callable[[], Iterator[tuple[int | slice, NDArray[np.uint8]]]]
     """Places along the first axis, and what belongs there; together all of the array."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -146,9 +186,12 @@ class Streamed:
             check()
 
 
+Stored = ArrayLike | Blocks | Streamed
+
+
 def write_hdf5(
     path: str | os.PathLike[str],
-    arrays: Mapping[str, ArrayLike | Streamed] | Iterable[tuple[str, ArrayLike | Streamed]],
+    arrays: Mapping[str, Stored] | Iterable[tuple[str, Stored]],
     attributes: Mapping[str, Any],
     last: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
@@ -157,19 +200,31 @@ def write_hdf5(
     Nested attributes are stored as JSON. Pairs are taken one by one, and streamed arrays by their
     parts: not all need be in memory. `last` gives attributes that are known only then.
     """
+    form = {"chunks": True, "compression": "gzip", "shuffle": True, "fletcher32": True}
     with atomic(path) as temporary, _PatientFile(temporary, "w+") as disk:
         with h5py.File(disk, "w") as file:
             _set_attributes(file, attributes)
             for name, array in arrays.items() if isinstance(arrays, Mapping) else arrays:
                 if isinstance(array, Streamed):
                     array.write(file, name, partial(disk.check, path))
-                    continue
-                file.create_dataset(
-                    name, data=array, chunks=True, compression="gzip", shuffle=True, fletcher32=True
-                )
+                elif isinstance(array, Blocks):
+                    _write_blocks(file, name, array, form)
+                else:
+                    file.create_dataset(name, data=array, **form)
                 disk.check(path)
             _set_attributes(file, last())
         disk.check(path)
+
+
+def _write_blocks(file: h5py.File, name: str, array: Blocks, form: Mapping[str, Any]) -> None:
+    start, written = 0, None
+    for part in array.parts:
+        if written is None:
+            facts = {"shape": array.shape, "maxshape": array.shape, "dtype": part.dtype}
+            written = file.create_dataset(name, **facts, **form)
+        written[start : start + len(part)] = part
+        start += len(part)
+    written.resize(start, 0)
 
 
 def _set_attributes(file: h5py.File, attributes: Mapping[str, Any]) -> None:

@@ -19,12 +19,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,9 +31,10 @@ from ensdistill import InputError, sources
 from ensdistill.downloads import SOURCES
 from ensdistill.files import Streamed, open_hdf5, write_hdf5
 from ensdistill.own_images import FileImages
-from ensdistill.pictures import centre, pixels
+from ensdistill.pictures import centre
 from ensdistill.sources import Dataset, Split
 from ensdistill.splits import choose, stratified
+from ensdistill.stored_images import StoredImages
 
 logger = logging.getLogger(__name__)
 
@@ -235,38 +235,33 @@ def read_images(path: str | os.PathLike[str], split: str) -> Split:
     Raises:
         InputError: the file is damaged or no images file.
     """
-    with open_hdf5(path) as file:
-        labels = file[f"{split}/labels"][:]
-        if "images" in file[split]:
-            return file[f"{split}/images"][:], labels
-    return read_part(path, split, np.arange(len(labels))), labels
+    stored = evaluation_images(path, split)
+    return stored.read(np.arange(len(stored))), stored.labels
 
 
 def read_part(
     path: str | os.PathLike[str], split: str, places: NDArray[np.int64]
 ) -> NDArray[np.uint8]:
-    """Images (n, C, H, W) at these places, which increase; errors as of `read_images`."""
+    """Images (n, C, H, W) at these places; errors as of `read_images`."""
+    return evaluation_images(path, split).read(places)
+
+
+def evaluation_images(path: str | os.PathLike[str], split: str) -> StoredImages:
+    """Images of one split as networks see them when they do not learn: of larger ones the centre.
+
+    Raises:
+        InputError: as of `read_images`.
+    """
     with open_hdf5(path) as file:
-        stored = file[split].get("images")
-        return stored[places] if stored else _decoded(file[split], places)
-
-
-def _decoded(group: h5py.Group, places: Iterable[int]) -> NDArray[np.uint8]:
-    """Images (n, C, H, W) of a split of which files are stored."""
-    files, known = group["files"], {"resize": None, "crop": None, **group["files"].attrs}
-    spans = (group["offsets"][it : it + 2] for it in places)
-    return np.stack([pixels(files[slice(*span)].tobytes(), **known) for span in spans])
+        known = "val" in file
+    return StoredImages(path, split, StoredImages(path, "val").shape[2:] if known else None)
 
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The attributes of images.h5 that networks need: classes, mean, std, and shape (C, H, W)."""
+    """What networks need of images.h5: classes, mean, std, and shape (C, H, W), as they see it."""
     with open_hdf5(path) as file:
         known = {key: json.loads(file.attrs[key]) for key in ("classes", "mean", "std")}
-        evaluation = json.loads(file.attrs.get("evaluation", "{}"))
-        stored = file["train"].get("images")
-        shape = stored.shape[1:] if stored else _decoded(file["train"], [0]).shape[1:]
-        crop = evaluation.get("crop")
-        return {**known, "shape": (shape[0], crop, crop) if crop else shape}
+    return {**known, "shape": StoredImages(path, "val").shape[1:]}
 
 
 def _subset(

@@ -96,6 +96,10 @@ class Student(nn.Module):
         parameters = list(self.parameters())
         return [{"params": parameters, "lr": learning_rate, "weight_decay": weight_decay}]
 
+    def adaptive_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """The same for AdamW, whose steps do not grow with the gradients."""
+        return self.parameter_groups(learning_rate, weight_decay)
+
     def predictor(self) -> "Student":
         """What is validated, stored, judged and exported: this student, unless it is merged."""
         return self

@@ -17,7 +17,7 @@ from ensdistill.downloads import OFFICIAL_CORRUPTIONS, SOURCES
 from ensdistill.methods import Grid, Method
 from ensdistill.metrics import METRICS
 from ensdistill.options import ONE, PerturbationOptions
-from ensdistill.recipes import Recipe
+from ensdistill.recipes import Augmentation, Recipe
 from ensdistill.sections import Count, Eta, Number, Positive, Section, Share
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
@@ -128,15 +128,6 @@ PHOTOGRAPHS = [OutOfDistribution()]
 def _several(value: Any) -> Any:
     """One section stands for a list of just that one."""
     return [value] if isinstance(value, Mapping | Section) else value
-
-
-class Augmentation(Section):
-    """Random changes to training images, drawn anew every epoch."""
-
-    crop_padding: Annotated[int, Field(ge=0)] = 4
-    """Pixels of zero padding before a random crop back to the image's size."""
-    flip: bool = True
-    """Whether half of the images are mirrored left to right."""
 
 
 class TeacherRecipe(Recipe):
@@ -353,7 +344,7 @@ class Study(Section):
         if changes.published:
             known |= self.methods[method].published()
         known |= changes.model_dump(exclude_none=True)
-        return Recipe(**{key: known[key] for key in Recipe.model_fields})
+        return Recipe(**{key: known[key] for key in Recipe.model_fields if key in known})
 
     def parts(self, method: str | None = None) -> dict[str, Any]:
         """What is trained how: the parts of a method, or of the teachers.
