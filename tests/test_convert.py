@@ -20,6 +20,8 @@ from tests.project import REPOSITORY
 
 M, B, K = 2, 2, 5
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
+
 # --- layers -----------------------------------------------------------------------------------
 
 
@@ -342,7 +344,7 @@ def parametrized():
 REFUSED = {
     "torchvision's Swin": (
         lambda: small_networks.swin(K),
-        "features.1.0.attn.qkv (Linear) cannot be converted: ShiftedWindowAttention reads its weight",
+        "features.1.0.attn.qkv (Linear) cannot be converted: ShiftedWindowAttention reads its",
     ),
     "timm's Swin v2": (
         lambda: timm.create_model(
@@ -436,13 +438,17 @@ def test_members_of_good_networks_pass(name):
     assert ensemble.training
 
 
-@pytest.mark.parametrize("name", ["tokens_first", "over_rows"])
-def test_a_network_whose_rows_meet_is_found(name):
+@pytest.mark.parametrize("kind", ["batch_ensemble", "latent_batch_ensemble"])
+@pytest.mark.parametrize("name", ["tokens_first", "over_rows", "inner"])
+def test_a_network_whose_rows_meet_or_whose_factors_are_passed_over_is_found(name, kind):
+    """Also where factors are all 1, or logits all 0, at the start."""
     architecture = {"name": f"{OWN}{name}", "num_classes": K}
-    student = build_student("batch_ensemble", architecture, M)
+    student = build_student(kind, architecture, M)
+    before = {key: it.clone() for key, it in student.state_dict().items()}
     x = torch.rand(4, 3, 8, 8)
     with pytest.raises(InputError, match=r"cannot be a BatchEnsemble \(member 0 has other logits"):
         student.check(x)
+    assert all(torch.equal(it, before[key]) for key, it in student.state_dict().items())
     build_student("single", architecture, 1).check(x)
 
 
@@ -508,6 +514,18 @@ def test_a_student_has_the_factors_that_it_is_told(init, values):
     assert len(found) > 10
     assert all(it == values for it in found)
     assert student.spec["init"] == init
+
+
+@pytest.mark.parametrize("kind", ["batch_ensemble", "latent_batch_ensemble"])
+def test_a_parameter_that_is_called_as_a_factor_is_none(kind):
+    architecture = {"name": f"{OWN}inner", "num_classes": K}
+    options = {"init": "signs"} if kind == "batch_ensemble" else {}
+    student = build_student(kind, architecture, M, **options)
+    others, factors = (it["params"] for it in student.parameter_groups(0.1, 0.01))
+    assert student.network.body.r.tolist() == [3, 4, 5]
+    assert any(it is student.network.body.r for it in others)
+    assert [tuple(it.shape) for it in factors] == [(M, 3), (M, 3), (M, 3), (M, K)]
+    assert len(others) + len(factors) == len([*student.parameters()])
 
 
 # --- the shape of networks --------------------------------------------------------------------
