@@ -135,7 +135,7 @@ def to_batch_ensemble(
         if exact is None:
             if (conv, linear) != (BatchEnsembleConv2d, BatchEnsembleLinear):
                 raise ValueError("its members cannot be merged into one such layer again")
-            return BatchEnsembleMap(layer, ensemble_size, init, std)
+            return BatchEnsembleMap(layer, ensemble_size, init, std).train(layer.training)
         with torch.device("meta"), WithoutRandomNumbers():
             made = _of_shape(layer, ensemble_size, conv if exact is nn.Conv2d else linear)
         made.take_over(layer, init, std)
@@ -158,9 +158,15 @@ def batch_ensemble_layers(ensemble_size: int) -> Layers:
 
 def with_attention(module: nn.Module) -> nn.Module:
     """A copy whose `MultiheadAttention` modules are `Attention`, which computes the same."""
-    return _replaced(
-        copy.deepcopy(module), lambda it, *_: isinstance(it, nn.MultiheadAttention), Attention
+    network = _replaced(
+        copy.deepcopy(module),
+        lambda it, *_: type(it).forward is nn.MultiheadAttention.forward,
+        Attention,
     )
+    for it in network.modules():
+        if isinstance(it, nn.TransformerEncoder):
+            it.use_nested_tensor = False  # for which it would take weights past forward
+    return network
 
 
 @torch.no_grad()
@@ -186,7 +192,9 @@ def member(network: nn.Module, j: int) -> nn.Module:
 def check_members(network: nn.Module, members: int, x: Tensor) -> None:
     """Refuse a BatchEnsemble that does not compute what its members do, as ordinary networks.
 
-    So it is with a network that puts something else than the rows in its first dimension.
+    So it is with a network that puts something else than the rows in its first dimension. What
+    holds one number throughout, as factors, gains and heads may at the start, would hide that: a
+    copy is checked where it does not.
 
     Args:
         network: (M·B, C, H, W) → (M·B, K).
@@ -196,9 +204,12 @@ def check_members(network: nn.Module, members: int, x: Tensor) -> None:
     Raises:
         InputError: it does not.
     """
-    was_training = network.training
+    network, generator = copy.deepcopy(network).eval(), torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        if parameter.min() == parameter.max():
+            parameter.add_(0.5 * torch.rand(parameter.shape, generator=generator).to(parameter))
     try:
-        together = network.eval()(x.repeat(members, 1, 1, 1)).chunk(members)
+        together = network(x.repeat(members, 1, 1, 1)).chunk(members)
         for j, logits in enumerate(together):
             own = member(network, j)(x)
             if not (logits - own).norm() <= TOLERANCE * own.norm() + 1e-6:
@@ -209,8 +220,6 @@ def check_members(network: nn.Module, members: int, x: Tensor) -> None:
             f"this architecture cannot be a BatchEnsemble ({reason}): it must have the rows in the "
             "first dimension everywhere, and use its layers by their forward alone"
         ) from error
-    finally:
-        network.train(was_training)
 
 
 def _replaced(
@@ -259,6 +268,8 @@ def _read_past_forward(kind: type[nn.Module]) -> frozenset[str]:
 
     Or in methods that its forward calls, and they call.
     """
+    if getattr(kind, "forward", None) is nn.TransformerEncoderLayer.forward:
+        return frozenset()  # it asks its attention first, and `Attention` declines
     found, waiting, seen = set(), ["forward"], set()
     while waiting:
         name = waiting.pop()
