@@ -162,10 +162,12 @@ def read_saved(path: Path, columns: Mapping[str, str], labelled: bool) -> Table:
         raise InputError(f"{path}: needs datasets: pip install 'ensdistill[huggingface]'") from None
     try:
         loaded = datasets.load_from_disk(str(path))
+        parts = dict(loaded) if isinstance(loaded, dict) else {"": loaded}
+        for part in parts.values():
+            part.data.validate(full=True)  # or a wrong offset would end the process
     except Exception as error:  # whatever its readers of damaged files raise
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: not a dataset saved by save_to_disk ({reason})") from error
-    parts = dict(loaded) if isinstance(loaded, dict) else {"": loaded}
     tables = [
         _part_of_saved(f"{path}{f', {name}' if name else ''}", part, columns, labelled)
         for name, part in parts.items()
