@@ -355,7 +355,7 @@ class _StemInFloat32(nn.Module):
 
 @cache
 def _exact(how: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (how, kind), {})
+    return type(kind.__name__, (how, kind), {"kind": kind})
 
 
 def _replace_first_convolution(network: nn.Module, channels: int) -> None:
