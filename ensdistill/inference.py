@@ -113,7 +113,8 @@ class HeadsSideBySide(nn.Module):
     def __init__(self, network: HydraNetwork, architecture: Mapping[str, Any]):
         super().__init__()
         self.members, self.body = len(network.heads), network.body
-        cut = "stage" if len(network.heads[0].blocks) else "linear"
+        first = len(network.body.blocks)
+        cut = f"blocks.{first}" if len(network.heads[0].blocks) else "linear"
         with torch.device("meta"):
             head = split(_wide(architecture, self.members), cut)[1]
         self.heads = _filled_beside(head, network.heads)

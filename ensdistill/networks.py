@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -275,7 +276,7 @@ def norms_to_fold(network: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
         else:
             continue
         for conv, norm in pairs:
-            if isinstance(module.get_submodule(norm), nn.BatchNorm2d):
+            if isinstance(attrgetter(norm)(module), nn.BatchNorm2d):  # parts of a split are None
                 yield module, conv, norm
 
 
