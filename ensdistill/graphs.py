@@ -4,6 +4,8 @@ torch.fx traces networks whose flow does not depend on their input's numbers or 
 [Reed et al. 2022].
 """
 
+import sys
+
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -18,8 +20,15 @@ LINEAR = {"timm.layers.conv2d_same.Conv2dSame"}
 
 
 class _Tracer(fx.Tracer):
+    """What timm says to be one operation is one."""
+
+    def __init__(self) -> None:
+        timm = sys.modules.get("timm.layers")
+        super().__init__(autowrap_functions=tuple(timm.get_notrace_functions()) if timm else ())
+        self.whole = tuple(timm.get_notrace_modules()) if timm else ()
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, WHOLE) or super().is_leaf_module(module, name)
+        return isinstance(module, WHOLE + self.whole) or super().is_leaf_module(module, name)
 
 
 def _graph(network: nn.Module) -> fx.Graph | None:
