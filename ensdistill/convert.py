@@ -132,7 +132,7 @@ def to_batch_ensemble(
     """
 
     def converted(layer: nn.Module) -> nn.Module:
-        exact = _computes_as_known(layer)
+        exact = computes_as_known(layer)
         if exact is None:
             if (conv, linear) != (BatchEnsembleConv2d, BatchEnsembleLinear):
                 raise ValueError("its members cannot be merged into one such layer again")
@@ -305,11 +305,14 @@ def _read_past_forward(kind: type[nn.Module]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _computes_as_known(layer: nn.Module) -> type[nn.Module] | None:
-    """Whether it computes exactly what `Conv2d` or `Linear` does; None if it does more."""
+def computes_as_known(layer: nn.Module) -> type[nn.Module] | None:
+    """Whether it computes exactly what `Conv2d` or `Linear` does; None if it does more.
+
+    `layer.kind`, if there is one, is its class before it was told in which precision to compute.
+    """
+    kind = getattr(layer, "kind", type(layer))
     for known in KNOWN:
-        if isinstance(layer, known):
-            kind = type(layer)
+        if issubclass(kind, known):
             same = kind.forward is known.forward and getattr(
                 kind, "_conv_forward", None
             ) is getattr(known, "_conv_forward", None)

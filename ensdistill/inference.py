@@ -232,7 +232,8 @@ def _filled_beside(wide: nn.Module, networks: Sequence[nn.Module]) -> nn.Module:
 
 @torch.no_grad()
 def _fold_into_factors(layer: BatchEnsembleLayer, norm: nn.BatchNorm2d) -> None:
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    gain, shift = (1, 0) if norm.weight is None else (norm.weight, norm.bias)
+    scale = gain * (norm.running_var + norm.eps).rsqrt()
     bias = 0 if layer.bias is None else layer.bias
-    layer.bias = nn.Parameter((bias - norm.running_mean) * scale + norm.bias + 0 * layer.s)
+    layer.bias = nn.Parameter((bias - norm.running_mean) * scale + shift + 0 * layer.s)
     layer.s *= scale

@@ -266,10 +266,15 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
 
 def norms_to_fold(network: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     """Modules that have a convolution and a batch normalisation behind it, and their names."""
+    others: set[nn.Module] = set()
     for module in list(network.modules()):
-        pairs = getattr(module, "normalized", ())
         if isinstance(module, LibraryNetwork | GraphModule):
             pairs = norms_behind_convolutions(module)
+            others |= {*module.modules()}
+        elif module not in others:
+            pairs = getattr(module, "normalized", ())
+        else:
+            continue
         for conv, norm in pairs:
             if isinstance(attrgetter(norm)(module), nn.BatchNorm2d):  # parts of a split are None
                 yield module, conv, norm
