@@ -10,7 +10,6 @@ import pytest
 
 from ensdistill import InputError, blocks, findings, predictions
 from ensdistill.bootstrap import Estimate
-from ensdistill.files import write_hdf5
 from ensdistill.judging import fitted
 from ensdistill.predictions import Mixture, join, read_prediction
 from ensdistill.reports import (
@@ -221,8 +220,7 @@ def test_memory_grows_with_the_block_and_not_with_the_images(tmp_path, monkeypat
             logits = rng.standard_normal((images, members, classes), np.float32)
             labels = np.arange(images) % classes
             arrays |= {f"{split}/logits": logits, f"{split}/labels": labels}
-        write_hdf5(path := tmp_path / f"{place}.h5", arrays, {"parameters": 1})
-        paths.append(str(path))
+        paths.append(write(tmp_path / f"{place}.h5", arrays, parameters=1))
     together(monkeypatch, 2**14)
     tracemalloc.start()
     try:
