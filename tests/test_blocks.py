@@ -10,7 +10,8 @@ import pytest
 
 from ensdistill import InputError, blocks, findings, predictions
 from ensdistill.bootstrap import Estimate
-from ensdistill.judging import fitted
+from ensdistill.judging import fitted, judge
+from ensdistill.metrics import METRICS, ensemble_probs, human_kl
 from ensdistill.predictions import Mixture, join, read_prediction
 from ensdistill.reports import (
     corruptions,
@@ -140,6 +141,14 @@ def test_neither_do_estimates_of_claims_and_findings(study, monkeypatch):
             np.testing.assert_array_equal(found.resampled, expected.resampled, name)
         else:
             assert found == expected, name
+
+
+def test_peoples_answers_are_those_of_the_images_in_the_block(monkeypatch):
+    rng, chosen = np.random.default_rng(1), {"human_kl": METRICS["human_kl"]}
+    logits, human = rng.normal(size=(53, 2, K)), rng.dirichlet(np.ones(K), 53)
+    together(monkeypatch, 7 * K)
+    (found,) = judge(chosen, [Mixture(logits)], np.zeros(53, int), 5, human=human)
+    assert found["human_kl"] == human_kl(ensemble_probs(logits), human)
 
 
 @pytest.mark.parametrize("logits", [1, 3 * K, 10 * K, 25 * K, 10_000])
