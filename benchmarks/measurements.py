@@ -285,22 +285,22 @@ def judging(bench: Bench) -> None:
 
 
 def judging_at_scale(bench: Bench) -> None:
-    """From logits of 50,000 images of 20 systems to tables, each in a process of its own."""
-    wanted = [name for name in scale.JUDGED if bench.wants(f"judging_50k_{name}_s")]
-    if not wanted:
-        return
-    shape = f"{scale.IMAGES:,} images, {scale.MEMBERS} members, {scale.CLASSES} classes"
-    with tempfile.TemporaryDirectory() as folder:
-        scale.write(folder)
-        for name in wanted:
-            seconds, peak = in_a_new_process(scale.judged, name, folder)
-            bench.alone(
-                f"judging_50k_{name}_s",
-                f"{name} of {scale.SYSTEMS} systems, from HDF5; memory: of the whole process",
-                [seconds],
-                ours_mb=peak,
-                shape=shape,
-            )
+    """From logits of 50,000 images to tables, each in a process of its own."""
+    for key, size in scale.SCALES.items():
+        wanted = [name for name in scale.JUDGED if bench.wants(f"{key}_{name}_s")]
+        if not wanted:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            scale.write(folder, size)
+            for name in wanted:
+                seconds, peak = in_a_new_process(scale.judged, name, folder, size)
+                bench.alone(
+                    f"{key}_{name}_s",
+                    f"{name}, from HDF5; memory: of the whole process",
+                    [seconds],
+                    ours_mb=peak,
+                    shape=str(size),
+                )
 
 
 def metrics_10k() -> Row:

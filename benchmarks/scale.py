@@ -2,78 +2,142 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 
 from ensdistill.files import write_hdf5
-from ensdistill.reports import out_of_distribution, reliability, scores, selective
+from ensdistill.findings import findings
+from ensdistill.reports import (
+    corruptions,
+    diversity_students,
+    diversity_teachers,
+    out_of_distribution,
+    reliability,
+    saturation,
+    scores,
+    selective,
+    sweep,
+    transfer,
+)
 from ensdistill.resampled import ResampledSystems
 
-IMAGES, CLASSES, MEMBERS, POOL, SYSTEMS = 50_000, 100, 4, 5, 20
+IMAGES, MEMBERS, POOL = 50_000, 4, 5
 OTHERS = ("near", "far")
+SETS = {"clean": "clean", "ods": "ODS"}
+ETAS = [0.01, 0.02, 0.04]
 
 
-def write(folder: str) -> None:
-    """Logits of teachers and of a student, whose files stand for those of all 20 systems."""
-    rng = np.random.default_rng(0)
+@dataclass(frozen=True)
+class Scale:
+    """A study's size; the files of one student stand for those of all."""
+
+    classes: int
+    students: int
+
+    def __str__(self) -> str:
+        return (
+            f"{IMAGES:,} images, {self.classes:,} classes, {POOL} teachers, "
+            f"{self.students} students of {MEMBERS} members"
+        )
+
+
+SCALES = {"judging_50k": Scale(100, 20), "judging_50k_1000": Scale(1000, 3)}
+"""By how the names of rows begin."""
+
+
+def write(folder: str, scale: Scale) -> None:
+    """Logits of teachers and of a student on all sets of images, and those of analyses."""
     counts = {"test": IMAGES, "val": 5000, **{f"out_of_distribution/{it}": 10_000 for it in OTHERS}}
-    labels = {split: rng.integers(0, CLASSES, count) for split, count in counts.items()}
-    truth = {it: rng.normal(0, 1.5, (len(y), 1, CLASSES)) for it, y in labels.items()}
+    counts |= {f"corrupted/fog/{severity}": 10_000 for severity in range(2)}
     networks = {f"teacher{seed}": 1 for seed in range(POOL)} | {"student": MEMBERS}
-    for name, members in networks.items():
-        arrays: dict[str, Any] = {}
-        for split, y in labels.items():
-            logits = truth[split] + rng.normal(size=(len(y), members, CLASSES))
-            if "/" not in split:
-                logits[np.arange(len(y)), :, y] += 4
-            arrays[f"{split}/logits"] = logits.astype(np.float32)
-            arrays[f"{split}/labels"] = y
+    for place, (name, members) in enumerate(networks.items()):
+        arrays = _of_network(counts, members, scale.classes, place)
         write_hdf5(Path(folder, f"{name}.h5"), arrays, {"parameters": 100 * members})
 
+    def noise(*shape: int) -> NDArray[np.float32]:
+        shape = (*shape, scale.classes)
+        return np.random.default_rng(shape).standard_normal(shape, np.float32)
 
-def _files(folder: str, teachers: int) -> tuple[list[str], dict[str, list[str]]]:
-    pool = [str(Path(folder, f"teacher{seed}.h5")) for seed in range(teachers)]
-    return pool, {f"system {it}": [str(Path(folder, "student.h5"))] for it in range(SYSTEMS)}
-
-
-def _scores(folder: str) -> Any:
-    return scores.table(*_files(folder, POOL), n_bins=15)
-
-
-def _reliability(folder: str) -> Any:
-    return reliability.table(*_files(folder, MEMBERS), n_bins=15)
-
-
-def _selective(folder: str) -> Any:
-    return selective.table(*_files(folder, MEMBERS))
+    labels = np.zeros(10_000, int)
+    arrays = {"labels": labels, **{f"{it}/logits": noise(10_000, MEMBERS) for it in SETS}}
+    write_hdf5(Path(folder, "perturbed.h5"), arrays, {"titles": SETS, "eta": 0.02})
+    arrays = {"ods/logits": noise(len(ETAS), 2000, MEMBERS)}
+    known = {"titles": {"ods": "ODS"}, "etas": ETAS}
+    write_hdf5(Path(folder, "swept.h5"), arrays, known)
+    arrays = {"clean/logits": noise(2000, POOL), "ods/logits": noise(POOL, 2000, POOL)}
+    write_hdf5(Path(folder, "transferred.h5"), arrays, {})
 
 
-def _out_of_distribution(folder: str) -> Any:
-    files = _files(folder, MEMBERS)
-    return out_of_distribution.table(*files, *files, OTHERS)
+def _of_network(
+    counts: dict[str, int], members: int, classes: int, place: int
+) -> Iterator[tuple[str, NDArray]]:
+    """Arrays by their names; all networks share the truth."""
+    for split, count in counts.items():
+        shared, own = np.random.default_rng(count), np.random.default_rng(place)
+        labels = shared.integers(0, classes, count)
+        logits = 1.5 * shared.standard_normal((count, 1, classes), np.float32)
+        logits = logits + own.standard_normal((count, members, classes), np.float32)
+        if "/" not in split:
+            logits[np.arange(count), :, labels] += 4
+        yield f"{split}/logits", logits
+        yield f"{split}/labels", labels
 
 
-def _resampled(folder: str) -> Any:
-    return ResampledSystems(*_files(folder, POOL), MEMBERS, 15)
+class Files:
+    """Of a study, as the functions below hand them on."""
+
+    def __init__(self, folder: str, scale: Scale):
+        self.pool = [str(Path(folder, f"teacher{seed}.h5")) for seed in range(POOL)]
+        self.ensemble = self.pool[:MEMBERS]
+        student = str(Path(folder, "student.h5"))
+        self.students = {f"system {it}": [student] for it in range(scale.students)}
+        self.perturbed, self.swept, self.transferred = (
+            str(Path(folder, f"{name}.h5")) for name in ("perturbed", "swept", "transferred")
+        )
 
 
-JUDGED: dict[str, Callable[[str], Any]] = {
-    "scores": _scores,
-    "reliability": _reliability,
-    "selective": _selective,
-    "out_of_distribution": _out_of_distribution,
-    "claims": _resampled,
+def _findings(files: Files) -> Any:
+    macs = {"DE-1": 1, **dict.fromkeys(files.students, 4)}
+    return findings(
+        teachers=files.pool,
+        students=files.students,
+        shifted_ensemble=files.ensemble,
+        shifted_students=files.students,
+        costs=pd.DataFrame({"system": macs.keys(), "macs": macs.values()}),
+        families=[],
+        members=MEMBERS,
+    )
+
+
+JUDGED: dict[str, Callable[[Files], Any]] = {
+    "scores": lambda it: scores.table(it.pool, it.students, n_bins=15),
+    "reliability": lambda it: reliability.table(it.ensemble, it.students, n_bins=15),
+    "selective": lambda it: selective.table(it.ensemble, it.students),
+    "out_of_distribution": lambda it: out_of_distribution.table(
+        it.ensemble, it.students, it.ensemble, it.students, OTHERS
+    ),
+    "claims": lambda it: ResampledSystems(it.pool, it.students, MEMBERS, 15),
+    "findings": _findings,
+    "corruptions": lambda it: corruptions.table(it.ensemble, it.students, n_bins=15),
+    "diversity_students": lambda it: diversity_students.table(it.ensemble, it.students, n_bins=15),
+    "diversity_teachers": lambda it: diversity_teachers.table(it.perturbed, it.ensemble, 15),
+    "saturation": lambda it: saturation.table(it.perturbed, it.ensemble),
+    "sweep": lambda it: sweep.table(it.swept, it.perturbed, it.ensemble),
+    "transfer": lambda it: transfer.table(it.transferred, MEMBERS),
 }
 """What is timed, by name: the tables, and the resampled systems that claims are about."""
 
 
-def judged(name: str, folder: str) -> tuple[float, float]:
+def judged(name: str, folder: str, scale: Scale) -> tuple[float, float]:
     """Seconds, and the most memory in MiB that this process, which does nothing else, had."""
     started = time.perf_counter()
-    JUDGED[name](folder)
+    JUDGED[name](Files(folder, scale))
     seconds = time.perf_counter() - started
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return seconds, int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-WHOLE = 2**22
-"""Logits up to which a system's images are one block: 32 MiB in float64."""
+WHOLE = 2**21
+"""Logits up to which a system's images are one block: 16 MiB in float64."""
 BLOCK = 2**20
 """Logits of one system in a block, of larger ones."""
 

@@ -20,7 +20,7 @@ import pandas as pd
 from ensdistill.bootstrap import Estimate, Interval, image_weights, interval, mean_of
 from ensdistill.files import open_hdf5
 from ensdistill.metrics import LOWER, METRICS
-from ensdistill.predictions import read_ensemble, read_mixture
+from ensdistill.predictions import read_ensemble, read_mixture, read_mixtures
 from ensdistill.reports.directions import direction_cosines
 from ensdistill.reports.jacobians import jacobian_means
 from ensdistill.reports.sweep import divergence
@@ -178,23 +178,20 @@ def _on_teachers(
         moved = mean_of(train[name], on_train)
         quantity = f"diversity on train, {titles[name]} ÷ clean"
         add(claim, quantity, (moved, clean), claimed, len(on_train[0]), log=True)
-    with open_hdf5(transferred) as file:
-        networks = len(file["ods/logits"])
-    still = read_mixture(transferred, "clean")
+    still, moved = read_mixture(transferred, "clean"), read_mixtures(transferred, "ods")
     images = still.shape[0]
     weights = image_weights(images)
     for where, sources in (
         # Of two members one is not the source, and there is no other from which it could differ.
         ("inside", range(members if members > 2 else 0)),
-        ("outside", range(members, networks)),
+        ("outside", range(members, len(moved))),
     ):
         if not sources:
             continue
         pairs = []
         for source in sources:
             others = [member for member in range(members) if member != source]
-            moved = read_mixture(transferred, "ods", source)
-            pairs.append([divergence(it, others) for it in (moved, still)])
+            pairs.append([divergence(it, others) for it in (moved[source], still)])
         means = [mean_of(np.mean(side, axis=0), weights) for side in zip(*pairs, strict=True)]
         claim = f"ODS directions transfer from a network {where} the ensemble to its members"
         quantity = "diversity of the other teachers, ODS ÷ clean"

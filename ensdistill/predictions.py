@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ensdistill import DamagedFile, InputError, blocks, metrics
-from ensdistill.calibration import surest
+from ensdistill.calibration import softmax, surest
 from ensdistill.files import open_hdf5
 
 Array = NDArray[np.float64]
@@ -49,6 +49,11 @@ class Prediction(ABC):
     def shape(self) -> tuple[int, ...]:
         """(N, M, K)."""
         return self.logits.shape
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """The deep ensemble of several systems, in memory."""
+        return cls(np.concatenate([part.logits for part in parts], axis=1))
 
     def part(self, images: slice) -> "Prediction":
         """The same of some of the images, in memory."""
@@ -116,27 +121,41 @@ class Mixture(Prediction):
     A single network is a mixture of one member, and has no diversity.
     """
 
-    def probs(self) -> Array:
-        return self._probs
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        joined = super().join(parts)
+        joined._parts = parts
+        return joined
+
+    _parts: Sequence[Self] = ()
+
+    @cached_property
+    def _members(self) -> Array:
+        """Their probabilities, (N, M, K): in ensembles of one pool each network's are the same."""
+        if self._parts:
+            return np.concatenate([part._members for part in self._parts], axis=1)
+        return softmax(self.logits)
 
     @cached_property
     def _probs(self) -> Array:
-        return metrics.ensemble_probs(self.logits)
+        return self._members.mean(axis=1)
+
+    def probs(self) -> Array:
+        return self._probs
 
     def mean_logits(self) -> Array:
         return self.logits.mean(axis=1, dtype=np.float64)
 
     def mutual_information(self) -> Array | None:
-        return self._of_members(metrics.mutual_information)
+        if self.shape[1] == 1:
+            return None
+        return self.entropy() - metrics.entropy(self._members, "none").mean(1)
 
     def diversity(self) -> Array | None:
-        return self._of_members(lambda logits: metrics.pairwise_kl(logits, "none"))
+        return metrics.pairwise_kl(self.logits, "none") if self.shape[1] > 1 else None
 
     def disagreement(self) -> Array | None:
-        return self._of_members(metrics.disagreement)
-
-    def _of_members(self, function: Any) -> Array | None:
-        return function(self.logits) if self.logits.shape[1] > 1 else None
+        return metrics.disagreement(self.logits) if self.shape[1] > 1 else None
 
 
 class Dirichlet(Prediction):
@@ -263,7 +282,7 @@ class Joined(Prediction):
         first, *others = (part.part(images) for part in self.parts)
         if not others:
             return first
-        return type(first)(np.concatenate([it.logits for it in (first, *others)], axis=1))
+        return type(first).join([first, *others])
 
     probs, entropy, doubt = map(_by_block, ("probs", "entropy", "doubt"))
     mean_logits, energy, max_logit = map(_by_block, ("mean_logits", "energy", "max_logit"))
@@ -292,8 +311,14 @@ class _Stored:
         self.path, self.name, self.at, self.kind = path, name, at, kind
         self.shape, self.together = shape, together
         self._start, self._logits = 0, np.empty(0)
+        self._last: tuple[slice, Prediction] | None = None
 
     def part(self, images: slice) -> Prediction:
+        if self._last is None or self._last[0] != images:
+            self._last = images, self._read(images)
+        return self._last[1]
+
+    def _read(self, images: slice) -> Prediction:
         place = images.start - self._start
         if place < 0 or images.stop - self._start > len(self._logits):
             self._start = images.start // self.together * self.together
@@ -349,10 +374,17 @@ def read_prediction(path: str | os.PathLike[str], split: str) -> tuple[Predictio
         return _stored(path, dataset, kind), labels
 
 
-def read_mixture(path: str | os.PathLike[str], name: str, *at: int) -> Prediction:
-    """The mixture whose logits an analysis stored by a name, or `at` an index of what it stored."""
+def read_mixture(path: str | os.PathLike[str], name: str) -> Prediction:
+    """The mixture whose logits (N, M, K) an analysis stored by a name."""
     with open_hdf5(path) as file:
-        return _stored(path, file[f"{name}/logits"], Mixture, at)
+        return _stored(path, file[f"{name}/logits"], Mixture)
+
+
+def read_mixtures(path: str | os.PathLike[str], name: str) -> list[Prediction]:
+    """Those of several (…, N, M, K), such as the images moved by every size."""
+    with open_hdf5(path) as file:
+        dataset = file[f"{name}/logits"]
+        return [_stored(path, dataset, Mixture, (place,)) for place in range(len(dataset))]
 
 
 def read_ensemble(paths: Sequence[str], split: str) -> tuple[Prediction, Labels]:

@@ -18,7 +18,7 @@ for result in RESULTS.values():
         conda:
             "../envs/ensdistill.yaml"
         resources:
-            mem_mb=growing(2000, 8),
+            mem_mb=growing(2000, 0.2),
             runtime=growing(20, 0.1),
         params:
             systems=student_labels if "students" in result.reads else None,
@@ -77,7 +77,7 @@ rule claims:
     conda:
         "../envs/ensdistill.yaml"
     resources:
-        mem_mb=growing(2000, 8),
+        mem_mb=growing(2000, 0.2),
         runtime=growing(20, 0.1),
     params:
         systems=student_labels,
@@ -111,7 +111,7 @@ rule findings:
     conda:
         "../envs/ensdistill.yaml"
     resources:
-        mem_mb=growing(2000, 8),
+        mem_mb=growing(2000, 0.2),
         runtime=growing(20, 0.1),
     params:
         systems=student_labels,

@@ -14,10 +14,18 @@ READS = {"ensemble": "logits/{ensemble}.h5", "students": "logits/{students}.h5"}
 def table(ensemble, students):
     """One row per system: name, confidence (its mean over images and replicates)."""
     rows = [
-        {"name": name, "confidence": np.mean([it.probs().max(1).mean() for it, _ in replicates])}
+        {
+            "name": name,
+            "confidence": np.mean([it.per_image(confidence).mean() for it, _ in replicates]),
+        }
         for name, replicates in read_systems(ensemble, students, "test")
     ]
     return pd.DataFrame(rows)
+
+
+def confidence(prediction):
+    """Of each image of a block: not all of their probabilities need fit in memory."""
+    return prediction.probs().max(1)
 
 
 @styled

@@ -21,7 +21,7 @@ from ensdistill.drawing import (
 )
 from ensdistill.files import open_hdf5
 from ensdistill.metrics import pairwise_kl
-from ensdistill.predictions import Array, Prediction, read_ensemble, read_mixture
+from ensdistill.predictions import Array, Prediction, read_ensemble, read_mixture, read_mixtures
 
 TITLE = "Diversity by size of the perturbation"
 READS = {
@@ -50,7 +50,7 @@ def table(swept: str, perturbed: str, ensemble: Sequence[str]) -> pd.DataFrame:
         etas = json.loads(file.attrs["etas"])
         titles = json.loads(file.attrs["titles"])
     for name, title in titles.items():
-        found = [divergence(read_mixture(swept, name, place)) for place in range(len(etas))]
+        found = [divergence(it) for it in read_mixtures(swept, name)]
         weights = image_weights(len(found[0]))
         for eta, values in zip(etas, found, strict=True):
             known = {"perturbation": name, "title": title, "eta": eta}

@@ -16,8 +16,7 @@ from ensdistill.drawing import (
     plain_numbers,
     styled,
 )
-from ensdistill.files import open_hdf5
-from ensdistill.predictions import read_mixture
+from ensdistill.predictions import read_mixture, read_mixtures
 from ensdistill.reports.sweep import divergence, mean_kl
 
 TITLE = "ODS from one teacher, seen by others"
@@ -40,12 +39,9 @@ def table(transferred: str, members: int) -> pd.DataFrame:
         among them (NaN outside); n (images).
     """
     rows = []
-    with open_hdf5(transferred) as file:
-        sources = len(file["ods/logits"])
     clean = read_mixture(transferred, "clean")
     weights = image_weights(clean.shape[0])
-    for source in range(sources):
-        moved = read_mixture(transferred, "ods", source)
+    for source, moved in enumerate(read_mixtures(transferred, "ods")):
         inside = source < members
         others = [member for member in range(members) if member != source]
         ods = mean_kl(divergence(moved, others), weights)
