@@ -13,7 +13,8 @@ import ast
 import copy
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache, partial
 
 import torch
@@ -38,6 +39,8 @@ EQUAL = {"timm.layers.linear.Linear"}
 """Classes with a forward of their own that compute what `torch.nn.Linear` does."""
 IMPOSSIBLE = (nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 """Linear maps that have no such factors here."""
+DESCRIBING = {"device", "dtype", "ndim", "shape"}
+"""What a module may ask of another's weight: its numbers are not used."""
 TOLERANCE = 1e-3
 """By how much members' logits may differ from those of the converted network, relatively."""
 
@@ -144,7 +147,7 @@ def to_batch_ensemble(
     network = with_attention(module)
     if ensemble_size < 1:
         raise ValueError(f"ensemble_size must be at least 1, not {ensemble_size}")
-    return _replaced(network, _can_be_converted, converted)
+    return _replaced(network, partial(_can_be_converted, _readers(network)), converted)
 
 
 def batch_ensemble_layers(ensemble_size: int) -> Layers:
@@ -160,7 +163,7 @@ def with_attention(module: nn.Module) -> nn.Module:
     """A copy whose `MultiheadAttention` modules are `Attention`, which computes the same."""
     network = _replaced(
         copy.deepcopy(module),
-        lambda it, *_: type(it).forward is nn.MultiheadAttention.forward,
+        lambda it: type(it).forward is nn.MultiheadAttention.forward,
         Attention,
     )
     for it in network.modules():
@@ -182,7 +185,7 @@ def member(network: nn.Module, j: int) -> nn.Module:
             return one.train(layer.training)
         return layer.member(j)
 
-    def is_layer(it: nn.Module, *_: object) -> bool:
+    def is_layer(it: nn.Module) -> bool:
         return isinstance(it, BatchEnsembleLayer | BatchEnsembleMap)
 
     return _replaced(copy.deepcopy(network), is_layer, ordinary)
@@ -224,16 +227,16 @@ def check_members(network: nn.Module, members: int, x: Tensor) -> None:
 
 def _replaced(
     network: nn.Module,
-    chosen: Callable[[nn.Module, nn.Module, str], bool],
+    chosen: Callable[[nn.Module], bool],
     make: Callable[[nn.Module], nn.Module],
 ) -> nn.Module:
-    """The network with every chosen (module, its parent, its name there) replaced, in place."""
+    """The network with every chosen module replaced, in place."""
     root = nn.ModuleDict({"network": network})
     made: dict[nn.Module, nn.Module] = {}
     for name, parent in [(name, it) for name, it in root.named_modules() if it._modules]:
         for key, child in parent._modules.items():
             try:
-                if child in made or (child is not None and chosen(child, parent, key)):
+                if child in made or (child is not None and chosen(child)):
                     parent._modules[key] = made[child] = made.get(child) or make(child)
             except ValueError as error:
                 place = ".".join([*name.split(".")[1:], key])
@@ -242,8 +245,11 @@ def _replaced(
     return root["network"]
 
 
-def _can_be_converted(layer: nn.Module, parent: nn.Module, key: str) -> bool:
+def _can_be_converted(readers: Mapping[nn.Module, str], layer: nn.Module) -> bool:
     """Whether it is a linear map that gets factors.
+
+    Args:
+        readers: see `_readers`.
 
     Raises:
         ValueError: it is one that cannot have them.
@@ -254,17 +260,27 @@ def _can_be_converted(layer: nn.Module, parent: nn.Module, key: str) -> bool:
         return False
     if parametrize.is_parametrized(layer):
         raise ValueError("its weight is computed (parametrized), not stored")
-    if key in _read_past_forward(type(parent)):
+    if layer in readers:
         raise ValueError(
-            f"{type(parent).__name__} reads its weight or bias past its forward, so that factors "
-            "would be passed over"
+            f"{readers[layer]} reads its weight or bias past its forward, so that factors would be "
+            "passed over"
         )
     return True
 
 
+def _readers(network: nn.Module) -> dict[nn.Module, str]:
+    """Modules whose weight or bias others read past their forward, and the class of these."""
+    found = {}
+    for module in network.modules():
+        for path in _read_past_forward(type(module)):
+            with suppress(AttributeError):
+                found[module.get_submodule(path)] = type(module).__name__
+    return found
+
+
 @cache
 def _read_past_forward(kind: type[nn.Module]) -> frozenset[str]:
-    """Children whose weight or bias the class reads in its forward: `self.<child>.weight`.
+    """Modules inside whose weight or bias the class reads in its forward: `self.<path>.weight`.
 
     Or in methods that its forward calls, and they call.
     """
@@ -281,18 +297,16 @@ def _read_past_forward(kind: type[nn.Module]) -> frozenset[str]:
             tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         except (OSError, SyntaxError):  # without a file, as what a compiler made
             continue
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.Attribute):
-                continue
-            if _is_self(node.value):
-                waiting.append(node.attr)
-            elif node.attr in ("weight", "bias") and isinstance(node.value, ast.Attribute):
-                found |= {node.value.attr} if _is_self(node.value.value) else set()
+        attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        asked = [node.value for node in attributes if node.attr in DESCRIBING]
+        for node in attributes:
+            if node not in asked:
+                start, *path, last = ast.unparse(node).split(".")
+                if start == "self" and not path:
+                    waiting.append(last)
+                elif start == "self" and last in ("weight", "bias"):
+                    found.add(".".join(path))
     return frozenset(found)
-
-
-def _is_self(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and node.id == "self"
 
 
 def computes_as_known(layer: nn.Module) -> type[nn.Module] | None:
