@@ -258,9 +258,14 @@ def evaluation_images(path: str | os.PathLike[str], split: str) -> StoredImages:
 
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What networks need of images.h5: classes, mean, std, and shape (C, H, W), as they see it."""
+    """What networks need of images.h5: classes, mean, std, and shape (C, H, W), as they see it.
+
+    And `evaluation`, where images were resized: how that is done with images of one's own.
+    """
+    keys = ["classes", "mean", "std"]
     with open_hdf5(path) as file:
-        known = {key: json.loads(file.attrs[key]) for key in ("classes", "mean", "std")}
+        keys += ["evaluation"] if "evaluation" in file.attrs else []
+        known = {key: json.loads(file.attrs[key]) for key in keys}
     return {**known, "shape": StoredImages(path, "val").shape[1:]}
 
 

@@ -318,7 +318,8 @@ def train_student(
     set_float32(precision)
     logger.info("precision: %s", reason)
     torch.manual_seed(seed)
-    student = _new_student(parts, read_description(images)).to(device)
+    description = read_description(images)
+    student = _new_student(parts, description).to(device)
     for path in backbone:
         student.start_from(load_student(path, device))
     networks = [fold_batch_norms(load_student(path, device).network) for path in teachers]
@@ -336,6 +337,7 @@ def train_student(
         precision_reason=reason,
         device=device.type,
         **blocks,
+        **{key: description[key] for key in ("evaluation",) if key in description},
     )
     # Random numbers differ by device, rounding by version and precision too, and the order of
     # images by how they are read.

@@ -149,6 +149,9 @@ STUDY = Study.model_validate(
 )
 
 
+EVALUATION = {"resize": 9, "crop": 8, "interpolation": "bicubic"}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Teachers and students, each trained for an epoch on 16 images; weights files by name."""
@@ -156,7 +159,7 @@ def trained(tmp_path_factory):
     splits = {"train": 16, "val": 8, "test": 8}
     arrays = {f"{s}/images": rng.integers(0, 256, (n, 1, 8, 8), "u1") for s, n in splits.items()}
     arrays |= {f"{s}/labels": rng.permutation(np.arange(n) % 4) for s, n in splits.items()}
-    known = {"classes": list("abcd"), "mean": [0.5], "std": [0.3]}
+    known = {"classes": list("abcd"), "mean": [0.5], "std": [0.3], "evaluation": EVALUATION}
     write_hdf5(folder / "images.h5", arrays, known)
     paths = {}
 
@@ -205,6 +208,7 @@ def test_a_header_says_what_made_the_weights(trained):
     assert (header["device"], header["precision"]) == ("cpu", "fp32")
     assert header["recipe"]["learning_rate"] == STUDY.student.learning_rate
     assert header["prediction"] == "mixture"
+    assert header["evaluation"] == EVALUATION
     teacher = read_header(trained["teacher0"])
     assert teacher["student"] == {"name": "single"}
     assert teacher["objective"] == {"name": "labels"}
