@@ -413,6 +413,7 @@ def one_line(path):
         ("file:venv/lib/python3.11/site-packages/its.py:mkdir", {"path": "canary"}),
         ("file:.venv/its.py:mkdir", {"path": "canary"}),
         ("file:mine.py:mkdir", {"path": "canary"}),
+        ("file:mine.py:mkdir", {"path": "canary", "mode": 0o777}),
         ("file:mine.py:os.mkdir", {"path": "canary"}),
         ("file:mine.py:__import__", {"name": "antigravity"}),
         ("file:mine.txt:build", {}),
@@ -431,13 +432,10 @@ def test_weights_run_no_file_but_the_users_own(tmp_path, monkeypatch, name, opti
     monkeypatch.chdir(folder)
     student = build_student("single", ARCHITECTURE, members=1)
     name = name.replace("/OUTSIDE", str(tmp_path / "outside.py"))
-    architecture = {**ARCHITECTURE, "name": name, "options": options}
-    student.spec = {**student.spec, "architecture": {**architecture, "width": 4}}
-    for more in ({}, {"width": 4}):
-        student.spec["architecture"] = {**architecture, **more}
-        architecture.pop("width", None)
-        save_student("weights.safetensors", student, {})
-        one_line("weights.safetensors")
+    student.spec["architecture"] = {**ARCHITECTURE, "name": name, "options": options}
+    del student.spec["architecture"]["width"]
+    save_student("weights.safetensors", student, {})
+    one_line("weights.safetensors")
     assert not (folder / "canary").exists()
 
 
