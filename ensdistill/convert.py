@@ -39,6 +39,8 @@ EQUAL = {"timm.layers.linear.Linear"}
 """Classes with a forward of their own that compute what `torch.nn.Linear` does."""
 IMPOSSIBLE = (nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 """Linear maps that have no such factors here."""
+DESCRIBING = {"device", "dtype", "ndim", "shape"}
+"""What a module may ask of another's weight: its numbers are not used."""
 TOLERANCE = 1e-3
 """By how much members' logits may differ from those of the converted network, relatively."""
 
@@ -295,8 +297,10 @@ def _read_past_forward(kind: type[nn.Module]) -> frozenset[str]:
             tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         except (OSError, SyntaxError):  # without a file, as what a compiler made
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute):
+        attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        asked = [node.value for node in attributes if node.attr in DESCRIBING]
+        for node in attributes:
+            if node not in asked:
                 start, *path, last = ast.unparse(node).split(".")
                 if start == "self" and not path:
                     waiting.append(last)

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 Pretrained = bool | str
 """Whether weights are those that the library offers; or a file of weights."""
 
+PACKAGE = Path(__file__).parent
+
 NEW_LAST = "%s: the last layer (%s) is new: it was of other classes"
 """What the log says of it."""
 
@@ -190,9 +192,11 @@ def own_network(
         InputError: there is no such file or function, or it fails.
     """
     name = f"file:{path}:{function}"
-    build = getattr(_module(path), function, None)
-    if not callable(build):
-        raise InputError(f"{name}: the file has no function {function!r}")
+    module = _module(path)
+    build = getattr(module, function, None)
+    # What a file imports may do anything, and headers of weights files name functions too.
+    if not callable(build) or getattr(build, "__module__", None) != module.__name__:
+        raise InputError(f"{name}: the file has no function {function!r} of its own")
     sizes = {"num_classes": num_classes, "in_channels": in_channels}
     takes = inspect.signature(build).parameters
     takes_all = any(it.kind is it.VAR_KEYWORD for it in takes.values())
@@ -435,6 +439,8 @@ def _module(path: str) -> Any:
         raise InputError(f"file:{path}: is not in the folder where snakemake runs")
     if not place.is_file():
         raise InputError(f"file:{path}: no such file")
+    if not _is_of_user(place):
+        raise InputError(f"file:{path}: is a file of an installed package, or hidden")
     name = f"ensdistill_architectures_{place.as_posix().encode().hex()}"
     if name not in sys.modules:
         if (here := str(Path.cwd())) not in sys.path:
@@ -451,10 +457,24 @@ def _module(path: str) -> Any:
     return sys.modules[name]
 
 
+def _is_of_user(place: Path) -> bool:
+    """Whether a file below the current folder is no installed package's, and not hidden.
+
+    A header of a weights file could otherwise have any of their functions called.
+    """
+    here = Path.cwd()
+    installed = (sys.prefix, sys.base_prefix, PACKAGE)
+    parts = place.relative_to(here).parts
+    return not any(it.startswith(".") or it == "site-packages" for it in parts) and not any(
+        place.is_relative_to(it) for it in installed if Path(it).is_relative_to(here)
+    )
+
+
 def _checked(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    if reserved := RESERVED & (options or {}).keys():
+    given = dict(options or {})
+    if reserved := RESERVED & given.keys():
         raise InputError(f"{name}: {min(reserved)!r} is no option: the study decides it")
-    return dict(options or {})
+    return given
 
 
 def _existing(name: str, path: str) -> str:

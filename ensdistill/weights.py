@@ -51,6 +51,8 @@ def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu
             with WithoutRandomNumbers():
                 student = build_student(**header["spec"])
         student.network.load_state_dict(tensors, assign=True)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         # The file is whole: it may be the code that has changed.
         reason = str(error).partition("\n")[0]
@@ -87,6 +89,8 @@ def _unfilled(
     Raises:
         ValueError: it is.
     """
+    if "pretrained" in architecture:
+        raise ValueError("it has all its weights, and asks for others")
     channels, members = architecture["in_channels"], spec["members"]
     # Even a module without numbers takes memory, and so do mean and std of all members' channels.
     if channels * members > sum(tensor.numel() for tensor in tensors.values()):

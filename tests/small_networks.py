@@ -102,10 +102,10 @@ class Reads(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.proj = nn.Linear(3, 3)
+        self.other, self.proj = nn.Linear(3, 3), nn.Linear(3, 3)
 
     def forward(self, x):
-        return self.project(x)
+        return self.project(x.to(self.other.weight.dtype))
 
     def project(self, x):
         return torch.nn.functional.linear(x, self.proj.weight)

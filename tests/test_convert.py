@@ -405,6 +405,20 @@ def test_what_cannot_be_converted_is_named_in_one_sentence(what):
     assert [type(it) for it in network.modules()] == kinds
 
 
+def test_what_only_describes_a_weight_may_be_asked():
+    """The refusal above names the other layer, the first whose weight is asked for its numbers."""
+
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.proj(x.to(self.proj.weight.device, self.proj.weight.dtype))
+
+    assert isinstance(to_batch_ensemble(Asks(), M).proj, BatchEnsembleLinear)
+
+
 def test_members_of_other_convolutions_cannot_be_merged():
     network = timm.create_model("tf_mobilenetv3_small_minimal_100")
     with pytest.raises(

@@ -17,6 +17,7 @@ from ensdistill.networks import build_network, described
 from ensdistill.students import build_student
 from ensdistill.weights import load_student, read_header, save_student
 from tests.builders import MINE, message
+from tests.project import REPOSITORY
 from tests.test_convert import shaken
 
 K = 4
@@ -49,14 +50,26 @@ def test_a_function_is_given_what_it_takes(own_networks, function, options, widt
     [
         ("models/mine.py:wrong", "file:models/mine.py:wrong: returned list, not a torch.nn.Module"),
         ("models/mine.py:fails", "file:models/mine.py:fails: KeyError: 'no such thing"),
-        ("models/mine.py:none", "file:models/mine.py:none: the file has no function 'none'"),
-        ("models/mine.py:text", "file:models/mine.py:text: the file has no function 'text'"),
+        ("models/mine.py:none", "file:models/mine.py:none: the file has no function 'none' of its"),
+        ("models/mine.py:text", "file:models/mine.py:text: the file has no function 'text' of its"),
+        ("models/mine.py:nn", "file:models/mine.py:nn: the file has no function 'nn' of its own"),
+        (
+            "models/imports.py:mkdir",
+            "file:models/imports.py:mkdir: the file has no function 'mkdir' of its own",
+        ),
+        (
+            "models/imports.py:part",
+            "file:models/imports.py:part: the file has no function 'part' of its own",
+        ),
         ("models/his.py:build", "file:models/his.py: no such file"),
         ("models/broken.py:build", "file:models/broken.py: SyntaxError: "),
         ("models/raises.py:build", "file:models/raises.py: ModuleNotFoundError: No module named"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_in_one_sentence(own_networks, name, expected):
+    (own_networks / "models/imports.py").write_text(
+        "from functools import partial\nfrom os import mkdir\npart = partial(mkdir, 'canary')\n"
+    )
     (own_networks / "models/broken.py").write_text("def build(:\n")
     (own_networks / "models/raises.py").write_text("import a_package_that_is_not\n")
     assert message(build_network, f"file:{name}", K).startswith(expected)
@@ -73,6 +86,36 @@ def test_a_file_outside_the_folder_is_not_run(own_networks, path):
     found = message(build_network, f"file:{path}:build", K)
     assert found == f"file:{path}: is not in the folder where snakemake runs"
     assert not (own_networks / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [".hidden/mine.py", "models/.mine.py", "venv/lib/python3.11/site-packages/mine/mine.py"],
+)
+def test_a_file_that_is_hidden_or_of_an_installed_package_is_not_run(own_networks, path):
+    (own_networks / path).parent.mkdir(parents=True, exist_ok=True)
+    (own_networks / path).write_text("import os; os.mkdir('canary')\n")
+    found = message(build_network, f"file:{path}:build", K)
+    assert found == f"file:{path}: is a file of an installed package, or hidden"
+    assert not (own_networks / "canary").exists()
+
+
+@pytest.mark.parametrize("which", ["prefix", "base_prefix"])
+def test_a_file_of_the_interpreter_is_not_run(own_networks, which, monkeypatch):
+    monkeypatch.setattr(sys, which, str(own_networks / "env"))
+    (own_networks / "env/lib").mkdir(parents=True)
+    (own_networks / "env/lib/mine.py").write_text("import os; os.mkdir('canary')\n")
+    found = message(build_network, "file:env/lib/mine.py:build", K)
+    assert found.endswith("is a file of an installed package, or hidden")
+    assert not (own_networks / "canary").exists()
+    monkeypatch.setattr(sys, which, str(own_networks.parent))  # all is below it
+    build_network("file:models/mine.py:build", K)
+
+
+def test_a_file_of_this_package_is_not_run(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    found = message(build_network, "file:ensdistill/files.py:write_csv", K)
+    assert found == "file:ensdistill/files.py: is a file of an installed package, or hidden"
 
 
 def test_a_link_out_of_the_folder_is_not_followed(own_networks):

@@ -332,6 +332,113 @@ def test_weights_that_ask_for_a_student_of_other_options_take_no_memory(tmp_path
     assert torch.is_grad_enabled()  # refused at the end of a no_grad
 
 
+TIMM = {"name": "timm:test_vit", "options": {"img_size": 32}, "mean": [0.5] * 3, "std": [0.2] * 3}
+TIMM |= {"num_classes": 4, "in_channels": 3}
+
+
+@pytest.fixture
+def online(monkeypatch, tmp_path):
+    """Where whatever asks for a file of the internet is noted."""
+    asked = []
+
+    def asks(*arguments, **_):
+        asked.append(arguments)
+        raise OSError("no network here")
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("socket.create_connection", "socket.socket.connect", "urllib.request.urlopen"):
+        monkeypatch.setattr(name, asks)
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", asks)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", asks)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", asks)
+    yield asked
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pretrained": True},
+        {"pretrained": "canary.pth"},
+        {"pretrained": False},
+        {"name": "timm:test_vit.r160_in1k", "pretrained": True},
+        {"name": "timm:hf-hub:someone/else"},
+        {"name": "timm:hf_hub:someone/else"},
+        {"name": "timm:local-dir:."},
+        {"name": "timm:../test_vit"},
+        {"name": "torchvision:../resnet18"},
+        {"name": "torchvision:hub"},
+        {"name": "torchvision:get_model", "options": {"name": "resnet18", "weights": "DEFAULT"}},
+        {"name": "torchvision:resnet18", "options": {"weights": "DEFAULT"}},
+        {"name": "torchvision:resnet18", "options": {"pretrained": True}},
+        {"options": {"pretrained": True}},
+        {"options": {"checkpoint_path": "canary.pth"}},
+        {"options": {"cache_dir": "canary"}},
+        {"options": {"pretrained_cfg": {"file": "canary.pth"}}},
+        {"options": {"pretrained_cfg_overlay": {"url": "http://127.0.0.1/canary.pth"}}},
+        {"options": {"img_size": 32, "depth": 10**7}},
+        {"options": {"img_size": 32, "embed_dim": 10**9}},
+        {"options": {"img_size": 10**7}},
+        {"options": ["img_size"]},
+        {"options": "img_size"},
+    ],
+)
+def test_weights_of_a_librarys_network_fetch_and_load_nothing(tmp_path, hostile, online, change):
+    (tmp_path / "canary.pth").write_bytes(hostile["torch"])
+    path = tmp_path / "weights.safetensors"
+    student = build_student("single", TIMM, members=1)
+    student.spec = {**student.spec, "architecture": {**TIMM, **change}}
+    save_student(path, student, {})
+    before = sorted(tmp_path.iterdir())
+    with little_memory():
+        assert one_line(path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def one_line(path):
+    with pytest.raises(InputError) as caught:
+        load_student(path)
+    message = str(caught.value)
+    assert message.isprintable()
+    assert message.startswith(str(path))
+    return message
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("file:../outside.py:build", {}),
+        ("file:/OUTSIDE:build", {}),
+        ("file:link.py:build", {}),
+        ("file:venv/lib/python3.11/site-packages/its.py:mkdir", {"path": "canary"}),
+        ("file:.venv/its.py:mkdir", {"path": "canary"}),
+        ("file:mine.py:mkdir", {"path": "canary"}),
+        ("file:mine.py:mkdir", {"path": "canary", "mode": 0o777}),
+        ("file:mine.py:os.mkdir", {"path": "canary"}),
+        ("file:mine.py:__import__", {"name": "antigravity"}),
+        ("file:mine.txt:build", {}),
+        ("file:absent.py:build", {}),
+    ],
+)
+def test_weights_run_no_file_but_the_users_own(tmp_path, monkeypatch, name, options):
+    folder = tmp_path / "project"
+    harm = "from os import mkdir\nmkdir('canary')\n"
+    for place in ("venv/lib/python3.11/site-packages/its.py", ".venv/its.py", "../outside.py"):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_text(harm)
+    (folder / "mine.txt").write_text(harm)
+    (folder / "mine.py").write_text("import os\nfrom os import mkdir\n")
+    (folder / "link.py").symlink_to(tmp_path / "outside.py")
+    monkeypatch.chdir(folder)
+    student = build_student("single", ARCHITECTURE, members=1)
+    name = name.replace("/OUTSIDE", str(tmp_path / "outside.py"))
+    student.spec["architecture"] = {**ARCHITECTURE, "name": name, "options": options}
+    del student.spec["architecture"]["width"]
+    save_student("weights.safetensors", student, {})
+    one_line("weights.safetensors")
+    assert not (folder / "canary").exists()
+
+
 def assert_unfitting(path, change, kind="batch_ensemble"):
     student = build_student(kind, ARCHITECTURE, members=2)
     student.spec = {**student.spec, **change}

@@ -800,6 +800,8 @@ def test_every_perturbation_of_a_study_has_a_title():
     assert study.perturbation_titles(sized=True).keys() == sized
 
 
+TAGGED = "vit_tiny_patch16_224.augreg_in21k"
+
 # --- architectures --------------------------------------------------------------------------------
 
 
@@ -813,6 +815,10 @@ def test_every_perturbation_of_a_study_has_a_title():
         ("wrn28x10", ("wrn", {"depth": 28, "widen": 10})),
         ("wrn-28-10", ("wrn", {"depth": 28, "widen": 10})),
         ("wrn16_4", ("wrn", {"depth": 16, "widen": 4})),
+        ("timm:resnet18", ("timm", {"model": "resnet18"})),
+        ("timm:vit_tiny_patch16_224.augreg_in21k", ("timm", {"model": TAGGED})),
+        ("torchvision:resnet50", ("torchvision", {"model": "resnet50"})),
+        ("file:models/mine.py:build", ("file", {"path": "models/mine.py", "function": "build"})),
     ],
 )
 def test_a_name_gives_family_depth_and_factor(name, parsed):
@@ -821,7 +827,11 @@ def test_a_name_gives_family_depth_and_factor(name, parsed):
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet31", "resnet2", "resnet", "resnet32x2", " resnet32", "wrn4x1", "wrn28x0", "wrn28"],
+    [
+        *("resnet31", "resnet2", "resnet", "resnet32x2", " resnet32", "wrn4x1", "wrn28x0", "wrn28"),
+        *("timm:", "timm:a b", "timm:hf-hub:x/y", "timm:local-dir:/x", "torchvision:a.b", "hub:x"),
+        *("file:mine.py", "file:mine:build", "file:mine.py:", "file:a.py:1x", "file:a.py:b:c"),
+    ],
 )
 def test_an_architecture_that_does_not_exist_is_refused(name):
     with pytest.raises(ValueError, match=name):
@@ -837,3 +847,89 @@ def test_the_depths_that_exist_are_those_of_three_equal_stages():
 
     assert [n for n in range(60) if exists(f"resnet{n}")] == [6 * n + 2 for n in range(1, 10)]
     assert [n for n in range(60) if exists(f"wrn{n}x2")] == [6 * n + 4 for n in range(1, 10)]
+
+
+OF_LIBRARIES = [
+    ({"name": "timm:resnet18", "width": 8}, "'width' is no option of 'timm:resnet18'"),
+    ({"name": "file:a.py:b", "width": 16}, "'width' is no option of 'file:a.py:b'"),
+    ({"name": "resnet8", "pretrained": True}, "'pretrained' is no option of 'resnet8'"),
+    ({"name": "wrn10x2", "options": {"a": 1}}, "'options' is no option of 'wrn10x2'"),
+    (
+        {"name": "timm:resnet18", "pretrained": 1},
+        "input should be a valid boolean, not 1",
+    ),
+    ({"name": "timm:resnet18", "options": [1]}, "architecture.options: input should be"),
+    (
+        {"name": "file:a.py:b", "pretrained": True},
+        "'pretrained' of 'file:a.py:b' must be a file of weights",
+    ),
+    ("file:../a.py:b", "'../a.py' must lie in the folder where snakemake runs"),
+    ("file:/etc/a.py:b", "'/etc/a.py' must lie in the folder where snakemake runs"),
+    ("file:~/a.py:b", "'~/a.py' must lie in the folder where snakemake runs"),
+    ("file:models/../../a.py:b", "'models/../../a.py' must lie in the folder where snakemake"),
+]
+
+
+@pytest.mark.parametrize(("value", "expected"), OF_LIBRARIES)
+@pytest.mark.parametrize("place", ["architecture", "student_architecture", "a method"])
+def test_an_option_of_another_architecture_is_named(place, value, expected):
+    own = {"name": "batch_ensemble", "architecture": value}
+    place, value = ("methods.kd.student", own) if place == "a method" else (place, value)
+    message = complaint(changed(place, value))
+    assert message.startswith("config.yaml, study 'digits': ")
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    "packed", [{"student": "packed"}, {"student": {"name": "packed", "architecture": "timm:x"}}]
+)
+def test_a_packed_ensemble_of_a_librarys_network_is_refused(packed):
+    config = changed("methods.mine", {"label": "P", **packed})
+    if packed == {"student": "packed"}:
+        config["studies"]["digits"]["student_architecture"] = "torchvision:x"
+    message = complaint(config)
+    assert "methods.mine: student 'packed' is made of this package's own architectures" in message
+    own = {"name": "packed", "architecture": "resnet8"}
+    config = changed("methods.mine", {"label": "P", "student": own})
+    config["studies"]["digits"]["architecture"] = "timm:x"
+    assert read_configuration(config).studies["digits"].parts("mine")["architecture"] == {
+        "name": "resnet8",
+        "width": 16,
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "dumped"),
+    [
+        ("timm:resnet18", {"name": "timm:resnet18"}),
+        ({"name": "timm:resnet18", "pretrained": False}, {"name": "timm:resnet18"}),
+        (
+            {"name": "timm:resnet18", "pretrained": "a.pth", "options": {"layers": [1, 1]}},
+            {"name": "timm:resnet18", "pretrained": "a.pth", "options": {"layers": [1, 1]}},
+        ),
+        ("resnet8", {"name": "resnet8", "width": 16}),
+    ],
+)
+def test_an_architectures_options_are_dumped_where_they_are_not_their_defaults(given, dumped):
+    study = read_one("architecture", given)
+    assert study.parts()["architecture"] == study.parts("kd")["architecture"] == dumped
+
+
+@pytest.mark.parametrize(
+    ("given", "dumped"),
+    [
+        ({"name": "batch_ensemble"}, {"name": "batch_ensemble"}),
+        ({"name": "batch_ensemble", "init": "normal", "std": 0.5}, {"name": "batch_ensemble"}),
+        ({"name": "batch_ensemble", "init": "signs"}, {"name": "batch_ensemble", "init": "signs"}),
+        ({"name": "batch_ensemble", "std": 0.1}, {"name": "batch_ensemble", "std": 0.1}),
+    ],
+)
+def test_the_start_of_factors_is_dumped_where_it_is_not_the_papers(given, dumped):
+    assert read_one("methods.kd.student", given).parts("kd")["student"] == dumped
+
+
+def test_an_unknown_start_of_factors_is_named():
+    message = complaint(changed("methods.kd.student", {"name": "batch_ensemble", "init": "zeros"}))
+    assert "methods.kd.student.init: input should be 'normal', 'signs' or 'ones'" in message
+    message = complaint(changed("methods.kd.student", {"name": "batch_ensemble", "std": 0}))
+    assert "methods.kd.student.std: input should be greater than 0" in message
