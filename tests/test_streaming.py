@@ -59,10 +59,11 @@ def at_once(monkeypatch):
     """Without other processes, and noting how many images were read."""
     read = []
 
-    def in_this_process(images, reads, ahead):
+    def in_this_process(images, reads, ahead, channels_last):
+        assert channels_last
         for places in reads:
             read.append(len(places))
-            yield torch.from_numpy(images.read(places))
+            yield torch.from_numpy(images.read(places)).permute(0, 2, 3, 1)
 
     monkeypatch.setattr(loading, "read_ahead", in_this_process)
     return read
@@ -237,7 +238,7 @@ def test_no_more_is_read_ahead_than_the_next_window(tmp_path, at_once):
     windows = [[np.arange(4) + 4 * it for it in own] for own in rng.permutation(24).reshape(4, 6)]
     order = np.concatenate([rng.permutation(np.concatenate(window)) for window in windows])
     for number, pixels in enumerate(mixed(stored, windows, order, 5)):
-        assert places_of(pixels) == order[5 * number : 5 * number + 5].tolist()
+        assert places_of(pixels.permute(0, 3, 1, 2)) == order[5 * number : 5 * number + 5].tolist()
         window = (5 * number + 4) // 24
         assert sum(at_once) <= 24 * min(window + 2, 4)
         assert sum(at_once) >= min(5 * number + 5 + 24, 24 * min(window + 2, 4))
