@@ -146,7 +146,7 @@ def read_ahead(
 ) -> Iterator[Tensor]:
     """Read images in the background, in processes that end with this one.
 
-    There are as many as PyTorch has threads here. Nothing but the time depends on their number.
+    There are `readers()` of them. Nothing but the time depends on their number.
 
     Args:
         reads: which images are read at a time.
@@ -161,7 +161,7 @@ def read_ahead(
     """
     if not reads:
         return
-    workers = min(torch.get_num_threads(), len(reads))
+    workers = min(readers(), len(reads))
     of_read = max(1, len(reads[0]))
     loader = DataLoader(
         _Reads(images, channels_last),
@@ -177,6 +177,11 @@ def read_ahead(
         if isinstance(found, Exception):
             raise found
         yield found
+
+
+def readers() -> int:
+    """How many processes read for this one: as many as Snakemake granted it threads."""
+    return torch.get_num_threads()
 
 
 class _Reads(Dataset):

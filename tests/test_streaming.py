@@ -15,7 +15,7 @@ import torch
 
 from ensdistill import InputError, analysis, batches, files, loading, training
 from ensdistill.batches import StreamedBatches, TrainingBatches
-from ensdistill.jobs import Interrupted
+from ensdistill.jobs import Interrupted, _sentence
 from ensdistill.learning import learning
 from ensdistill.loading import free_memory, in_batches, load_images, mixed, read_ahead
 from ensdistill.recipes import Recipe
@@ -51,7 +51,7 @@ def places_of(pixels):
 
 @pytest.fixture
 def threads(monkeypatch):
-    return lambda count: monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    return lambda count: monkeypatch.setattr(loading, "readers", lambda: count)
 
 
 @pytest.fixture
@@ -190,6 +190,18 @@ def test_processes_that_read_pay_no_heed_to_signals_and_end_with_the_one_they_re
     os.kill(parent.pid, signal.SIGKILL)
     parent.join()
     _wait_for(lambda: not any(map(_runs, children)))
+
+
+def test_a_reader_that_is_killed_is_one_sentence(tmp_path):
+    """As by the system where the memory is full."""
+    stored = numbered(tmp_path / "images.h5", 40, 4)
+    reading = read_ahead(stored, [np.arange(4)] * 1000, 4)
+    next(reading)
+    os.kill(_children(os.getpid())[-1], signal.SIGKILL)
+    with pytest.raises(RuntimeError) as caught:
+        for _ in reading:
+            pass
+    assert _sentence(caught.value).startswith("a process that reads images was killed")
 
 
 # --- the order -------------------------------------------------------------------------------
