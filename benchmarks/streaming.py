@@ -23,7 +23,7 @@ from ensdistill.batches import training_batches
 from ensdistill.images import write_images
 from ensdistill.stored_images import StoredImages
 
-SIDE, CLASSES, EACH, BATCH = 224, 10, 128, 64
+SIDE, CLASSES, EACH, BATCH = 224, 10, 64, 64
 AUGMENTED: dict[str, tuple[dict[str, object], list[Callable]]] = {
     "flip": ({"crop_padding": 0, "flip": True}, [transforms.RandomHorizontalFlip()]),
     "parts": (
@@ -98,7 +98,7 @@ def against_torchvision(bench, form, change, readers, stored, ours, theirs, fold
             f"an epoch of augmented batches from {form} / ImageFolder in a DataLoader",
             calls,
             shape=f"{len(stored)} images of {SIDE}×{SIDE}, readers: {readers}",
-            rounds=7,
+            rounds=5,
         )
 
 
@@ -122,7 +122,7 @@ def epoch_of_ours(images: StoredImages | torch.Tensor, augmentation: dict) -> Ca
 
 def against_memory(bench: Bench, form: str, stored: StoredImages) -> None:
     """Of a network that takes far longer than its images."""
-    count, size = 96, 16
+    count, size = 48, 16
     few = stored.choose(np.random.default_rng(0).permutation(len(stored))[:count])
     torch.manual_seed(0)
     network = models.resnet18(num_classes=CLASSES).to(bench.device)
