@@ -47,13 +47,14 @@ def streaming(bench: Bench) -> None:
     ]
     if not bench.wants(*names):
         return
+    device = bench.device  # sets the number of threads
     with tempfile.TemporaryDirectory() as folder, threads(1):
         stores = written(Path(folder))
         for form, stored in stores.items():
             for change, (ours, theirs) in AUGMENTED.items():
                 for readers in (1, 2):
                     against_torchvision(bench, form, change, readers, stored, ours, theirs, folder)
-            against_memory(bench, form, stored)
+            against_memory(bench, form, stored, device)
 
 
 def written(folder: Path) -> dict[str, StoredImages]:
@@ -120,20 +121,20 @@ def epoch_of_ours(images: StoredImages | torch.Tensor, augmentation: dict) -> Ca
     return epoch
 
 
-def against_memory(bench: Bench, form: str, stored: StoredImages) -> None:
+def against_memory(bench: Bench, form: str, stored: StoredImages, device: torch.device) -> None:
     """Of a network that takes far longer than its images."""
     count, size = 48, 16
     few = stored.choose(np.random.default_rng(0).permutation(len(stored))[:count])
     torch.manual_seed(0)
-    network = models.resnet18(num_classes=CLASSES).to(bench.device)
+    network = models.resnet18(num_classes=CLASSES).to(device)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, fused=True)
 
     def epoch_of(images: StoredImages | torch.Tensor) -> Call:
-        labels = torch.zeros(count, dtype=torch.long, device=bench.device)
+        labels = torch.zeros(count, dtype=torch.long, device=device)
         batches = training_batches(images, labels, size, **AUGMENTED["parts"][0])
 
         def epoch() -> None:
-            for x, y in batches.epoch(torch.Generator(bench.device).manual_seed(0)):
+            for x, y in batches.epoch(torch.Generator(device).manual_seed(0)):
                 F.cross_entropy(network(x), y).backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -141,7 +142,7 @@ def against_memory(bench: Bench, form: str, stored: StoredImages) -> None:
         return epoch
 
     def calls() -> tuple[Call, Call]:
-        pixels = torch.from_numpy(few.read(np.arange(count))).to(bench.device)
+        pixels = torch.from_numpy(few.read(np.arange(count))).to(device)
         return epoch_of(few), epoch_of(pixels)
 
     bench.compare(

@@ -192,7 +192,7 @@ class _Reads(Dataset):
 
     def __getitem__(self, places: NDArray[np.int64]) -> Tensor | Exception:
         try:
-            pixels = torch.from_numpy(self.images.read(places))
+            pixels = torch.from_numpy(self.images.read(places, not self.channels_last))
             return pixels.permute(0, 2, 3, 1).contiguous() if self.channels_last else pixels
         # Raised here it would come with a traceback in its sentence.
         except (InputError, MemoryError, OSError) as error:
