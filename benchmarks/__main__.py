@@ -28,6 +28,7 @@ from benchmarks.measurements import (
 )
 from benchmarks.predictions import predictions
 from benchmarks.rows import Bench, hardware, table
+from benchmarks.streaming import streaming
 from benchmarks.workloads import Workload, shapes, threads
 from ensdistill.files import write_text
 from tests.project import REPOSITORY
@@ -42,6 +43,7 @@ def main() -> None:
     judging(bench)
     predictions(bench)
     judging_at_scale(bench)
+    streaming(bench)
     workloads = {key: Workload(it, bench.device) for key, it in shapes(bench.device).items()}
     for key, workload in workloads.items():
         with threads(workload.shape.threads):

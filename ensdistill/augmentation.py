@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+LARGE = 2**14
+"""Pixels of images that a CPU copies faster one by one than by an index of all pixels."""
+
 
 class Augmentation:
     """Crops, flips and policies, drawn anew for every image of an epoch.
@@ -36,27 +39,27 @@ class Augmentation:
         random_resized_crop: Sequence[float] | None = None,
         policy: Mapping[str, Any] | None = None,
     ):
-        height, width = size or stored
+        self.size = tuple(size or stored)
         self.padding, self.flip = crop_padding, flip
         # (C, H, W) → (C, H, W), with random numbers from the global generator.
         self.one_by_one: list[Callable[[Tensor], Tensor]] = []
+        self.height, self.width = self.size
         if random_resized_crop is not None:
             self.padding = 0
-            self.one_by_one.append(_resized_crop((height, width), random_resized_crop))
-            height, width = stored
-        self.height, self.width = height, width
+            self.one_by_one.append(_resized_crop(self.size, random_resized_crop))
+            self.height, self.width = stored
         self.shifts = [
             side + 2 * self.padding - shown + 1
-            for side, shown in zip(stored, (height, width), strict=True)
+            for side, shown in zip(stored, (self.height, self.width), strict=True)
         ]
         if policy is not None:
             options = dict(policy)
             self.one_by_one.append(POLICIES[options.pop("name")](**options))
 
     def pad(self, images: Tensor) -> Tensor:
-        """Images uint8 (N, C, H, W) as `Changes` take them: padded, (N, H', W', C)."""
+        """Images uint8 (N, H, W, C) as `Changes` take them: padded, (N, H', W', C)."""
         # Channels last: choosing pixels crops, flips, and gives the layout of convolutions.
-        return F.pad(images, [self.padding] * 4).permute(0, 2, 3, 1).contiguous()
+        return F.pad(images, [0, 0, *[self.padding] * 4]) if self.padding else images
 
     def draw(self, count: int, generator: torch.Generator) -> "Changes":
         """Those of so many images, all at once; `generator` is on the images' device."""
@@ -95,6 +98,12 @@ class Changes:
             index: which of these, (B,).
             chosen: whose draws they get.
         """
+        large = self.of.height * self.of.width >= LARGE and padded.device.type == "cpu"
+        choose = self._one_by_one if self.seeds or large else self._at_once
+        return choose(padded, index, chosen).permute(0, 3, 1, 2).float().div_(255)
+
+    def _at_once(self, padded: Tensor, index: Tensor, chosen: slice) -> Tensor:
+        """Pixels uint8 (B, H, W, C)."""
         _, padded_height, padded_width, channels = padded.shape
         across = torch.arange(self.of.width, device=padded.device)
         rows = self.top[chosen] + torch.arange(self.of.height, device=padded.device)
@@ -103,16 +112,25 @@ class Changes:
         places = lines[:, :, None] + columns[:, None, :]
         # One flat index: several times as fast as indexing along three axes.
         pixels = padded.view(-1, channels).index_select(0, places.flatten())
-        x = pixels.view(*places.shape, channels).permute(0, 3, 1, 2)
-        if self.seeds:
-            pairs = zip(x, self.seeds[chosen], strict=True)
-            with torch.random.fork_rng(devices=[]):
-                x = torch.stack([self._changed(*pair) for pair in pairs])
-            x = x.contiguous(memory_format=torch.channels_last)
-        return x.float().div_(255)
+        return pixels.view(*places.shape, channels)
+
+    def _one_by_one(self, padded: Tensor, index: Tensor, chosen: slice) -> Tensor:
+        """The same, and of each image what is done to it by itself."""
+        found = padded.new_empty((len(index), *self.of.size, padded.shape[-1]))
+        draws = (it[chosen].flatten().tolist() for it in (self.top, self.left, self.mirrored))
+        seeds = self.seeds[chosen] or [0] * len(index)
+        with torch.random.fork_rng(devices=[]):
+            for image, place, top, left, mirrored, seed in zip(
+                found, index.tolist(), *draws, seeds, strict=True
+            ):
+                part = padded[place, top : top + self.of.height, left : left + self.of.width]
+                part = part.flip(1) if mirrored else part
+                image.copy_(self._changed(part.permute(2, 0, 1), seed).permute(1, 2, 0))
+        return found
 
     def _changed(self, image: Tensor, seed: int) -> Tensor:
-        torch.default_generator.manual_seed(seed)
+        if self.of.one_by_one:
+            torch.default_generator.manual_seed(seed)
         for change in self.of.one_by_one:
             image = change(image)
         return image

@@ -45,7 +45,7 @@ class TrainingBatches:
         self._keep(images)
 
     def _keep(self, images: Tensor) -> None:
-        self.padded = self.augmentation.pad(images)
+        self.padded = self.augmentation.pad(images.permute(0, 2, 3, 1)).contiguous()
 
     def __len__(self) -> int:
         return len(self.labels) // self.batch_size
@@ -108,7 +108,7 @@ class StreamedBatches(TrainingBatches):
         device, size = self.labels.device, self.batch_size
         index = torch.randperm(len(self.labels), device=device, generator=generator)[:size]
         changes = self.augmentation.draw(len(self.labels), generator)
-        pixels = torch.from_numpy(self.stored.read(index.cpu().numpy()))
+        pixels = torch.from_numpy(self.stored.read(index.cpu().numpy())).permute(0, 2, 3, 1)
         return self._changed(pixels, changes, slice(size)), self.labels[index]
 
     def _changed(self, pixels: Tensor, changes: Any, chosen: slice) -> Tensor:

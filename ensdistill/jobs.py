@@ -141,6 +141,11 @@ def _sentence(error: Exception) -> str | None:
         return "the GPU's memory is full: use a smaller batch_size, or a larger GPU"
     if is_of_memory(error):
         return "the memory is full: give the job more, or use fewer images or a smaller batch_size"
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return (
+            "a process that reads images was killed, as the system does where the memory is full: "
+            "give the job more"
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space is left on the disk that holds {error.filename or 'the results'}"
     if isinstance(error, OSError) and error.filename:

@@ -139,15 +139,19 @@ def images_per_read(images: StoredImages) -> int:
 
 
 def read_ahead(
-    images: StoredImages, reads: Sequence[NDArray[np.int64]], ahead: int
+    images: StoredImages,
+    reads: Sequence[NDArray[np.int64]],
+    ahead: int,
+    channels_last: bool = False,
 ) -> Iterator[Tensor]:
     """Read images in the background, in processes that end with this one.
 
-    There are as many as PyTorch has threads here. Nothing but the time depends on their number.
+    There are `readers()` of them. Nothing but the time depends on their number.
 
     Args:
         reads: which images are read at a time.
         ahead: images that should be at hand before they are needed.
+        channels_last: whether what comes is (n, H, W, C).
 
     Yields:
         of each read the pixels uint8 (n, C, H, W), on the CPU.
@@ -157,10 +161,10 @@ def read_ahead(
     """
     if not reads:
         return
-    workers = min(torch.get_num_threads(), len(reads))
+    workers = min(readers(), len(reads))
     of_read = max(1, len(reads[0]))
     loader = DataLoader(
-        _Reads(images),
+        _Reads(images, channels_last),
         batch_size=None,
         sampler=reads,
         num_workers=workers,
@@ -175,15 +179,21 @@ def read_ahead(
         yield found
 
 
+def readers() -> int:
+    """How many processes read for this one: as many as Snakemake granted it threads."""
+    return torch.get_num_threads()
+
+
 class _Reads(Dataset):
     """Reads as a DataLoader's processes do them."""
 
-    def __init__(self, images: StoredImages):
-        self.images = images
+    def __init__(self, images: StoredImages, channels_last: bool):
+        self.images, self.channels_last = images, channels_last
 
     def __getitem__(self, places: NDArray[np.int64]) -> Tensor | Exception:
         try:
-            return torch.from_numpy(self.images.read(places))
+            pixels = torch.from_numpy(self.images.read(places, not self.channels_last))
+            return pixels.permute(0, 2, 3, 1).contiguous() if self.channels_last else pixels
         # Raised here it would come with a traceback in its sentence.
         except (InputError, MemoryError, OSError) as error:
             return error
@@ -214,24 +224,26 @@ def mixed(
         first: how many of the first batches are left out.
 
     Yields:
-        pixels uint8 (batch_size, C, H, W) on the CPU.
+        pixels uint8 (batch_size, H, W, C) on the CPU.
     """
     windows = list(windows)
     ends = np.cumsum([sum(map(len, window)) for window in windows])
     widest = int(np.diff(ends, prepend=0).max())
     skipped = int(np.searchsorted(ends, first * batch_size, side="right"))
     reads = [read for window in windows[skipped:] for read in window]
-    incoming = zip(reads, read_ahead(images, reads, batch_size), strict=True)
+    incoming = zip(reads, read_ahead(images, reads, batch_size, True), strict=True)
     ranks = np.empty_like(order)
     ranks[order] = np.arange(len(order))
     # Of rank n in row n modulo their number: of the windows of a batch, and of the next one.
-    room = torch.empty((2 * widest + batch_size, *images.shape[1:]), dtype=torch.uint8)
+    _, channels, height, width = images.shape
+    rows = 2 * widest + batch_size
+    room = torch.empty((rows, height, width, channels), dtype=torch.uint8)
     known = int(ends[skipped - 1]) if skipped else 0
     for end in range((first + 1) * batch_size, len(order) + 1, batch_size):
         window = int(np.searchsorted(ends, end))
         next_end = ends[min(window + 1, len(ends) - 1)]
         while known < max(ends[window], min(end + widest, next_end)):
             places, pixels = next(incoming)
-            room[torch.from_numpy(ranks[places] % len(room))] = pixels
+            room.index_copy_(0, torch.from_numpy(ranks[places] % rows), pixels)
             known += len(places)
-        yield room[torch.arange(end - batch_size, end) % len(room)]
+        yield room.index_select(0, torch.arange(end - batch_size, end) % rows)

@@ -46,7 +46,10 @@ class StoredImages:
             self.labels = file[f"{split}/labels"][:]
             self.encoded = "files" in file[split]
             if self.encoded:
-                self.block, shape = 1, self._decoded(file[split], 0).shape
+                stored = file[f"{split}/files"]
+                self._offsets = file[f"{split}/offsets"][:]
+                self._settings = {"resize": None, "crop": None, **stored.attrs}
+                self.block, shape = 1, self._decoded(stored, 0).shape
             else:
                 stored = file[f"{split}/images"]
                 self.block, shape = (stored.chunks or (1,))[0], stored.shape[1:]
@@ -70,23 +73,38 @@ class StoredImages:
         chosen.block, chosen.shape = 1, (len(chosen.labels), *self.shape[1:])
         return chosen
 
-    def read(self, places: ArrayLike) -> NDArray[np.uint8]:
-        """Images (n, C, H, W) at these places, in the order asked; errors as of `StoredImages`."""
-        sorted_places, ranks = np.unique(self._stored(places), return_inverse=True)
-        pixels = np.empty((len(sorted_places), *self.shape[1:]), np.uint8)
+    def read(self, places: ArrayLike, contiguous: bool = True) -> NDArray[np.uint8]:
+        """Images (n, C, H, W) at these places, in the order asked; errors as of `StoredImages`.
+
+        Args:
+            contiguous: whether they are in C order; else in the order that is had at least cost.
+        """
+        places = self._stored(places)
         with open_hdf5(self.path) as file:
             if self.encoded:
-                for image, place in zip(pixels, sorted_places, strict=True):
-                    image[:] = self._decoded(file[self.split], place)[:, *self._centre]
+                pixels = self._decode(file[f"{self.split}/files"], places)
             else:
-                stored = file[f"{self.split}/images"]
-                for span in self._spans(sorted_places, stored.chunks):
-                    chosen = sorted_places[span]
-                    source = slice(chosen[0], chosen[-1] + 1), slice(None), *self._centre
-                    if len(chosen) == chosen[-1] + 1 - chosen[0]:
-                        stored.read_direct(pixels, source, span)
-                    else:
-                        pixels[span] = stored[source][chosen - chosen[0]]
+                pixels = self._select(file[f"{self.split}/images"], places)
+        return np.ascontiguousarray(pixels) if contiguous else pixels
+
+    def _decode(self, stored: h5py.Dataset, places: NDArray[np.int64]) -> NDArray[np.uint8]:
+        _, channels, height, width = self.shape
+        # Pictures are decoded with their channels last.
+        pixels = np.empty((len(places), height, width, channels), np.uint8).transpose(0, 3, 1, 2)
+        for row in np.argsort(places):
+            pixels[row] = self._decoded(stored, places[row])[:, *self._centre]
+        return pixels
+
+    def _select(self, stored: h5py.Dataset, places: NDArray[np.int64]) -> NDArray[np.uint8]:
+        sorted_places, ranks = np.unique(places, return_inverse=True)
+        pixels = np.empty((len(sorted_places), *self.shape[1:]), np.uint8)
+        for span in self._spans(sorted_places, stored.chunks):
+            chosen = sorted_places[span]
+            source = slice(chosen[0], chosen[-1] + 1), slice(None), *self._centre
+            if len(chosen) == chosen[-1] + 1 - chosen[0]:
+                stored.read_direct(pixels, source, span)
+            else:
+                pixels[span] = stored[source][chosen - chosen[0]]
         return pixels if (np.diff(ranks) == 1).all() else pixels[ranks]
 
     def _stored(self, places: ArrayLike) -> NDArray[np.int64]:
@@ -94,12 +112,11 @@ class StoredImages:
         places = np.asarray(places, np.int64)
         return places if self._places is None else self._places[places]
 
-    def _decoded(self, group: h5py.Group, place: int) -> NDArray[np.uint8]:
+    def _decoded(self, stored: h5py.Dataset, place: int) -> NDArray[np.uint8]:
         """One image (C, H, W) of which the file is stored."""
-        files, (start, end) = group["files"], group["offsets"][place : place + 2]
-        settings = {"resize": None, "crop": None, **files.attrs}
+        start, end = self._offsets[place : place + 2]
         name = f"{self.path}: {self.split}, image {place}"
-        return pictures.pixels(files[start:end].tobytes(), **settings, name=name)
+        return pictures.pixels(stored[start:end].tobytes(), **self._settings, name=name)
 
     @staticmethod
     def _spans(places: NDArray[np.int64], chunks: Sequence[int] | None) -> list[slice]:

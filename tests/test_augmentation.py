@@ -6,6 +6,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from ensdistill import augmentation
 from ensdistill.batches import TrainingBatches
 
 N, SIDE = 10, 12
@@ -134,3 +135,13 @@ def test_the_global_generator_is_left_as_it_was(images):
 def test_images_of_one_channel_can_be_changed_too(images):
     found = one_epoch(images[:, :1], policy=POLICIES["trivial_augment"][0])
     assert np.mean([not torch.equal(it, images[place, :1]) for place, it in found.items()]) > 0.3
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_large_images_are_copied_one_by_one_to_the_same_pixels(images, monkeypatch, flip):
+    ways = []
+    for large in (0, 10**9):
+        monkeypatch.setattr(augmentation, "LARGE", large)
+        ways.append(one_epoch(images, crop_padding=2, flip=flip, size=(9, 10)))
+    assert all(torch.equal(*pair) for pair in zip(*(it.values() for it in ways), strict=True))
+    assert ways[0].keys() == ways[1].keys()

@@ -15,7 +15,7 @@ import torch
 
 from ensdistill import InputError, analysis, batches, files, loading, training
 from ensdistill.batches import StreamedBatches, TrainingBatches
-from ensdistill.jobs import Interrupted
+from ensdistill.jobs import Interrupted, _sentence
 from ensdistill.learning import learning
 from ensdistill.loading import free_memory, in_batches, load_images, mixed, read_ahead
 from ensdistill.recipes import Recipe
@@ -51,7 +51,7 @@ def places_of(pixels):
 
 @pytest.fixture
 def threads(monkeypatch):
-    return lambda count: monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    return lambda count: monkeypatch.setattr(loading, "readers", lambda: count)
 
 
 @pytest.fixture
@@ -59,10 +59,11 @@ def at_once(monkeypatch):
     """Without other processes, and noting how many images were read."""
     read = []
 
-    def in_this_process(images, reads, ahead):
+    def in_this_process(images, reads, ahead, channels_last):
+        assert channels_last
         for places in reads:
             read.append(len(places))
-            yield torch.from_numpy(images.read(places))
+            yield torch.from_numpy(images.read(places)).permute(0, 2, 3, 1)
 
     monkeypatch.setattr(loading, "read_ahead", in_this_process)
     return read
@@ -191,6 +192,18 @@ def test_processes_that_read_pay_no_heed_to_signals_and_end_with_the_one_they_re
     _wait_for(lambda: not any(map(_runs, children)))
 
 
+def test_a_reader_that_is_killed_is_one_sentence(tmp_path):
+    """As by the system where the memory is full."""
+    stored = numbered(tmp_path / "images.h5", 40, 4)
+    reading = read_ahead(stored, [np.arange(4)] * 1000, 4)
+    next(reading)
+    os.kill(_children(os.getpid())[-1], signal.SIGKILL)
+    with pytest.raises(RuntimeError) as caught:
+        for _ in reading:
+            pass
+    assert _sentence(caught.value).startswith("a process that reads images was killed")
+
+
 # --- the order -------------------------------------------------------------------------------
 
 
@@ -237,7 +250,7 @@ def test_no_more_is_read_ahead_than_the_next_window(tmp_path, at_once):
     windows = [[np.arange(4) + 4 * it for it in own] for own in rng.permutation(24).reshape(4, 6)]
     order = np.concatenate([rng.permutation(np.concatenate(window)) for window in windows])
     for number, pixels in enumerate(mixed(stored, windows, order, 5)):
-        assert places_of(pixels) == order[5 * number : 5 * number + 5].tolist()
+        assert places_of(pixels.permute(0, 3, 1, 2)) == order[5 * number : 5 * number + 5].tolist()
         window = (5 * number + 4) // 24
         assert sum(at_once) <= 24 * min(window + 2, 4)
         assert sum(at_once) >= min(5 * number + 5 + 24, 24 * min(window + 2, 4))
