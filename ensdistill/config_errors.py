@@ -129,12 +129,15 @@ def _place(schema: Mapping[str, Any], loc: tuple[str | int, ...]) -> tuple[list[
             node = {"$ref": node["discriminator"]["mapping"][part]}
         elif part.isdigit() and "properties" in node:  # of a list that may be one section
             path += [part] if part != "0" else []
+        elif part.isdigit() and "items" in node:
+            path.append(part)
+            node = node["items"]
         else:
             path.append(part)
             by_pattern = node.get("patternProperties", {}).values()
             node = node.get("properties", {}).get(part) or next(iter(by_pattern), {})
-        # A section may also be given by its name alone, or be null.
+        # A section may also be given by its name alone, or be null; so may a list.
         for part in (node, *node.get("anyOf", ())):
-            if "$ref" in part or "discriminator" in part:
+            if {"$ref", "discriminator", "items"} & part.keys():
                 node = schema["$defs"][part["$ref"].rsplit("/", 1)[1]] if "$ref" in part else part
     return path, list(section.get("properties", {}))
