@@ -53,10 +53,6 @@ class Elsewhere(Section):
             raise ValueError("'classes' has a name twice")
         return self
 
-    def reading(self) -> dict[str, Any]:
-        """What decides how a file of weights is read, beside the architecture."""
-        return self.model_dump(include={"prefixes", "classes", "mean", "std"})
-
     def _check_use(self, of_weights: str, keys: set[str]) -> None:
         """Keys that are about a file of weights need one."""
         if given := sorted(self.model_fields_set & keys):
@@ -76,6 +72,10 @@ class Teacher(Elsewhere):
         if self.weights is None:
             self._check_use("'weights'", {"prefixes", "classes", "mean", "std"})
         return self
+
+    def source(self, place: int) -> str | None:
+        """The file of the teacher at a place of the pool, this one's."""
+        return self.weights
 
 
 def _as_teacher(value: Any) -> Any:
@@ -128,6 +128,10 @@ class Judged(Elsewhere):
     def files(self) -> list[str]:
         """One per seed."""
         return self.weights or self.logits or []
+
+    def source(self, seed: int) -> str:
+        """The file of a seed."""
+        return self.files[seed]
 
     @property
     def folder(self) -> str:
