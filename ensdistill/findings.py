@@ -115,7 +115,8 @@ def findings(
     Args:
         teachers: logits files of the whole pool; the first `members` teach.
         students: logits files of every seed, by label.
-        shifted_ensemble, shifted_students: their logits on shifted images.
+        shifted_ensemble, shifted_students: their logits on shifted images; students without them
+            are left out where those count.
         costs: metrics/costs.csv.
         families: methods that differ in where the teachers are asked alone.
         members: M.
@@ -127,7 +128,10 @@ def findings(
     """
     systems = measured(teachers, students, shifted_ensemble, shifted_students, members)
     macs = costs.set_index("system")["macs"]
-    return answers(systems, families, macs[[*systems.on_test]] <= ONE_NETWORK * macs["DE-1"])
+    # What costs nothing that is known is not said to cost what one network costs.
+    return answers(
+        systems, families, macs.reindex([*systems.on_test]) <= ONE_NETWORK * macs["DE-1"]
+    )
 
 
 def answers(
@@ -208,7 +212,7 @@ def _near_the_ensemble(
         yield _row(question, quantity, [share], MOST, systems.images, label)
     if systems.shifted_one is None or systems.shifted_ensemble is None:
         return
-    for label in best:
+    for label in filter(systems.shifted.__contains__, best):
         sides = systems.shifted[label], systems.shifted_one, systems.shifted_ensemble
         yield _row(
             "How near do they come on corrupted images?",
@@ -335,6 +339,8 @@ def measured(
     )
     for label, paths in students.items():
         _add(systems, label, paths, weights)
+        if label not in shifted_students:  # its logits alone are known
+            continue
         copies = [_on_copies([path], corrupted) for path in shifted_students[label]]
         systems.shifted[label] = mean_of(np.stack(copies, axis=1), of_copies)
     return systems

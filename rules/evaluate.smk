@@ -118,7 +118,7 @@ rule findings:
         systems=student_labels,
         settings=settings_of(["members", "families"]),
         study=lambda wildcards: STUDIES[wildcards.study].model_dump(
-            include={"members", "student_seeds"}
+            include={"members", "student_seeds", "judge"}
         ),
         code=judging_code("findings"),
     script:

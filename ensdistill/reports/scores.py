@@ -38,12 +38,12 @@ def table(
         n_bins: of the calibration errors.
 
     Returns:
-        One row per replicate: system, replicate, parameters, every metric of `METRICS`, and for
-        each equivalent, such as dee, `dee_outside` (see `metrics.dee_outside`).
+        One row per replicate: system, replicate, parameters (where they are known), every metric of
+        `METRICS`, and for each equivalent, such as dee, `dee_outside` (see `metrics.dee_outside`).
     """
     rows = []
     networks = [(read_prediction(path, "test"), read_prediction(path, "val")) for path in teachers]
-    one = _parameters(teachers[0])
+    sizes = [_parameters(path) for path in teachers]
     classes = networks[0][0][0].logits.shape[2]
     answers = read_answers(human[0], networks[0][0][1], classes) if human else None
     for size in range(1, len(teachers) + 1):
@@ -53,13 +53,14 @@ def table(
                 for split in (0, 1)
             )
             known = {"system": f"DE-{size}", "replicate": "+".join(map(str, subset))}
-            rows.append({**known, "parameters": size * one, **measured(test, val, n_bins, answers)})
+            parameters = sum(sizes[i] for i in subset)
+            rows.append({**known, "parameters": parameters, **measured(test, val, n_bins, answers)})
     for label, paths in students.items():
         for replicate, path in enumerate(paths):
             known = {"system": label, "replicate": str(replicate), "parameters": _parameters(path)}
             pairs = read_prediction(path, "test"), read_prediction(path, "val")
             rows.append({**known, **measured(*pairs, n_bins, answers)})
-    return _with_equivalents(pd.DataFrame(rows))
+    return _with_equivalents(pd.DataFrame(rows).astype({"parameters": "Int64"}))
 
 
 def measured(test: Pair, val: Pair, n_bins: int, human: Array | None = None) -> dict[str, float]:
@@ -89,5 +90,6 @@ def _with_equivalents(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def _parameters(path: str) -> int:
-    return int(read_attributes(path)["parameters"])
+def _parameters(path: str) -> int | None:
+    """Of a network; None where logits alone are known."""
+    return read_attributes(path).get("parameters")
