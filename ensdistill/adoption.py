@@ -21,6 +21,7 @@ from ensdistill.class_order import class_order
 from ensdistill.digests import attributes
 from ensdistill.files import write_csv
 from ensdistill.images import read_description, read_images
+from ensdistill.markup import counted
 from ensdistill.metrics import accuracy, nll
 from ensdistill.predictions import PROBS
 from ensdistill.state_dicts import Stored, fitted, read_stored, renamed
@@ -82,7 +83,8 @@ def adopt(
         channels = spec["architecture"]["in_channels"]
         if len(mean) != channels:
             raise InputError(
-                f"{source}: 'mean' has {len(mean)} numbers, and images have {channels} channels"
+                f"{source}: 'mean' has {counted(len(mean), 'number')}, and images have "
+                f"{counted(channels, 'channel')}"
             )
         spec["architecture"] |= {"mean": mean, "std": std}
     student = build_student(**spec)

@@ -109,6 +109,7 @@ def findings(
     costs: pd.DataFrame,
     families: Families,
     members: int,
+    judged: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Every answer that a study can give.
 
@@ -120,6 +121,7 @@ def findings(
         costs: metrics/costs.csv.
         families: methods that differ in where the teachers are asked alone.
         members: M.
+        judged: labels of those students that are methods of others.
 
     Returns:
         One row per quantity: question, quantity, system (the student, where it is about one alone),
@@ -129,13 +131,15 @@ def findings(
     systems = measured(teachers, students, shifted_ensemble, shifted_students, members)
     macs = costs.set_index("system")["macs"]
     # What costs nothing that is known is not said to cost what one network costs.
-    return answers(
-        systems, families, macs.reindex([*systems.on_test]) <= ONE_NETWORK * macs["DE-1"]
-    )
+    costs_one = macs.reindex([*systems.on_test]) <= ONE_NETWORK * macs["DE-1"]
+    return answers(systems, families, costs_one, judged)
 
 
 def answers(
-    systems: Systems, families: Families, costs_one: Mapping[str, bool] | pd.Series
+    systems: Systems,
+    families: Families,
+    costs_one: Mapping[str, bool] | pd.Series,
+    judged: Sequence[str] = (),
 ) -> pd.DataFrame:
     """The findings on systems that are measured.
 
@@ -143,9 +147,11 @@ def answers(
         systems: their NLL.
         families: as `findings` takes them.
         costs_one: by student, whether it costs what one network costs.
+        judged: as `findings` takes them.
     """
     rows = [
         *_near_the_ensemble(systems, costs_one),
+        *_near_by_others(systems, judged),
         *(row for contrast in CONTRASTS for row in _contrasted(systems, families, contrast)),
         *_contrasted_once(systems, families),
         *_rankings(systems),
@@ -224,6 +230,15 @@ def _near_the_ensemble(
         )
 
 
+def _near_by_others(systems: Systems, judged: Sequence[str]) -> Iterator[_Row]:
+    """Each method of others: none is chosen here."""
+    quantity = f"share of DE-{systems.members}'s gain in NLL over DE-1"
+    for label in judged:
+        share = share_of_gain(systems.on_test[label], systems.one, systems.ensemble)
+        question = "How near do the methods that are judged beside come?"
+        yield _row(question, quantity, [share], MOST, systems.images, label)
+
+
 def _contrasted(systems: Systems, families: Families, contrast: Contrast) -> Iterator[_Row]:
     pairs = [
         (at[contrast.other], at[contrast.better])
@@ -272,7 +287,11 @@ def _mean(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def _rankings(systems: Systems) -> Iterator[_Row]:
-    """Whether students are in the same order elsewhere, seed by seed."""
+    """Whether students are in the same order elsewhere, seed by seed.
+
+    What is judged beside with another number of seeds is left out.
+    """
+    seeds = len(next(iter(systems.on_test.values())).measured)
     for question, others, what, images in (
         (
             "Does the ranking of the students hold under shift?",
@@ -287,7 +306,11 @@ def _rankings(systems: Systems) -> Iterator[_Row]:
             systems.images,
         ),
     ):
-        labels = [label for label in systems.on_test if label in others]
+        labels = [
+            label
+            for label, found in systems.on_test.items()
+            if label in others and len(found.measured) == seeds
+        ]
         if len(labels) > 2:
             order = rank_correlation(
                 [systems.on_test[x] for x in labels], [others[x] for x in labels]

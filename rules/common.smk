@@ -228,14 +228,17 @@ def on_the_page(wildcards):
     return study.model_dump(exclude={"methods", "grid", "published"}) | {"methods": labels}
 
 
-def judging_code(script, **chosen):
-    """A parameter function: it changes with code that judges the predictions of a study."""
+def judging_code(script, beside=True, **chosen):
+    """A parameter function: it changes with code that judges the predictions of a study.
+
+    Also with that of what is judged beside the students, if it reads that.
+    """
 
     def digest(wildcards):
         study = STUDIES[wildcards.study]
         systems = (study.parts(), *map(study.parts, study.methods))
         kinds = {parts["prediction"] for parts in systems}
-        kinds |= {*PREDICTIONS} if study.judge else set()  # their files say which
+        kinds |= {*PREDICTIONS} if study.judge and beside else set()  # their files say which
         return code(script, PREDICTIONS=tuple(sorted(kinds)), **chosen)
 
     return digest
@@ -407,13 +410,14 @@ def settings_of(names):
             "sets": [others.name for others in study.out_of_distribution],
             "labels": labels_of_weights(study),
             "families": study.families(),
+            **({"judged": [it.label for it in judged(study).values()]} if study.judge else {}),
             "paper": {
                 method.paper: {"name": name, "label": method.label}
                 for name, method in study.methods.items()
                 if method.paper
             },
         }
-        return {name: known[name] for name in names}
+        return {name: known[name] for name in names if name in known}
 
     return settings
 

@@ -52,6 +52,8 @@ def adopting(wildcards, elsewhere):
     name = judged_name(wildcards)
     origin = {"study": wildcards.study, "method": name or "teacher"}
     return {
+        # A file that is not there fails by this; of its input alone Snakemake says nothing.
+        "source": source_of(wildcards),
         "parts": adopted_parts(STUDIES[wildcards.study], elsewhere),
         "is_told": elsewhere.architecture is not None or not name,
         "teaches": not name,

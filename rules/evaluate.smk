@@ -84,7 +84,7 @@ rule claims:
         systems=trained_labels,
         settings=settings_of(["n_bins", "members", "paper"]),
         study=lambda wildcards: STUDIES[wildcards.study].model_dump(include=IN_CAPTIONS),
-        code=judging_code("claims", METRICS=("nll", "ece", "bs", "acc", "dee")),
+        code=judging_code("claims", beside=False, METRICS=("nll", "ece", "bs", "acc", "dee")),
     script:
         "../workflow_scripts/claims.py"
 
@@ -116,7 +116,7 @@ rule findings:
         runtime=growing(20, 0.1),
     params:
         systems=student_labels,
-        settings=settings_of(["members", "families"]),
+        settings=settings_of(["members", "families", "judged"]),
         study=lambda wildcards: STUDIES[wildcards.study].model_dump(
             include={"members", "student_seeds", "judge"}
         ),

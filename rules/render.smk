@@ -35,7 +35,9 @@ rule table:
         runtime=growing(5),
     params:
         published=lambda wildcards: STUDIES[wildcards.study].model_dump()["published"],
-        study=lambda wildcards: STUDIES[wildcards.study].model_dump(include={"confidence_bins", "judge"}),
+        study=lambda wildcards: STUDIES[wildcards.study].model_dump(
+            include={"confidence_bins", "judge"}
+        ),
         code=code("table"),
     script:
         "../workflow_scripts/table.py"

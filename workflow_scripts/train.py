@@ -4,9 +4,8 @@ from ensdistill.jobs import fingerprint, job
 
 with job(snakemake):
     files, made = snakemake.input, snakemake.output
-    if source := files.get("source"):
-        how, more = "adopted", {"source": source}
-    else:
+    how, more = "adopted", {}
+    if "source" not in snakemake.params.training:
         taught = {key: files.get(key, []) for key in ("teachers", "backbone")}
         how, more = "trained", {**taught, "fingerprint": fingerprint(snakemake)}
     MAKERS[how](
