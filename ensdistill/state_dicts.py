@@ -59,13 +59,13 @@ def read_stored(path: str | os.PathLike[str]) -> Stored:
                 return Stored(load(content), header, _classes(said), sha256)
             known = torch.load(file, map_location="cpu", weights_only=True)
     except DamagedFile as error:
-        if isinstance(error.__cause__, pickle.UnpicklingError):
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            what = f"a Python object, {found[1]}" if found else "Python objects"
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise InputError(
-                f"{path}: holds {what}, which is not loaded as it could run code: store the state "
-                "dict alone, by torch.save(network.state_dict(), …)"
+                f"{path}: holds a Python object, {found[1]}, which is not loaded as it could run "
+                "code: store the state dict alone, by torch.save(network.state_dict(), …)"
             ) from None
+        if isinstance(error.__cause__, pickle.UnpicklingError):  # says a page of how to trust it
+            raise InputError(f"{path}: damaged, or not a state dict") from None
         raise InputError(str(error)) from None
     nested = [known[key] for key in NESTED if isinstance(known, Mapping) and key in known]
     for state in (*nested, known):
@@ -153,11 +153,8 @@ def fitted(
     found = {_begun(key, begins, becomes): tensor for key, tensor in theirs.items()}
     missing = [key for key in needed if key not in found]
     unexpected = [key for key in found if key not in state and not key.endswith(COUNTERS)]
-    if missing or unexpected:
-        faults = [(f"{_some(keys)} {what}", keys) for keys, what in (
-            (missing, "missing"), (unexpected, "not its own")
-        )]  # fmt: skip
-        text = ", ".join(fault for fault, keys in faults if keys)
+    faults = {"missing": missing, "unexpected": unexpected}
+    if text := "; ".join(f"{what}: {_some(keys)}" for what, keys in faults.items() if keys):
         raise ValueError(f"{text}{_hint(theirs, state, missing, unexpected)}")
     taken = {key: found[key] for key in state if key in found and (kept or key not in own)}
     return {**state, **taken}, {} if begins == becomes else {begins: becomes}
@@ -202,5 +199,4 @@ def _hint(
     count = _matches(keys, known, begins, becomes)
     if count <= _matches(keys, known, "", ""):
         return ""
-    mapping = json.dumps({begins: becomes})
-    return f"; with prefixes: {mapping} {count} of {len(known)} would be found"
+    return f"; prefixes: {json.dumps({begins: becomes})} would find {count} of its keys"
