@@ -20,16 +20,20 @@ from ensdistill import InputError
 from ensdistill.class_order import class_order
 from ensdistill.digests import attributes
 from ensdistill.files import write_csv
-from ensdistill.images import read_description, read_images
+from ensdistill.images import evaluation_images, read_description
 from ensdistill.markup import counted
 from ensdistill.metrics import accuracy, nll
+from ensdistill.networks import described
 from ensdistill.predictions import PROBS
 from ensdistill.state_dicts import Stored, fitted, read_stored, renamed
 from ensdistill.students import Student, build_student, count_parameters, predict, unfilled
 from ensdistill.training import train_student
-from ensdistill.weights import save_student
+from ensdistill.weights import load_student, save_student
 
 logger = logging.getLogger(__name__)
+
+IMAGES_DECIDE = ("num_classes", "in_channels")
+"""Of an architecture."""
 
 HISTORY = ["epoch", "learning_rate", "loss", "cross_entropy", "accuracy"]
 HISTORY += ["val_accuracy", "val_nll", "seconds"]
@@ -81,14 +85,18 @@ def adopt(
     spec = _spec(source, stored, parts, description, is_told=is_told, teaches=teaches)
     if mean is not None:
         channels = spec["architecture"]["in_channels"]
+        if spec["architecture"]["name"].startswith("file:"):
+            raise InputError(
+                f"{source}: a network of your own file normalises by itself, without 'mean'"
+            )
         if len(mean) != channels:
             raise InputError(
                 f"{source}: 'mean' has {counted(len(mean), 'number')}, and images have "
                 f"{counted(channels, 'channel')}"
             )
         spec["architecture"] |= {"mean": mean, "std": std}
-    student = build_student(**spec)
     try:
+        student = build_student(**spec)
         tensors, changed = fitted(
             renamed(stored.tensors, prefixes), student.network, kept=mean is None
         )
@@ -134,25 +142,27 @@ def _spec(
     teaches: bool,
 ) -> dict[str, Any]:
     """Arguments of `build_student`; what a file of this package says of them counts."""
-    shape = {
-        "num_classes": len(description["classes"]),
-        "in_channels": description["shape"][0],
-    }
+    # Whoever has the weights needs none to begin with, but those say how pixels were normalised.
+    architecture = {**described(parts["architecture"], description)}
+    architecture.pop("pretrained", None)
     if stored.header is None:
-        normal = {"mean": description["mean"], "std": description["std"]}
-        architecture = {**parts["architecture"], **shape, **normal}
         return {**parts["student"], "members": parts["members"], "architecture": architecture}
-    spec = stored.header["spec"]
+    try:
+        spec = load_student(source).spec
+    except InputError as error:  # how to make it again does not concern the user's file
+        raise InputError(str(error).partition("; delete it")[0]) from None
     if teaches and (spec["name"] != parts["student"]["name"] or _differs(stored.header, parts)):
         raise InputError(
             f"{source}: holds a {spec['name']}, and a teacher must be one network with the logits "
             "of a softmax"
         )
-    of_file = {key: spec["architecture"].get(key) for key in parts["architecture"]}
-    if is_told and of_file != parts["architecture"]:
+    of_file = dict(spec["architecture"])
+    sizes = {key: architecture[key] for key in IMAGES_DECIDE}
+    known = {key: of_file.pop(key) for key in (*IMAGES_DECIDE, "mean", "std")}
+    if is_told and of_file != {key: it for key, it in architecture.items() if key not in known}:
         said = ", ".join(f"{key}: {it}" for key, it in of_file.items())
         raise InputError(f"{source}: its architecture is another: write {{{said}}}")
-    return {**spec, "architecture": {**spec["architecture"], **shape}}
+    return {**spec, "architecture": {**spec["architecture"], **sizes}}
 
 
 def _differs(header: Mapping[str, Any], parts: Mapping[str, Any]) -> bool:
@@ -242,9 +252,9 @@ def _validated(
     source: str | os.PathLike[str],
 ) -> dict[str, float]:
     """Accuracy [%] and NLL on the validation images; a warning if that is near chance."""
-    pixels, labels = read_images(images, "val")
-    device = next(student.parameters()).device
-    probs = PROBS[said["prediction"]](predict(student, torch.from_numpy(pixels).to(device)), said)
+    stored = evaluation_images(images, "val")
+    labels = stored.labels
+    probs = PROBS[said["prediction"]](predict(student, stored), said)
     found = {"accuracy": accuracy(probs, labels), "nll": nll(probs, labels)}
     text = f"accuracy {found['accuracy']:.2f} %, NLL {found['nll']:.4f}"
     logger.info("%s: %s on %d validation images", source, text, len(labels))

@@ -5,6 +5,7 @@ them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ensdistill.files import Blocks, in_blocks
+from ensdistill.loading import in_batches
 from ensdistill.perturbations import PERTURBATIONS, ods_direction
+from ensdistill.stored_images import StoredImages
 from ensdistill.students import Step, Student, teacher_logits
 
 EXAMPLES = 8
@@ -22,18 +26,19 @@ JACOBIAN_ELEMENTS = 2**22
 """Elements of a batch of Jacobians that are computed at once; bounds the memory."""
 
 Arrays = dict[str, NDArray[np.float32]]
+Images = Tensor | StoredImages
 Options = Mapping[str, Any]
 
 
 def perturbed_logits(
     teachers: Sequence[nn.Module],
-    images: Tensor,
+    images: Images,
     *,
     perturbations: Mapping[str, Options],
-    held_out: Tensor | None = None,
+    held_out: Images | None = None,
     seed: int = 0,
     batch_size: int = 256,
-) -> Arrays:
+) -> Mapping[str, NDArray[np.float32] | Blocks]:
     """The teachers' logits on images as they are and under every perturbation.
 
     As in training, the source of ODS and ConfODS is drawn anew for each batch. Teachers are always
@@ -43,7 +48,7 @@ def perturbed_logits(
 
     Args:
         teachers: M frozen networks in eval mode, (B, C, H, W) → (B, K).
-        images: uint8 (N, C, H, W), on the teachers' device.
+        images: uint8 (N, C, H, W).
         perturbations: options by name.
         held_out: uint8 (H, C, H, W), for a perturbation that takes other images than these: each
             batch gets the next ones, the first again after the last.
@@ -53,21 +58,27 @@ def perturbed_logits(
         `clean/logits` and `<perturbation>/logits` float32 (N, M, K); `clean/examples` and
         `<perturbation>/examples` float32, the first 8 images in [0, 1] as the networks saw them.
         Of a perturbation that takes held-out images at most H instead of N: each counts once.
+        Logits of many images are `Blocks`.
     """
     arrays = {}
     for name, options in {"clean": {"name": "none"}, **perturbations}.items():
-        logits, examples = [], []
-        for x in _perturbed(teachers, images, options, seed, batch_size, held_out):
-            logits.append(_answers(teachers, x))
-            examples.append(x[: EXAMPLES - sum(map(len, examples))].cpu())
-        arrays[f"{name}/logits"] = torch.cat(logits).numpy()
+        examples: list[Tensor] = []
+        moved = _perturbed(teachers, images, options, seed, batch_size, held_out)
+        answers = map(partial(_shown, teachers, examples), moved)
+        arrays[f"{name}/logits"] = in_blocks(answers, len(images))
         arrays[f"{name}/examples"] = torch.cat(examples).numpy()
     return arrays
 
 
+def _shown(teachers: Sequence[nn.Module], examples: list[Tensor], x: Tensor) -> NDArray[np.float32]:
+    """Logits (B, M, K) on images, of which some are put to the examples."""
+    examples.append(x[: EXAMPLES - sum(map(len, examples))].cpu())
+    return _answers(teachers, x).numpy()
+
+
 def sweep_logits(
     teachers: Sequence[nn.Module],
-    images: Tensor,
+    images: Images,
     *,
     etas: Sequence[float],
     perturbations: Mapping[str, Options],
@@ -94,20 +105,22 @@ def sweep_logits(
 
 def _perturbed(
     teachers: Sequence[nn.Module],
-    images: Tensor,
+    images: Images,
     options: Options,
     seed: int,
     batch_size: int,
-    held_out: Tensor | None = None,
+    held_out: Images | None = None,
 ) -> Iterator[Tensor]:
     """Batches (B, C, H, W) of perturbed images in [0, 1]; the same draws for the same seed."""
     options = dict(options)
     perturbation = PERTURBATIONS[options.pop("name")]
-    generator = torch.Generator(images.device).manual_seed(seed)
+    device = _device(teachers)
+    generator = torch.Generator(device).manual_seed(seed)
     host = torch.Generator().manual_seed(seed)
-    for places in torch.arange(len(images), device=images.device).split(batch_size):
-        others = None if held_out is None else held_out[places % len(held_out)].float() / 255
-        x = images[places].float() / 255
+    each = torch.arange(len(images), device=device).split(batch_size)
+    for places, batch in zip(each, in_batches(images, batch_size, device), strict=True):
+        others = None if held_out is None else _taken(held_out, places).float() / 255
+        x = batch.float() / 255
         moved = perturbation(
             Step(None, teachers, x, None, 1.0, generator, host, held_out=others), **options
         )
@@ -118,9 +131,21 @@ def _perturbed(
         yield moved
 
 
+def _taken(images: Images, places: Tensor) -> Tensor:
+    """Those at the places, again from the first after the last."""
+    places = places % len(images)
+    if isinstance(images, Tensor):
+        return images[places]
+    return torch.from_numpy(images.read(places.cpu().numpy())).to(places.device)
+
+
+def _device(networks: Sequence[nn.Module]) -> torch.device:
+    return next(networks[0].parameters()).device
+
+
 def transfer_logits(
     networks: Sequence[nn.Module],
-    images: Tensor,
+    images: Images,
     *,
     eta: float,
     temperature: float,
@@ -136,7 +161,7 @@ def transfer_logits(
 
     Args:
         networks: P frozen networks in eval mode.
-        images: uint8 (N, C, H, W), on their device.
+        images: uint8 (N, C, H, W).
         eta, temperature, seed: as `perturbed_logits`.
 
     Returns:
@@ -144,9 +169,10 @@ def transfer_logits(
         (N, P, P) between the directions of every two sources; `random_cosines` (N, P) between
         each source's and a Gaussian direction. All float32.
     """
-    generator = torch.Generator(images.device).manual_seed(seed)
+    device = _device(networks)
+    generator = torch.Generator(device).manual_seed(seed)
     clean, moved, cosines, random_cosines = [], [], [], []
-    for batch in images.split(batch_size):
+    for batch in in_batches(images, batch_size, device):
         x = batch.float() / 255
         clean.append(_answers(networks, x))
         w = torch.empty(len(x), clean[-1].shape[-1], device=x.device)

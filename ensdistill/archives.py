@@ -23,6 +23,8 @@ from ensdistill import InputError
 SPLITS = {"train", "test"}
 PACKED = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 """Endings of archives that are read."""
+TABLES = (".csv", ".parquet")
+"""Endings of tables of paths that are read."""
 UNPACKED_BY_THE_PIECE = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 """Compressions of which zipfile unpacks no more than the size that a member states."""
 LARGEST = 2**28

@@ -9,13 +9,17 @@ and its own bias. A layer takes M·B rows, of which rows jB … (j+1)B−1 belon
 """
 
 import math
-from functools import partial
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ensdistill.layers import Layers
+from ensdistill.layers import WithoutRandomNumbers, autocast_dtype
+
+Init = Literal["normal", "signs", "ones"]
+"""How the factors r and s begin: N(1, σ²), random signs, or all 1."""
 
 SCALED = {"cpu": 2**19, "cuda": 2**23}
 """Up to so many numbers in its input a layer scales activations, beyond it makes M weights.
@@ -27,9 +31,8 @@ they measured alike; on a GPU it is an estimate, by launches of 5 µs and memory
 
 def _as_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Tensors in the type in which autocast, if it is on where x is, computes."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if (dtype := autocast_dtype(x)) is None:
         return tensors
-    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(None if it is None else it.to(dtype) for it in tensors)
 
 
@@ -43,15 +46,48 @@ def subsample(x: Tensor, stride: int) -> Tensor:
     return x.permute(0, 2, 3, 1)[:, ::stride, ::stride].permute(0, 3, 1, 2)
 
 
-class BatchEnsembleLayer(nn.Module):
-    """The parameters that both layers share: weight, r (M, in), s (M, out), bias (M, out)."""
+@torch.no_grad()
+def init_factors(factors: Tensor, init: Init = "normal", std: float = 0.5) -> None:
+    """Fill r or s.
 
-    def __init__(self, weight_shape: tuple[int, ...], ensemble_size: int, bias: bool):
+    Args:
+        factors: (M, in) or (M, out).
+        init: `normal`: N(1, std²); `signs`: 1 or −1 with probability ½ each; `ones`: 1. With ones
+            all members are the network that they are made of.
+        std: σ of `normal`; 0.5 in Nam et al. (2021), for networks that are trained from scratch.
+
+    Raises:
+        ValueError: there is no such init.
+    """
+    if init == "normal":
+        nn.init.normal_(factors, 1.0, std)
+    elif init == "signs":
+        factors.copy_(2.0 * (torch.rand_like(factors) < 0.5) - 1)
+    elif init == "ones":
+        nn.init.ones_(factors)
+    else:
+        raise ValueError(f"factors begin by 'normal', 'signs' or 'ones', not {init!r}")
+
+
+class BatchEnsembleLayer(nn.Module):
+    """The parameters that both layers share: weight, r (M, in), s (M, out), bias (M, out).
+
+    Args:
+        weight_shape: (out, in/groups, …).
+        groups: the inputs are divided into so many, each with outputs of its own.
+    """
+
+    channels_last = False
+    """Whether the last dimension of the input has the features, instead of the second one."""
+
+    def __init__(
+        self, weight_shape: tuple[int, ...], ensemble_size: int, bias: bool, groups: int = 1
+    ):
         super().__init__()
         if ensemble_size < 1:
             raise ValueError(f"ensemble_size must be at least 1, not {ensemble_size}")
-        out_features, in_features = weight_shape[:2]
-        self.ensemble_size = ensemble_size
+        out_features, in_features = weight_shape[0], groups * weight_shape[1]
+        self.ensemble_size, self.groups = ensemble_size, groups
         self.weight = nn.Parameter(torch.empty(weight_shape))
         self._make_factors(in_features, out_features, bias)
         self.reset_parameters()
@@ -70,8 +106,39 @@ class BatchEnsembleLayer(nn.Module):
 
     def _reset_factors(self) -> None:
         """r and s ~ N(1, 0.5²)."""
-        nn.init.normal_(self.r, 1.0, 0.5)
-        nn.init.normal_(self.s, 1.0, 0.5)
+        init_factors(self.r)
+        init_factors(self.s)
+
+    def take_over(self, plain: nn.Module, init: Init = "normal", std: float = 0.5) -> None:
+        """Take weight and bias of an ordinary layer of the same shape, and new factors.
+
+        Args:
+            plain: a `Conv2d` or `Linear`; the weight is shared with it.
+            init, std: as of `init_factors`.
+        """
+        members, (out_features, in_features) = self.ensemble_size, plain.weight.shape[:2]
+        self.weight = plain.weight
+        for name, size in (("r", self.groups * in_features), ("s", out_features)):
+            factors = nn.Parameter(plain.weight.new_empty(members, size))
+            init_factors(factors, init, std)
+            setattr(self, name, factors)
+        if plain.bias is not None:
+            self.bias = nn.Parameter(plain.bias.detach().repeat(members, 1))
+
+    @torch.no_grad()
+    def member(self, j: int) -> nn.Module:
+        """The ordinary layer W_j = W ∘ (s_j r_jᵀ) with the bias of member j."""
+        with torch.device("meta"), WithoutRandomNumbers():
+            plain = self._plain()
+        weight = self.weight * outer(self.s[j], self.r[j], self.groups, self.weight.ndim)
+        plain.weight = nn.Parameter(weight)
+        biases = self._biases()
+        plain.bias = None if biases is None else nn.Parameter(biases[j].clone())
+        return plain.train(self.training)
+
+    def _plain(self) -> nn.Module:
+        """An ordinary layer of the same shape, with a bias."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] % self.ensemble_size:
@@ -83,13 +150,15 @@ class BatchEnsembleLayer(nn.Module):
 
     def _explicit(self, x: Tensor) -> Tensor:
         """Equation 1: every member's rows through its own weight W_j = W ∘ (s_j r_jᵀ)."""
-        factors = self.s[:, :, None] * self.r[:, None, :]
-        factors = factors.reshape(*factors.shape, *[1] * (self.weight.ndim - 2))
-        weights, biases = _as_autocast(x, self.weight * factors, self._biases())
+        weights, biases = _as_autocast(x, self.member_weights(), self._biases())
         if biases is None:
             biases = [None] * self.ensemble_size
         rows = x.chunk(self.ensemble_size)
         return torch.cat([self._map(*it) for it in zip(rows, weights, biases, strict=True)])
+
+    def member_weights(self) -> Tensor:
+        """W_j of every member, (M, out, in/groups, …)."""
+        return self.weight * outer(self.s, self.r, self.groups, self.weight.ndim)
 
     def _biases(self) -> Tensor | None:
         """Of each member (M, out), if it has any."""
@@ -99,7 +168,9 @@ class BatchEnsembleLayer(nn.Module):
         """Equation 5: all rows through W, scaled by r_j before and by s_j behind."""
 
         def of_rows(factors: Tensor) -> Tensor:
-            return factors.view(self.ensemble_size, 1, -1, *[1] * (x.ndim - 2))
+            ones = [1] * (x.ndim - 2)
+            shape = (*ones, -1) if self.channels_last else (-1, *ones)
+            return factors.view(self.ensemble_size, 1, *shape)
 
         def by_member(x: Tensor) -> Tensor:
             return x.unflatten(0, (self.ensemble_size, x.shape[0] // self.ensemble_size))
@@ -118,6 +189,16 @@ class BatchEnsembleLayer(nn.Module):
         return f"weight=({shape}), ensemble_size={self.ensemble_size}, bias={self.bias is not None}"
 
 
+def outer(s: Tensor, r: Tensor, groups: int, ndim: int) -> Tensor:
+    """s rᵀ of a weight with `ndim` dimensions: s (…, out), r (…, in) → (…, out, in/groups, 1, …).
+
+    With groups an output meets the inputs of its own group only.
+    """
+    s, r = s.unflatten(-1, (groups, -1)), r.unflatten(-1, (groups, -1))
+    factors = (s[..., :, None] * r[..., None, :]).flatten(-3, -2)
+    return factors.reshape(*factors.shape, *[1] * (ndim - 2))
+
+
 class BatchEnsembleConv2d(BatchEnsembleLayer):
     """A 2-D convolution with M members, W_j = W ∘ (s_j r_jᵀ) [Wen et al. 2020, eq. 1].
 
@@ -125,12 +206,13 @@ class BatchEnsembleConv2d(BatchEnsembleLayer):
         in_channels, out_channels, kernel_size, stride, padding: as `torch.nn.Conv2d`.
         ensemble_size: M.
         bias: whether each member has a bias of its own.
+        dilation, groups, padding_mode: as `torch.nn.Conv2d`.
 
     Shape:
         input (M·B, in, H, W), member-major → output (M·B, out, H', W').
 
     Raises:
-        ValueError: the number of rows is not a multiple of M.
+        ValueError: the number of rows is not a multiple of M, or groups do not divide the channels.
 
     Example:
         >>> layer = BatchEnsembleConv2d(3, 8, kernel_size=3, ensemble_size=4, padding=1)
@@ -142,22 +224,64 @@ class BatchEnsembleConv2d(BatchEnsembleLayer):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
+        kernel_size: int | Sequence[int],
         ensemble_size: int,
-        stride: int = 1,
-        padding: int = 0,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
         bias: bool = True,
+        *,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
     ):
-        shape = (out_channels, in_channels, kernel_size, kernel_size)
-        super().__init__(shape, ensemble_size, bias)
-        self.stride, self.padding = stride, padding
-        self.subsamples = kernel_size == 1 and stride > 1 and padding == 0
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"{groups} groups do not divide {in_channels} channels in and {out_channels} out"
+            )
+        pair = nn.modules.utils._pair
+        kernel_size, stride, dilation = map(pair, (kernel_size, stride, dilation))
+        shape = (out_channels, in_channels // groups, *kernel_size)
+        super().__init__(shape, ensemble_size, bias, groups)
+        self.stride, self.dilation, self.padding_mode = stride, dilation, padding_mode
+        self.padding = padding if isinstance(padding, str) else pair(padding)
+        # What padding other than with zeros puts around the images, as F.pad takes it.
+        self.around = (
+            [] if padding_mode == "zeros" else _around(self.padding, kernel_size, dilation)
+        )
+        pointwise = kernel_size == (1, 1) and self.padding in ((0, 0), "valid")
+        self.subsamples = pointwise and stride[0] == stride[1] > 1
+
+    def _plain(self) -> nn.Module:
+        out_channels, in_channels, *kernel_size = self.weight.shape
+        sizes = (in_channels * self.groups, out_channels, tuple(kernel_size))
+        how = (self.stride, self.padding, self.dilation, self.groups, True, self.padding_mode)
+        return nn.Conv2d(*sizes, *how)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(subsample(x, self.stride) if self.subsamples else x)
+        return super().forward(subsample(x, self.stride[0]) if self.subsamples else x)
 
     def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, 1 if self.subsamples else self.stride, self.padding)
+        if self.around:
+            x = F.pad(x, self.around, mode=self.padding_mode)
+        stride = 1 if self.subsamples else self.stride
+        padding = 0 if self.around else self.padding
+        return F.conv2d(x, weight, bias, stride, padding, self.dilation, self.groups)
+
+
+def _around(
+    padding: tuple[int, int] | str, kernel_size: tuple[int, int], dilation: tuple[int, int]
+) -> list[int]:
+    """Pixels left, right, above and below; `same` has the odd one behind, as `torch.nn.Conv2d`."""
+    if padding == "valid":
+        return [0] * 4
+    sides = []
+    for axis in (1, 0):
+        if padding == "same":
+            total = dilation[axis] * (kernel_size[axis] - 1)
+            sides += [total // 2, total - total // 2]
+        else:
+            sides += [padding[axis]] * 2
+    return sides
 
 
 class BatchEnsembleLinear(BatchEnsembleLayer):
@@ -169,7 +293,7 @@ class BatchEnsembleLinear(BatchEnsembleLayer):
         bias: whether each member has a bias of its own.
 
     Shape:
-        input (M·B, in), member-major → output (M·B, out).
+        input (M·B, …, in), member-major → output (M·B, …, out).
 
     Raises:
         ValueError: the number of rows is not a multiple of M.
@@ -180,16 +304,13 @@ class BatchEnsembleLinear(BatchEnsembleLayer):
         torch.Size([8, 10])
     """
 
+    channels_last = True
+
     def __init__(self, in_features: int, out_features: int, ensemble_size: int, bias: bool = True):
         super().__init__((out_features, in_features), ensemble_size, bias)
 
+    def _plain(self) -> nn.Module:
+        return nn.Linear(*self.weight.shape[::-1])
+
     def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
-
-
-def batch_ensemble_layers(ensemble_size: int) -> Layers:
-    """Of a BatchEnsemble of M members, each with its own biases."""
-    return Layers(
-        partial(BatchEnsembleConv2d, ensemble_size=ensemble_size),
-        partial(BatchEnsembleLinear, ensemble_size=ensemble_size),
-    )

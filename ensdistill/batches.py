@@ -1,22 +1,31 @@
-"""Training batches from images that live on the device as uint8: no workers, no decoding."""
+"""Training batches, of images that stay on the device as uint8 or are read in the background."""
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
+
+from ensdistill.augmentation import Augmentation
+from ensdistill.loading import images_per_read, mixed
+from ensdistill.stored_images import StoredImages
+
+WINDOW = 2**28
+"""Bytes of pixels among which images are mixed that are stored in blocks."""
 
 
 class TrainingBatches:
-    """Shuffled, randomly cropped and flipped batches.
+    """Shuffled, randomly changed batches.
 
     Args:
         images: uint8 (N, C, H, W); they stay on their device, and batches come from it.
         labels: int64 (N,).
         batch_size: images per batch. An incomplete last batch is left out (its images come in
             another epoch), unless it is the only one.
-        crop_padding: pixels of zero padding before a random crop of H×W; 0 for none.
-        flip: mirror each image with probability 1/2.
+        crop_padding, flip, more: of the images' `Augmentation`.
     """
 
     def __init__(
@@ -26,14 +35,17 @@ class TrainingBatches:
         batch_size: int,
         crop_padding: int,
         flip: bool,
+        **more: Any,
     ):
-        # Channels last: choosing pixels crops, flips, and gives the layout of convolutions.
-        self.padded = F.pad(images, [crop_padding] * 4).permute(0, 2, 3, 1).contiguous()
-        self.height, self.width = images.shape[-2:]
+        self.augmentation = Augmentation(
+            images.shape[-2:], crop_padding=crop_padding, flip=flip, **more
+        )
         self.labels = labels
         self.batch_size = min(batch_size, len(images))
-        self.shifts = 2 * crop_padding + 1
-        self.flip = flip
+        self._keep(images)
+
+    def _keep(self, images: Tensor) -> None:
+        self.padded = self.augmentation.pad(images)
 
     def __len__(self) -> int:
         return len(self.labels) // self.batch_size
@@ -48,24 +60,91 @@ class TrainingBatches:
         Yields:
             x float32 (B, C, H, W) in [0, 1], channels_last, and y int64 (B,).
         """
-        count, on = len(self.labels), {"device": self.labels.device, "generator": generator}
-        order = torch.randperm(count, **on)
-        top, left = torch.randint(self.shifts, (2, count, 1), **on)
-        mirrored = torch.rand(count, 1, **on) < 0.5
-        across = torch.arange(self.width, device=self.labels.device)
-        rows = top + torch.arange(self.height, device=self.labels.device)
-        columns = left + (torch.where(mirrored, across.flip(0), across) if self.flip else across)
-        _, padded_height, padded_width, channels = self.padded.shape
+        count = len(self.labels)
+        order = torch.randperm(count, device=self.labels.device, generator=generator)
+        changes = self.augmentation.draw(count, generator)
 
         def batch(start: int) -> tuple[Tensor, Tensor]:
             chosen = slice(start, start + self.batch_size)
             index = order[chosen]
-            lines = (index[:, None] * padded_height + rows[chosen]) * padded_width
-            places = lines[:, :, None] + columns[chosen][:, None, :]
-            # One flat index: several times as fast as indexing along three axes.
-            pixels = self.padded.view(-1, channels).index_select(0, places.flatten())
-            x = pixels.view(*places.shape, channels).permute(0, 3, 1, 2)
-            return x.float().div_(255), self.labels[index]
+            return changes(self.padded, index, chosen), self.labels[index]
 
         size = self.batch_size
         return map(batch, range(first * size, len(self) * size, size))
+
+    def any_batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One batch by itself, as the first of an epoch."""
+        return next(self.epoch(generator))
+
+
+class StreamedBatches(TrainingBatches):
+    """The same of images that stay in their file: memory grows with the batch alone.
+
+    Images that are stored one by one, or as files, come in the order of `TrainingBatches`. Else
+    blocks of neighbours are read: an epoch goes through windows of `WINDOW` bytes, each with one
+    block from each of as many equal parts of the file as fit, and mixes their images. A file may be
+    sorted by class: every window has the classes' shares.
+
+    Args:
+        images: to be read.
+        labels: int64 (N,), on the device of the batches.
+    """
+
+    def _keep(self, images: StoredImages) -> None:
+        self.stored = images
+
+    def epoch(self, generator: torch.Generator, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        count, size, device = len(self.labels), self.batch_size, self.labels.device
+        windows, order = self._plan(generator)
+        changes = self.augmentation.draw(count, generator)
+        labels = self.labels.cpu()[order]
+        parts = mixed(self.stored, windows, order, size, first)
+        for number, pixels in enumerate(parts, first):
+            chosen = slice(number * size, (number + 1) * size)
+            yield self._changed(pixels, changes, chosen), labels[chosen].to(device)
+
+    def any_batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Of images at random places, read when they are asked for."""
+        device, size = self.labels.device, self.batch_size
+        index = torch.randperm(len(self.labels), device=device, generator=generator)[:size]
+        changes = self.augmentation.draw(len(self.labels), generator)
+        pixels = torch.from_numpy(self.stored.read(index.cpu().numpy()))
+        return self._changed(pixels, changes, slice(size)), self.labels[index]
+
+    def _changed(self, pixels: Tensor, changes: Any, chosen: slice) -> Tensor:
+        device = self.labels.device
+        padded = self.augmentation.pad(pixels.to(device))
+        return changes(padded, torch.arange(len(pixels), device=device), chosen)
+
+    def _plan(
+        self, generator: torch.Generator
+    ) -> tuple[list[list[NDArray[np.int64]]], NDArray[np.int64]]:
+        """An epoch's reads, window by window, and the order of its images."""
+        count, block = len(self.labels), self.stored.block
+        on = {"device": generator.device, "generator": generator}
+        if block == 1:
+            order = torch.randperm(count, **on).cpu().numpy()
+            parts = _split(order, self.batch_size)
+            return [_split(part, images_per_read(self.stored)) for part in parts], order
+        blocks = _split(np.arange(count), block)
+        at_once = max(1, WINDOW // (self.stored.nbytes // count * block))
+        number = math.ceil(len(blocks) / at_once)
+        strata = math.ceil(len(blocks) / number)
+        ranks = torch.rand(strata, number, **on).argsort(1).cpu().numpy()
+        chosen = (number * np.arange(strata)[:, None] + ranks).T
+        windows = [[blocks[it] for it in own if it < len(blocks)] for own in chosen]
+        joined = map(np.concatenate, windows)
+        mixed_up = [it[torch.randperm(len(it), **on).cpu().numpy()] for it in joined]
+        return windows, np.concatenate(mixed_up)
+
+
+def _split(places: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    return np.split(places, range(size, len(places), size))
+
+
+def training_batches(
+    images: Tensor | StoredImages, labels: Tensor, batch_size: int, **augmentation: Any
+) -> TrainingBatches:
+    """Of images as `load_images` returns them."""
+    kind = StreamedBatches if isinstance(images, StoredImages) else TrainingBatches
+    return kind(images, labels, batch_size, **augmentation)

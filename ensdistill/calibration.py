@@ -5,6 +5,8 @@ taken. Arithmetic is float64. SciPy is imported where it is used: Snakemake read
 every job.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -56,6 +58,18 @@ def confidence_bins(confidence: ArrayLike, n_bins: int = 15) -> NDArray[np.int64
     return np.clip(np.searchsorted(edges, np.asarray(confidence), side="left") - 1, 0, n_bins - 1)
 
 
+def surest(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
+    """The same predictions of two classes, (N, 2) and (N,): of the most probable one, or another.
+
+    The first column is the confidence, the second one 0, and the label 0 where the most probable
+    class is right. Whatever looks at the confidence and at whether it is right alone, such as `ece`
+    and `aurc`, finds the same in them.
+    """
+    probs, labels = paired(probs, labels)
+    confidence = probs.max(1)
+    return np.stack([confidence, np.zeros_like(confidence)], 1), 1 * (probs.argmax(1) != labels)
+
+
 def reliability(
     probs: ArrayLike, labels: ArrayLike, n_bins: int = 15
 ) -> tuple[NDArray[np.int64], Array, Array]:
@@ -91,12 +105,23 @@ def classwise_ece(probs: ArrayLike, labels: ArrayLike, n_bins: int = 15) -> floa
     >>> round(classwise_ece([[0.8, 0.2], [0.7, 0.3]], [0, 1]), 4)
     0.45
     """
+    return mean_gap(classwise_gaps(probs, labels, n_bins), len(np.asarray(labels)))
+
+
+def classwise_gaps(probs: ArrayLike, labels: ArrayLike, n_bins: int = 15) -> Array:
+    """Σ of p_k − 1[k = y] over the images of every class and bin, (K, n_bins)."""
     probs, labels = paired(probs, labels)
-    total = 0.0
-    for label, column in enumerate(probs.T):  # by class, so that little memory is taken
-        gaps = column - (labels == label)
-        total += np.abs(np.bincount(confidence_bins(column, n_bins), weights=gaps)).sum()
-    return float(total / probs.size)
+    gaps, classes = probs.copy(), probs.shape[1]
+    gaps[np.arange(len(labels)), labels] -= 1
+    places = confidence_bins(probs, n_bins) + n_bins * np.arange(classes)
+    return np.bincount(places.ravel(), gaps.ravel(), n_bins * classes).reshape(classes, n_bins)
+
+
+def mean_gap(gaps: Array, images: int) -> float:
+    """The class-wise ECE of so many images, of the sum of their `classwise_gaps`."""
+    return float(sum(np.abs(np.trim_zeros(of_class, "b")).sum() for of_class in gaps)) / (
+        images * len(gaps)
+    )
 
 
 def adaptive_ece(probs: ArrayLike, labels: ArrayLike, n_bins: int = 15) -> float:
@@ -167,15 +192,22 @@ def optimal_temperature(probs: ArrayLike, labels: ArrayLike) -> float:
     >>> round(optimal_temperature([[0.8, 0.2]] * 4, [0, 0, 0, 1]), 4)
     1.2619
     """
-    from scipy.optimize import brentq
-
     probs, labels = paired(probs, labels)
     log_probs = clipped_log(probs, TINY)
     at_label = log_probs[np.arange(len(labels)), labels].mean()
+    return root_temperature(
+        lambda inverse: float(scaled_means(log_probs, inverse).mean() - at_label)
+    )
 
-    def slope(inverse: float) -> float:
-        scaled = softmax(inverse * log_probs)
-        return float(np.mean(np.sum(scaled * log_probs, axis=1)) - at_label)
+
+def scaled_means(log_probs: Array, inverse: float) -> Array:
+    """The mean of log p under softmax(log p / T), by 1/T; (N, K) → (N,)."""
+    return np.sum(softmax(inverse * log_probs) * log_probs, axis=1)
+
+
+def root_temperature(slope: Callable[[float], float]) -> float:
+    """T* of `optimal_temperature`, by the derivative of the NLL with respect to 1/T."""
+    from scipy.optimize import brentq
 
     smallest, largest = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
     if slope(smallest) >= 0:

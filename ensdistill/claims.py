@@ -19,10 +19,11 @@ import pandas as pd
 
 from ensdistill.bootstrap import Estimate, Interval, image_weights, interval, mean_of
 from ensdistill.files import open_hdf5
-from ensdistill.metrics import LOWER, METRICS, pairwise_kl
-from ensdistill.predictions import read_ensemble
+from ensdistill.metrics import LOWER, METRICS
+from ensdistill.predictions import read_ensemble, read_mixture
 from ensdistill.reports.directions import direction_cosines
 from ensdistill.reports.jacobians import jacobian_means
+from ensdistill.reports.sweep import divergence
 from ensdistill.resampled import ResampledSystems, share_of_gain
 from ensdistill.systems import Students
 
@@ -158,7 +159,7 @@ def _on_teachers(
     """Claims on the teachers' diversity, and on directions that transfer."""
     with open_hdf5(perturbed) as file:
         titles = json.loads(file.attrs["titles"])
-        train = {name: pairwise_kl(file[f"{name}/logits"][:], "none") for name in titles}
+    train = {name: divergence(read_mixture(perturbed, name)) for name in titles}
     test = read_ensemble(ensemble, "test")[0].diversity()
     on_train = image_weights(len(train["clean"]))
     clean, on_test = mean_of(train["clean"], on_train), mean_of(test, image_weights(len(test), 1))
@@ -178,28 +179,31 @@ def _on_teachers(
         quantity = f"diversity on train, {titles[name]} ÷ clean"
         add(claim, quantity, (moved, clean), claimed, len(on_train[0]), log=True)
     with open_hdf5(transferred) as file:
-        still, moved = file["clean/logits"][:], file["ods/logits"][:]
-    weights = image_weights(len(still))
+        networks = len(file["ods/logits"])
+    still = read_mixture(transferred, "clean")
+    images = still.shape[0]
+    weights = image_weights(images)
     for where, sources in (
         # Of two members one is not the source, and there is no other from which it could differ.
         ("inside", range(members if members > 2 else 0)),
-        ("outside", range(members, len(moved))),
+        ("outside", range(members, networks)),
     ):
         if not sources:
             continue
         pairs = []
         for source in sources:
             others = [member for member in range(members) if member != source]
-            pairs.append([pairwise_kl(x[:, others], "none") for x in (moved[source], still)])
+            moved = read_mixture(transferred, "ods", source)
+            pairs.append([divergence(it, others) for it in (moved, still)])
         means = [mean_of(np.mean(side, axis=0), weights) for side in zip(*pairs, strict=True)]
         claim = f"ODS directions transfer from a network {where} the ensemble to its members"
         quantity = "diversity of the other teachers, ODS ÷ clean"
-        add(claim, quantity, means, above(MUCH), len(still), log=True)
+        add(claim, quantity, means, above(MUCH), images, log=True)
     cosines = direction_cosines(transferred, members)
     between, noise = (mean_of(cosines[name].mean(1), weights) for name in ("inside", "random"))
     claim = "ODS directions of different teachers are alike"
     quantity = "mean cosine between two teachers' directions − between ODS and random ones"
-    add(claim, quantity, (between, noise), above(0), len(still))
+    add(claim, quantity, (between, noise), above(0), images)
 
 
 def _more_diverse(page: _Page, systems: ResampledSystems, label: str, other: str) -> None:

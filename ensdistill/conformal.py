@@ -17,6 +17,8 @@ from ensdistill.calibration import paired
 Array = NDArray[np.float64]
 Pair = tuple[ArrayLike, ArrayLike]
 """Probabilities (N, K) and labels (N,)."""
+Scores = Callable[[ArrayLike], Array]
+"""`lac_scores` or `aps_scores`: how ill each class fits."""
 
 WANTED = 0.9
 """The share of labels that the sets should hold."""
@@ -51,7 +53,7 @@ def aps_scores(probs: ArrayLike) -> Array:
     [[0.5, 0.0, 0.5, 0.9]]
     """
     probs = np.asarray(probs, dtype=np.float64)
-    order = np.argsort(-probs, axis=1, kind="stable")
+    order = np.argsort(-probs, axis=1)
     ranked = np.take_along_axis(probs, order, axis=1)
     above = np.zeros_like(ranked)
     np.cumsum(ranked[:, :-1], axis=1, out=above[:, 1:])
@@ -62,9 +64,7 @@ def aps_scores(probs: ArrayLike) -> Array:
     return found
 
 
-def conformal_sets(
-    scores: Callable[[ArrayLike], Array], calibration: Pair, test: Pair, wanted: float = WANTED
-) -> Sets:
+def conformal_sets(scores: Scores, calibration: Pair, test: Pair, wanted: float = WANTED) -> Sets:
     """Split conformal prediction: the sets {k: score_k ≤ q} of test images.
 
     q is the ⌈(n + 1)·wanted⌉-th smallest score of the n calibration labels; if there is none, the
@@ -75,19 +75,29 @@ def conformal_sets(
         calibration, test: probabilities and labels.
         wanted: the share of labels that the sets should hold.
     """
-    own = _at_label(scores(calibration[0]), calibration)
-    rank = int(np.ceil((len(own) + 1) * wanted - 1e-9))  # 0.9 · 10 is 9
-    threshold = np.partition(own, rank - 1)[rank - 1] if rank <= len(own) else np.inf
-    found = scores(test[0])
-    inside = found <= threshold
-    return Sets(
-        coverage=float(np.mean(_at_label(inside, test))), size=float(inside.sum(axis=1).mean())
-    )
+    limit = threshold(label_scores(scores, *paired(*calibration)), wanted)
+    inside, sizes = sets_of(scores, *test, limit)
+    return Sets(coverage=float(np.mean(inside)), size=float(sizes.mean()))
 
 
-def _at_label(values: NDArray, pair: Pair) -> NDArray:
-    _, labels = paired(*pair)
-    return values[np.arange(len(labels)), labels]
+def label_scores(scores: Scores, probs: Array, labels: NDArray[np.int64]) -> Array:
+    """How ill the label fits, (N,)."""
+    return scores(probs)[np.arange(len(labels)), labels]
+
+
+def threshold(calibration: Array, wanted: float = WANTED) -> float:
+    """q, of scores of the calibration labels (n,)."""
+    rank = int(np.ceil((len(calibration) + 1) * wanted - 1e-9))  # 0.9 · 10 is 9
+    return np.partition(calibration, rank - 1)[rank - 1] if rank <= len(calibration) else np.inf
+
+
+def sets_of(
+    scores: Scores, probs: ArrayLike, labels: ArrayLike, limit: float
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Whether the label is in the set of a threshold, and the number of its classes, (N,) each."""
+    probs, labels = paired(probs, labels)
+    inside = scores(probs) <= limit
+    return inside[np.arange(len(labels)), labels], inside.sum(axis=1)
 
 
 def calibration_half(images: int) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ Sources:
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,20 +64,38 @@ def corrupt(
         severity: 1 … 5.
         seed: of what is random about it; the same seed makes the same copies.
     """
-    count, channels, height, width = images.shape
+    copies = np.empty_like(images)
+    for part, corrupted in corrupt_parts(images.__getitem__, images.shape, kind, severity, seed):
+        copies[part] = corrupted
+    return copies
+
+
+def corrupt_parts(
+    read: Callable[[slice], NDArray[np.uint8]],
+    shape: tuple[int, ...],
+    kind: str,
+    severity: int,
+    seed: int,
+) -> Iterator[tuple[slice, NDArray[np.uint8]]]:
+    """The copies that `corrupt` makes, few at a time: their places, and they themselves.
+
+    Args:
+        read: gives the images at some places.
+        shape: (N, C, H, W) of all of them; the other arguments are as of `corrupt`.
+    """
+    count, channels, height, width = shape
     function, constants = CORRUPTIONS[kind]
     rng = np.random.default_rng([seed, KINDS.index(kind), severity])
     factor = math.ceil(SMALLEST / min(height, width))
     step = max(1, TOGETHER // (height * width * factor**2))
-    copies = np.empty_like(images)
     for start in range(0, count, step):
-        part = images[start : start + step].transpose(0, 2, 3, 1).astype(np.float32) / 255
+        place = slice(start, min(start + step, count))
+        part = read(place).transpose(0, 2, 3, 1).astype(np.float32) / 255
         part = part.repeat(factor, axis=1).repeat(factor, axis=2).repeat(3 // channels, axis=3)
         corrupted = np.clip(function(part, rng, *constants[severity - 1]), 0, 1)
         blocks = corrupted.reshape(-1, height, factor, width, factor, channels, 3 // channels)
         means = np.rint(255 * blocks.mean(axis=(2, 4, 6)))
-        copies[start : start + step] = means.transpose(0, 3, 1, 2)
-    return copies
+        yield place, means.transpose(0, 3, 1, 2).astype(np.uint8)
 
 
 # --- noise ------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ensdistill.files import open_hdf5
 from ensdistill.images import read_description
 from ensdistill.inference import ensemble_forms, fastest, inference_forms, seconds
-from ensdistill.networks import build_network, fold_batch_norms
+from ensdistill.networks import build_network, described, fold_batch_norms
 from ensdistill.operations import prediction_macs, training_macs
 from ensdistill.students import Student, build_student, count_parameters, unfilled
 from ensdistill.weights import read_header
@@ -232,13 +232,8 @@ class _Trainings:
 
 def _spec(parts: Mapping[str, Any], description: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `build_student` for the images that `read_description` describes."""
-    architecture = {
-        **parts["architecture"],
-        "num_classes": len(description["classes"]),
-        "in_channels": description["shape"][0],
-        "mean": description["mean"],
-        "std": description["std"],
-    }
+    architecture = described({**parts["architecture"]}, description)
+    architecture.pop("pretrained", None)  # new weights cost the same
     return {**parts["student"], "architecture": architecture, "members": parts["members"]}
 
 

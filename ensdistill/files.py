@@ -13,13 +13,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h5py
-from numpy.typing import ArrayLike
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from ensdistill import DamagedFile, InputError
 from ensdistill.locks import try_lock
@@ -37,8 +40,13 @@ PATIENCE = 10
 """Seconds to wait for another program that has a file open for writing."""
 ENOUGH = 1 << 26
 """Bytes: if so many are left, it is not for want of memory that a file cannot be read."""
+CHUNK = 2**17
+"""Bytes of a chunk of a streamed array, unless one row has more."""
 SETTLED = 1
 """Seconds in which a file that nobody writes does not change."""
+
+BLOCK = 1 << 26
+"""Bytes of an array that is written block by block."""
 
 _complete: set[tuple[int, ...]] = set()  # HDF5 files that hold all that they show
 
@@ -119,26 +127,110 @@ def read_csv(path: str | os.PathLike[str]) -> "pandas.DataFrame":
         return pandas.read_csv(content, dtype=text, keep_default_na=False, na_values=[""])
 
 
+@dataclass
+class Blocks:
+    """An array that is not in memory as a whole.
+
+    Args:
+        parts: its rows, block after block; taken once.
+        shape: of all of it; the first axis may come out shorter.
+    """
+
+    parts: Iterator[NDArray[Any]]
+    shape: tuple[int, ...]
+
+
+def in_blocks(parts: Iterable[ArrayLike], most: int) -> NDArray[Any] | Blocks:
+    """An array of at most so many rows, of which `parts` has some at a time.
+
+    Returns:
+        The array where it has at most `BLOCK` bytes, else blocks of it, of about that size.
+    """
+    blocks = _joined(map(np.asarray, parts))
+    first = next(blocks)
+    if first.nbytes <= BLOCK:
+        return first
+    return Blocks(chain([first], blocks), (most, *first.shape[1:]))
+
+
+def _joined(parts: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    waiting: list[NDArray[Any]] = []
+    for part in parts:
+        waiting.append(part)
+        if sum(it.nbytes for it in waiting) > BLOCK:
+            yield np.concatenate(waiting)
+            waiting = []
+    if waiting:
+        yield np.concatenate(waiting)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """An array of bytes (uint8) that is written part by part, in any order; see `write_hdf5`.
+
+    It is stored in chunks of whole rows, with checksums, but not compressed: photographs are noise.
+    """
+
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterator[tuple[int | slice, NDArray[np.uint8]]]]
+    """Places along the first axis, and what belongs there; together all of the array."""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, file: h5py.File, name: str, check: Callable[[], None]) -> None:
+        rows = max(1, CHUNK // max(1, prod(self.shape[1:])))
+        chunks = (min(rows, self.shape[0]), *self.shape[1:])
+        dataset = file.create_dataset(name, self.shape, "uint8", chunks=chunks, fletcher32=True)
+        dataset.attrs.update(self.attributes)
+        for place, part in self.parts():
+            dataset[place] = part
+            check()
+
+
+Stored = ArrayLike | Blocks | Streamed
+
+
 def write_hdf5(
     path: str | os.PathLike[str],
-    arrays: Mapping[str, ArrayLike] | Iterable[tuple[str, ArrayLike]],
+    arrays: Mapping[str, Stored] | Iterable[tuple[str, Stored]],
     attributes: Mapping[str, Any],
+    last: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
     """Write arrays by name ("test/logits"), chunked, compressed and checksummed, with attributes.
 
-    Nested attributes are stored as JSON. Pairs are taken one by one: not all need be in memory.
+    Nested attributes are stored as JSON. Pairs are taken one by one, and streamed arrays by their
+    parts: not all need be in memory. `last` gives attributes that are known only then.
     """
+    form = {"chunks": True, "compression": "gzip", "shuffle": True, "fletcher32": True}
     with atomic(path) as temporary, _PatientFile(temporary, "w+") as disk:
         with h5py.File(disk, "w") as file:
-            for key, value in attributes.items():
-                plain = isinstance(value, str | int | float)
-                file.attrs[key] = value if plain else json.dumps(value, default=str)
+            _set_attributes(file, attributes)
             for name, array in arrays.items() if isinstance(arrays, Mapping) else arrays:
-                file.create_dataset(
-                    name, data=array, chunks=True, compression="gzip", shuffle=True, fletcher32=True
-                )
+                if isinstance(array, Streamed):
+                    array.write(file, name, partial(disk.check, path))
+                elif isinstance(array, Blocks):
+                    _write_blocks(file, name, array, form)
+                else:
+                    file.create_dataset(name, data=array, **form)
                 disk.check(path)
+            _set_attributes(file, last())
         disk.check(path)
+
+
+def _write_blocks(file: h5py.File, name: str, array: Blocks, form: Mapping[str, Any]) -> None:
+    start, written = 0, None
+    for part in array.parts:
+        if written is None:
+            facts = {"shape": array.shape, "maxshape": array.shape, "dtype": part.dtype}
+            written = file.create_dataset(name, **facts, **form)
+        written[start : start + len(part)] = part
+        start += len(part)
+    written.resize(start, 0)
+
+
+def _set_attributes(file: h5py.File, attributes: Mapping[str, Any]) -> None:
+    for key, value in attributes.items():
+        plain = isinstance(value, str | int | float)
+        file.attrs[key] = value if plain else json.dumps(value, default=str)
 
 
 class _PatientFile(io.FileIO):

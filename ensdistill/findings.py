@@ -14,6 +14,7 @@ of the other rows for the rows of their question.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,9 +31,17 @@ from ensdistill.bootstrap import (
     mean_of,
     p_value,
 )
-from ensdistill.calibration import apply_temperature, optimal_temperature
+from ensdistill.calibration import apply_temperature
+from ensdistill.judging import optimal_temperatures
 from ensdistill.metrics import nll
-from ensdistill.predictions import Array, read_ensemble, read_prediction, splits_of
+from ensdistill.predictions import (
+    Array,
+    Labels,
+    Prediction,
+    read_ensemble,
+    read_prediction,
+    splits_of,
+)
 from ensdistill.resampled import ensemble_nll, share_of_gain
 from ensdistill.systems import Students
 
@@ -351,10 +360,11 @@ def measured(
     # Which test images were copied is not said, so the draws are independent.
     of_copies = image_weights(copied, seed=1)
     alone = np.mean([_on_copies([path], corrupted) for path in shifted_ensemble], axis=0)
+    one, ensemble = ensemble_nll(pool, labels, (1, members))
     systems = Systems(
         members,
-        one=mean_of(ensemble_nll(pool, labels, 1), weights),
-        ensemble=mean_of(ensemble_nll(pool, labels, members), weights),
+        one=mean_of(one, weights),
+        ensemble=mean_of(ensemble, weights),
         images=len(labels),
         shifted_images=copied,
         shifted_one=mean_of(alone, of_copies),
@@ -373,22 +383,30 @@ def _on_copies(paths: Sequence[str], splits: Sequence[str]) -> Array:
     """NLL (N,) of an ensemble on corrupted copies of each image, mean over kinds and severities."""
     total: Array | float = 0.0
     for split in splits:
-        prediction, labels = read_ensemble(paths, split)
-        total = total + nll(prediction.probs(), labels, "none") / len(splits)
+        total = total + _nll(*read_ensemble(paths, split)) / len(splits)
     return np.asarray(total)
+
+
+def _nll(prediction: Prediction, labels: Labels) -> Array:
+    return prediction.per_image(lambda it, known: nll(it.probs(), known, "none"), labels)
+
+
+def _both_nll(temperature: float, prediction: Prediction, labels: Labels) -> list[Array]:
+    """As it is, and after temperature scaling."""
+    probs = prediction.probs()
+    return [nll(it, labels, "none") for it in (probs, apply_temperature(probs, temperature))]
 
 
 def _add(systems: Systems, label: str, paths: Sequence[str], weights: Weights) -> None:
     on_validation, on_test, scaled = [], [], []
     for path in paths:
         validation, known = read_prediction(path, "val")
-        probs = validation.probs()
-        on_validation.append(nll(probs, known))
-        temperature = optimal_temperature(probs, known)
+        on_validation.append(_nll(validation, known).mean())
+        (temperature,) = optimal_temperatures([validation], known)
         test, known = read_prediction(path, "test")
-        probs = test.probs()
-        on_test.append(nll(probs, known, "none"))
-        scaled.append(nll(apply_temperature(probs, temperature), known, "none"))
+        of_test = test.per_image(partial(_both_nll, temperature), known)
+        for values, found in zip((on_test, scaled), of_test, strict=True):
+            values.append(found)
     systems.on_validation[label] = float(np.mean(on_validation))
     systems.on_test[label] = mean_of(np.stack(on_test, axis=1), weights)
     systems.scaled[label] = mean_of(np.stack(scaled, axis=1), weights)

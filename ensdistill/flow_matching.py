@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ensdistill.graphs import replace
 from ensdistill.networks import build_network
 from ensdistill.student import Student
 
@@ -148,7 +149,7 @@ class FlowNetwork(nn.Module):
     bfloat16 autocast the velocity network computes in float32.
 
     Args:
-        architecture: of the backbone; its linear layer at the end is named `head`.
+        architecture: of the backbone; its last layer is linear.
         width: of the velocity network.
         samples: S.
 
@@ -160,8 +161,9 @@ class FlowNetwork(nn.Module):
         super().__init__()
         num_classes = architecture["num_classes"]
         self.backbone = build_network(**architecture)
-        features = self.backbone.head.in_features
-        self.backbone.head = nn.Identity()
+        self.last = self.backbone.last
+        features = self.backbone.get_submodule(self.last).in_features
+        replace(self.backbone, self.last, nn.Identity())
         self.backbone.requires_grad_(False).eval()
         self.velocity = VelocityNetwork(features, num_classes, width)
         self.register_buffer("noise", torch.empty(samples, num_classes).normal_().mul_(NOISE))
@@ -223,7 +225,8 @@ class FlowMatching(Student):
             RuntimeError: it has another architecture.
         """
         state = backbone.network.state_dict()
-        body = {key: value for key, value in state.items() if not key.startswith("head.")}
+        last = f"{self.network.last}."
+        body = {key: value for key, value in state.items() if not key.startswith(last)}
         self.network.backbone.load_state_dict(body)
 
     def member_logits(self, x: Tensor) -> Tensor:

@@ -14,25 +14,25 @@ How each kind of file is treated:
   images in two classes, or in train and in test, are read: which is wrong, only the user knows.
   They are told in the warning.
 - A second train/ or test/ in the same folder or archive (a copy of all of it) is refused.
+- Where there is no train/ and no test/ at all, the classes are the folders in which the paths of
+  the images part: <class>/<name>, or flowers/<class>/<name> where all is in flowers/.
 - What is no image (readme.txt, licence.pdf, features.h5), hidden, or outside of train/ and test/
   is skipped and counted in the log.
 """
 
 import hashlib
-import json
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from ensdistill import InputError
 from ensdistill.archives import PACKED, SPLITS, Entry, entries, is_hidden
+from ensdistill.own_images import Key, OwnImages
 
 logger = logging.getLogger(__name__)
-
-Key = tuple[str, str, str]
-"""Of an image: its split, its class, the SHA-256 of its file."""
 
 TREATMENTS = {
     "read": "read",
@@ -50,11 +50,6 @@ TREATMENTS = {
 """What is counted of files, and how it is said."""
 MISSED = ("duplicates", "formats", "endings", "deeper", "classless", "archives", "special")
 """Skipped, but perhaps missed by the user."""
-EQUAL = {
-    "in_both_splits": "images that are in train and in test",
-    "in_several_classes": "images that are in several classes",
-}
-"""What is counted of images that are read, and how it is said."""
 NO_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
 """Formats with endings that Pillow knows, but does not read by itself."""
 UNREAD = {
@@ -67,45 +62,38 @@ SIGNATURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"\0
 """First bytes of images in formats that Pillow reads; see also `_looks_like`."""
 
 
-class ImageFolder:
+class ImageFolder(OwnImages):
     """The images of folders and archives, and a count of everything that is met there.
 
     Args:
-        roots: folders that hold train/<class>/… and test/<class>/…, tar or zip archives of them,
-            or folders of such archives.
-        labelled: whether images have classes and are in both splits. Otherwise they are all
-            those below test/, or, without any train/ and test/, all there are.
+        roots: folders that hold train/<class>/… and test/<class>/…, or just <class>/…, tar or zip
+            archives of them, or folders of such archives.
+        labelled: whether images have classes. Otherwise they are all those below test/, or,
+            without any train/ and test/, all there are.
     """
 
     def __init__(self, roots: str | Sequence[str], *, labelled: bool = True):
         self.roots = [Path(root) for root in ([roots] if isinstance(roots, str) else roots)]
-        self.where = ", ".join(map(str, self.roots))
-        self.labelled = labelled
-        self.names: dict[Key, str] = {}
-        """The file's name of every image that is read: what orders them within a class."""
-        self.counts: Counter[str] = Counter()
-        """Of files, by treatment; and `in_both_splits`, `in_several_classes` of images read."""
+        super().__init__(", ".join(map(str, self.roots)), labelled)
+        self._depth: int | None = None
+        """Of the classes, where there is no train/ and no test/."""
+        self._everything = False
         self._examples: defaultdict[str, list[str]] = defaultdict(list)
-        self._classes: dict[tuple[Path, tuple[str, ...], str], str] = {}
-        """Every class folder that was met: where, its path, and what its first file was."""
-        self._places: dict[tuple[Path, str], tuple[str, ...]] = {}
+        self._classes: dict[tuple[Path, tuple[str, ...], str, str], str] = {}
+        """Of every class folder that was met, where it is, what its first file was."""
+        self._splits: dict[tuple[Path, str], tuple[str, ...]] = {}
         """Where each folder or archive has its train/ and test/."""
         self._dead: list[str] = []
 
     def read(self) -> Iterator[tuple[str, Key, bytes]]:
-        """Read every image once: its place, its key and its file's content.
-
-        Raises:
-            InputError: a folder or archive cannot be read, or something in it should be but cannot.
-        """
         sources = [source for root in self.roots for source in _sources(root)]
-        everything = not self.labelled and not any(
-            SPLITS & set(entry.parts[:-1]) for source in sources for entry in entries(source)
-        )
+        if not any(self._is_split(entry) for source in sources for entry in entries(source)):
+            self._everything = not self.labelled
+            self._depth = self._depth_of_classes(sources) if self.labelled else None
         for source in sources:
             seen: dict[tuple[str, ...], str] = {}
             for entry in entries(source):
-                split, label, treatment = self._treatment(entry, everything)
+                split, label, treatment = self._treatment(entry)
                 if treatment == "read" and entry.kind == "link":
                     self._dead.append(entry.place)
                 elif treatment == "read":
@@ -113,43 +101,54 @@ class ImageFolder:
                     key = (split, label, hashlib.sha256(content).hexdigest())
                     if seen.setdefault(entry.parts, key[-1]) != key[-1]:
                         raise InputError(f"{entry.place}: is there twice, with different content")
-                    name = entry.parts[-1]
-                    if key in self.names:
-                        treatment = "duplicates"
-                        self.names[key] = min(name, self.names[key])
-                    else:
-                        self.names[key] = name
+                    if self.keep(entry.place, key, entry.parts[-1], content, None):
                         yield entry.place, key, content
+                    else:
+                        treatment = "duplicates"
                 if treatment:
                     self._count(treatment, entry.place)
         self._finish()
 
-    def listing(self) -> dict[str, list[tuple[str, str, str]]]:
-        """Class, file name and checksum of the images that were read, in order, by split."""
-        splits: dict[str, list[tuple[str, str, str]]] = {"train": [], "test": []}
-        for (split, label, sha256), name in self.names.items():
-            splits[split].append((label, name, sha256))
-        return {split: sorted(found) for split, found in splits.items()}
+    def _contents(self, places: Mapping[str, Key]) -> Iterator[tuple[str, bytes]]:
+        done = set()  # a tar may hold a file twice
+        for source in (source for root in self.roots for source in _sources(root)):
+            for entry in entries(source):
+                if entry.kind == "file" and entry.place in places and entry.place not in done:
+                    done.add(entry.place)
+                    yield entry.place, entry.read()
 
-    def sha256(self) -> str:
-        """A checksum of what was read: classes, names and contents, in whatever archives."""
-        return hashlib.sha256(json.dumps(self.listing()).encode()).hexdigest()
+    def _is_split(self, entry: Entry) -> bool:
+        """Whether an entry shows that there is a train/ or test/; for classes an empty one does."""
+        alone = self.labelled and entry.kind != "file"
+        return not SPLITS.isdisjoint(entry.parts if alone else entry.parts[:-1])
 
-    def _treatment(self, entry: Entry, everything: bool) -> tuple[str, str, str]:
+    def _depth_of_classes(self, sources: Sequence[Path]) -> int:
+        """How many folders all images have in common: below those are the classes."""
+        common: tuple[str, ...] | None = None
+        for entry in (entry for source in sources for entry in entries(source)):
+            if not entry.parts or any(map(is_hidden, entry.parts)) or entry.kind != "file":
+                continue
+            if self._of_image(entry) == "read":
+                folders = entry.parts[:-1]
+                pairs = zip(folders if common is None else common, folders, strict=False)
+                common = tuple(one for one, _ in takewhile(lambda it: it[0] == it[1], pairs))
+        return len(common or ())
+
+    def _treatment(self, entry: Entry) -> tuple[str, str, str]:
         """Split, class and treatment of an entry; `read` also of a link that would be read."""
         folder = entry.kind == "folder"
         if not entry.parts or any(map(is_hidden, entry.parts)):
             return "", "", "hidden" if entry.parts else ""
-        if everything:
+        if self._everything:
             return "test", "", "" if folder else self._of_image(entry)
-        at = _split_at(entry, self.labelled)
-        if at is None or not (self.labelled or entry.parts[at] == "test"):
+        found = self._split(entry)
+        if found is None:
             packed = entry.parts[-1].lower().endswith(PACKED)
             return "", "", "" if folder else "archives" if packed else "elsewhere"
-        split, inner = entry.parts[at], entry.parts[at + 1 :]
+        split, above, inner = found
         if folder:
             if len(inner) == 1:
-                self._classes.setdefault((entry.root, entry.parts, split), "missing")
+                self._classes.setdefault((entry.root, above, split, inner[0]), "missing")
             return "", "", ""
         if entry.kind == "link" and len(inner) < 2:
             return split, "", "read"  # would be a split or a class
@@ -157,12 +156,21 @@ class ImageFolder:
         if treatment == "read" and self.labelled and len(inner) != 2:
             treatment = "deeper" if inner[1:] else "classless"
         if treatment == "read" and entry.kind == "file":
-            self._note_place(entry, at)
+            self._note_place(entry, split, above)
         if inner[1:]:
-            key = (entry.root, entry.parts[: at + 2], split)
+            key = (entry.root, above, split, inner[0])
             if self._classes.get(key, "missing") == "missing":
                 self._classes[key] = f"{TREATMENTS[treatment]} ({entry.place})"
         return split, inner[0] if inner[1:] else "", treatment
+
+    def _split(self, entry: Entry) -> tuple[str, tuple[str, ...], tuple[str, ...]] | None:
+        """Split of an entry, the folders above it, and the path below; None outside of splits."""
+        if self._depth is not None:
+            return "train", entry.parts[: self._depth], entry.parts[self._depth :]
+        at = _split_at(entry, self.labelled)
+        if at is None or not (self.labelled or entry.parts[at] == "test"):
+            return None
+        return entry.parts[at], entry.parts[:at], entry.parts[at + 1 :]
 
     def _of_image(self, entry: Entry) -> str:
         """The treatment of what is where images are."""
@@ -180,10 +188,9 @@ class ImageFolder:
         looks = _looks_like(entry.read(32))
         return "endings" if looks == "read" and ending else looks
 
-    def _note_place(self, entry: Entry, at: int) -> None:
+    def _note_place(self, entry: Entry, split: str, above: tuple[str, ...]) -> None:
         """Refuse a split that is in two places of one folder or archive."""
-        split, above = entry.parts[at], entry.parts[:at]
-        first = self._places.setdefault((entry.root, split), above)
+        first = self._splits.setdefault((entry.root, split), above)
         if first != above:
             one, other = ("/".join([str(entry.root), *place, split]) for place in (first, above))
             raise InputError(
@@ -204,31 +211,35 @@ class ImageFolder:
                 + (f", as are {count - 1:,} others" if count > 1 else "")
                 + "; put the images themselves there"
             )
-        listing = self.listing()
-        for split in ["train", "test"] if self.labelled else ["test"]:
+        listing, inside = self.listing(), "<class>/" if self.labelled else ""
+        for split in self._needed():
             if not listing[split]:
-                place = f"{split}/<class>/" if self.labelled else f"{split}/"
+                place = f"{split}/{inside}" if self._depth is None else inside
                 raise InputError(f"{self.where}: holds no images in {place}{self._skipped()}")
         if self.labelled:
             self._check_classes()
-        holders = defaultdict(set)
-        for split, label, sha256 in self.names:
-            holders[sha256].add((split, label))
-        for found in holders.values():
-            splits, labels = (len(set(names)) for names in zip(*found, strict=True))
-            self.counts["in_both_splits"] += splits > 1
-            self.counts["in_several_classes"] += labels > 1
-        self._tell()
+        self.count_equal()
+        for kind, examples in self._examples.items():
+            if kind != "read":
+                more = ", …" if self.counts[kind] > len(examples) else ""
+                logger.info("%s: %s%s", TREATMENTS[kind], ", ".join(examples), more)
+        self.tell(self._skipped(), any(self.counts[kind] for kind in MISSED))
+
+    def _needed(self) -> list[str]:
+        """The splits in which there must be images."""
+        if not self.labelled:
+            return ["test"]
+        return ["train", "test"] if self._depth is None else ["train"]
 
     def _check_classes(self) -> None:
         """Refuse a class folder of which nothing was read."""
         read = {(split, label) for split, label, _ in self.names}
-        for (root, path, split), what in self._classes.items():
-            above, label = path[:-2], path[-1]
-            beside = self._places.get((root, split), above) == above
+        for (root, above, split, label), what in self._classes.items():
+            beside = self._splits.get((root, split), above) == above
             if beside and (split, label) not in read:
+                place = f"{split}/{label}/" if self._depth is None else f"{label}/"
                 raise InputError(
-                    f"{self.where}: class {label!r} has no images in {split}/{label}/: "
+                    f"{self.where}: class {label!r} has no images in {place}: "
                     f"files there are {what}"
                 )
 
@@ -240,19 +251,6 @@ class ImageFolder:
             if kind != "read" and self.counts[kind]
         ]
         return f"; skipped: {', '.join(said)}" if said else ""
-
-    def _tell(self) -> None:
-        """One sentence, a warning if the user may miss something, and examples of each kind."""
-        for kind, examples in self._examples.items():
-            if kind != "read":
-                more = ", …" if self.counts[kind] > len(examples) else ""
-                logger.info("%s: %s%s", TREATMENTS[kind], ", ".join(examples), more)
-        said = f"{self.where}: images read: {self.counts['read']:,}{self._skipped()}"
-        for kind, what in EQUAL.items():
-            if self.counts[kind]:
-                said += f"; {what} ({self.counts[kind]:,})"
-        doubtful = any(self.counts[kind] for kind in (*MISSED, *EQUAL))
-        logger.log(logging.WARNING if doubtful else logging.INFO, said)
 
 
 def _sources(root: Path) -> list[Path]:

@@ -5,28 +5,31 @@ Tran et al., "Hydra: Preserving Ensemble Diversity for Model Distillation" (arXi
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ensdistill.networks import build_network
+from ensdistill.graphs import cut_at, replace
+from ensdistill.libraries import LibraryNetwork
+from ensdistill.networks import ResidualNetwork, build_network
 from ensdistill.student import Student
 
-Cut = Literal["stage", "linear"]
 
-
-def split(network: nn.Module, cut: Cut) -> tuple[nn.Module, nn.Module]:
+def split(network: nn.Module, cut: str) -> tuple[nn.Module, nn.Module]:
     """A network's body and head, with head(body(x)) = network(x) to the bit.
 
     Args:
-        network: a `ResidualNetwork`; its parts become parts of the two.
-        cut: the head is the last stage and all behind it (`stage`), or the average and the linear
-            layer alone (`linear`).
+        network: its parts become parts of the two.
+        cut: of a `ResidualNetwork`: the head is the last stage and all behind it (`stage`), or the
+            average and the linear layer alone (`linear`). Of a library's network: the last layer
+            alone (`linear`), or the module of that name and all behind it, such as `layer4`.
 
     Raises:
         ValueError: there is no such cut.
     """
+    if isinstance(network, LibraryNetwork):
+        return _split_library(network, cut)
     if cut not in ("stage", "linear"):
         raise ValueError(f"a network is cut before its last 'stage' or 'linear' layer, not {cut!r}")
     body, head = network, copy.deepcopy(network)
@@ -36,6 +39,17 @@ def split(network: nn.Module, cut: Cut) -> tuple[nn.Module, nn.Module]:
     body.head = None
     (body if cut == "stage" else head).final_norm = None
     return body, head
+
+
+def _split_library(network: LibraryNetwork, cut: str) -> tuple[nn.Module, nn.Module]:
+    if cut == "linear":
+        head = network.get_submodule(network.last)
+        replace(network, network.last, nn.Identity())
+        return network, head
+    if cut not in dict(network.body.named_modules()):
+        first = ", ".join(name for name, _ in network.body.named_children())
+        raise ValueError(f"'cut' must be 'linear' or name a module, such as {first}; not {cut!r}")
+    return cut_at(network, f"body.{cut}")
 
 
 class HydraNetwork(nn.Module):
@@ -50,10 +64,15 @@ class HydraNetwork(nn.Module):
         input (B, C, H, W), which the body sees once, or (M, B, C, H, W) → logits (M, B, K).
     """
 
-    def __init__(self, network: nn.Module, members: int, cut: Cut):
+    def __init__(self, network: nn.Module, members: int, cut: str):
         super().__init__()
         self.body, head = split(network, cut)
         self.heads = nn.ModuleList([head, *(copy.deepcopy(head) for _ in range(members - 1))])
+
+    @property
+    def can_stand_beside(self) -> bool:
+        """Whether there is a network of grouped convolutions for all heads."""
+        return isinstance(self.body, ResidualNetwork)
 
     def forward(self, x: Tensor, alone: bool = False) -> Tensor:
         """Logits of every member; those of head 0 for all of them where it is `alone`."""
@@ -89,7 +108,7 @@ class Hydra(Student):
         self,
         architecture: Mapping[str, Any],
         members: int,
-        cut: Cut = "stage",
+        cut: str = "stage",
         together: float = 0.5,
     ):
         super().__init__()

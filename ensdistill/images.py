@@ -1,14 +1,27 @@
 """The one images.h5 in which every study begins.
 
-images.h5 has `/train`, `/val` and `/test`, each with `images` uint8 (N, C, H, W) and `labels`
-int64 (N,), and `/held_out` where the study holds images out. Its attributes hold classes, mean and
-std of the training pixels (per channel, in [0, 1]), the source, the SHA-256 of what was read, and
-for own data how many files were read and how many skipped, by why.
+images.h5 has `/train`, `/val` and `/test`, and `/held_out` where the study holds images out, each
+with `labels` int64 (N,) and either `images` uint8 (N, C, H, W), or the images' files: `files`
+uint8, all their bytes one after the other, and `offsets` int64 (N + 1,), between which each lies;
+the attributes of `files` are the arguments of `pictures.pixels`, which decodes them. Files are
+stored where the pixels would be too many.
+
+Own images are stored as networks see them in evaluation, except for /train and /held_out of a
+study with `images.resize`: those are the larger squares from which that centre was cut.
+
+The attributes of images.h5 hold classes, mean and std of the training pixels (per channel, in
+[0, 1]), the source, the SHA-256 of what was read; for own data how many files were read and how
+many skipped, by why, how test images were chosen if the data do not say (`split`), and where images
+were resized how that is done for an evaluation (`evaluation`).
 """
 
 import json
+import logging
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +29,19 @@ from numpy.typing import NDArray
 
 from ensdistill import InputError, sources
 from ensdistill.downloads import SOURCES
-from ensdistill.files import open_hdf5, write_hdf5
-from ensdistill.sources import Dataset, Split, stratified
+from ensdistill.files import Streamed, open_hdf5, write_hdf5
+from ensdistill.own_images import FileImages
+from ensdistill.pictures import centre
+from ensdistill.sources import Dataset, Split
+from ensdistill.splits import choose, stratified
+from ensdistill.stored_images import StoredImages
+
+logger = logging.getLogger(__name__)
+
+MOST_PIXELS = 2**35
+"""Bytes of pixels, of all splits, up to which pixels are stored; else the images' files are."""
+SHARE_OF_DISK = 0.5
+"""Of what is free: pixels that would take more are not stored."""
 
 
 def read_source(source: str, **options: Any) -> Dataset:
@@ -55,11 +79,18 @@ def write_images(
     """
     data = read_source(source, seed=seed, test=test, **options)
     splits = _split(data, source, train, validation, test, seed, held_out or 0)
-    arrays = {
-        f"{split}/{name}": array
-        for split, pair in splits.items()
-        for name, array in zip(("images", "labels"), pair, strict=True)
-    }
+    crop = data.evaluation and data.evaluation["crop"]
+    crops = {"val": crop, "test": crop, "held_out": None, "train": None}
+    encoded = _are_encoded(output, data, splits, crops)
+    counts = np.zeros((256, data.train[0].shape[1]), np.int64)
+    arrays = {}
+    for split, (images, places, labels) in splits.items():
+        add = partial(_count_values, counts) if split == "train" else None
+        arrays |= _stored(split, images, places, crops[split], encoded, add)
+        arrays[f"{split}/labels"] = labels
+    streamed = isinstance(data.train[0], FileImages)
+    if not streamed:
+        _count_values(counts, arrays["train/images"])
     write_hdf5(
         output,
         arrays,
@@ -68,11 +99,18 @@ def write_images(
             "source": source,
             "sha256": data.sha256,
             **({"files": data.files} if data.files else {}),
+            **({"split": data.chosen} if data.chosen else {}),
+            **({"evaluation": data.evaluation} if data.evaluation else {}),
             "classes": data.classes,
-            **_mean_and_std(splits["train"][0]),
+            **({} if streamed else _mean_and_std(counts)),
         },
+        last=lambda: _mean_and_std(counts) if streamed else {},
     )
     return data.sha256
+
+
+Chosen = tuple[NDArray[np.uint8] | FileImages, NDArray[np.int64], NDArray[np.int64]]
+"""All images that a split is chosen from, the places of its own among them, their labels."""
 
 
 def _split(
@@ -83,31 +121,112 @@ def _split(
     test: int | None,
     seed: int,
     held_out: int,
-) -> dict[str, Split]:
-    """Images and labels by split; arguments and errors as of `write_images`."""
+) -> dict[str, Chosen]:
+    """What each split holds, by labels and groups alone; arguments, errors as of `write_images`."""
     images, labels = data.train
-    count, classes = len(labels), len(data.classes)
-    if validation + held_out + (train or classes) > count:
-        aside = f"{validation} for validation{f', {held_out} held out' if held_out else ''}"
-        wanted = f"{aside} and {train or classes} for training"
+    count, classes, given = len(labels), len(data.classes), data.validation is not None
+    needed = {"for validation": 0 if given else validation, "held out": held_out}
+    if sum(needed.values()) + (train or classes) > count:
+        aside = ", ".join(f"{number} {what}" for what, number in needed.items() if number)
+        wanted = f"{aside}{aside and ' and '}{train or classes} for training"
         raise InputError(f"source {source!r} has {count} training images, fewer than {wanted}")
-    if data.official_validation:
-        chosen = np.arange(count) >= count - validation
+    left, splits = np.arange(count), {}
+
+    def take(what: str, name: str, wanted: int) -> None:
+        nonlocal left
+        groups = None if data.groups is None else data.groups[left]
+        chosen = choose(labels[left], groups, wanted, seed, name, data.classes)
+        splits[what] = images, left[chosen], labels[left[chosen]]
+        left = left[~chosen]
+
+    if given:
+        pictures, known = data.validation
+        wanted = min(validation, len(known))
+        splits["val"] = _subset(pictures, known, wanted, seed, "validation", data.classes)
+    elif data.official_validation:
+        first = count - validation
+        splits["val"], left = (images, left[first:], labels[first:]), left[:first]
     else:
-        chosen = stratified(labels, validation, seed, "validation", data.classes)
-    splits = {"val": (images[chosen], labels[chosen])}
-    images, labels = images[~chosen], labels[~chosen]
+        take("val", "validation", validation)
     if held_out:
-        chosen = stratified(labels, held_out, seed, "held_out", data.classes)
-        splits["held_out"] = images[chosen], labels[chosen]
-        images, labels = images[~chosen], labels[~chosen]
-    splits["train"] = _subset(images, labels, train, seed, "train", data.classes)
-    splits["test"] = _subset(*data.test, test, seed, "test", data.classes)
-    absent = set(range(classes)) - set(splits["train"][1].tolist())
+        take("held_out", "held_out", held_out)
+    chosen = _subset(images, labels[left], train, seed, "train", data.classes)
+    splits["train"] = images, left[chosen[1]], chosen[2]
+    tested = None if data.chosen else test  # of whole groups there are only about so many
+    splits["test"] = _subset(*data.test, tested, seed, "test", data.classes)
+    absent = set(range(classes)) - set(splits["train"][2].tolist())
     if absent:
         name = data.classes[min(absent)]
         raise InputError(f"source {source!r}: no training image of class {name!r} is left")
     return splits
+
+
+def _are_encoded(
+    output: str | os.PathLike[str],
+    data: Dataset,
+    splits: Mapping[str, Chosen],
+    crops: Mapping[str, int | None],
+) -> bool:
+    """Whether files are stored instead of pixels, by the size of all pixels; said in the log."""
+    if not isinstance(data.train[0], FileImages):
+        return False
+    channels, height, width = data.train[0].shape[1:]
+    total = sum(
+        len(places) * channels * ((crops[split] or 0) ** 2 or height * width)
+        for split, (_, places, _) in splits.items()
+    )
+    folder = Path(output).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    most = min(MOST_PIXELS, int(SHARE_OF_DISK * shutil.disk_usage(folder).free))
+    logger.info(
+        "%s: holds %s: all pixels are %.1f GB, of which %.1f GB would be stored",
+        *(output, "files, not pixels" if total > most else "pixels", total / 1e9, most / 1e9),
+    )
+    return total > most
+
+
+def _stored(
+    split: str,
+    images: NDArray[np.uint8] | FileImages,
+    places: NDArray[np.int64],
+    crop: int | None,
+    encoded: bool,
+    add: Callable[[NDArray[np.uint8]], None] | None,
+) -> dict[str, NDArray[Any] | Streamed]:
+    """The datasets of a split's images.
+
+    Args:
+        crop: side of the centres that are stored.
+        encoded: whether files are, which are decoded nevertheless: none may be damaged.
+        add: counts pixels.
+    """
+    if not isinstance(images, FileImages):
+        return {f"{split}/images": centre(images[places], crop)}
+
+    def decoded() -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        for number, image in images.read(places, crop):
+            if add:
+                add(image[None])
+            yield number, image
+
+    def files() -> Iterator[tuple[slice, NDArray[np.uint8]]]:
+        for number, place, content in images.files(places):
+            image = images.pixels(place, content, crop)
+            if add:
+                add(image[None])
+            yield slice(*offsets[number : number + 2]), np.frombuffer(content, np.uint8)
+
+    if not encoded:
+        sides = (crop, crop) if crop else images.shape[2:]
+        return {f"{split}/images": Streamed((len(places), images.shape[1], *sides), decoded)}
+    offsets = np.cumsum([0, *images.lengths(places)])
+    known = {"resize": images.resize, "crop": crop, "mode": images.mode}
+    known = {key: value for key, value in known.items() if value is not None}
+    return {
+        f"{split}/files": Streamed((int(offsets[-1]),), files, known),
+        f"{split}/offsets": offsets,
+    }
 
 
 def read_images(path: str | os.PathLike[str], split: str) -> Split:
@@ -116,39 +235,64 @@ def read_images(path: str | os.PathLike[str], split: str) -> Split:
     Raises:
         InputError: the file is damaged or no images file.
     """
+    stored = evaluation_images(path, split)
+    return stored.read(np.arange(len(stored))), stored.labels
+
+
+def read_part(
+    path: str | os.PathLike[str], split: str, places: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """Images (n, C, H, W) at these places; errors as of `read_images`."""
+    return evaluation_images(path, split).read(places)
+
+
+def evaluation_images(path: str | os.PathLike[str], split: str) -> StoredImages:
+    """Images of one split as networks see them when they do not learn: of larger ones the centre.
+
+    Raises:
+        InputError: as of `read_images`.
+    """
     with open_hdf5(path) as file:
-        return file[f"{split}/images"][:], file[f"{split}/labels"][:]
+        known = "val" in file
+    return StoredImages(path, split, StoredImages(path, "val").shape[2:] if known else None)
 
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The attributes of images.h5 that networks need: classes, mean, std, and shape (C, H, W)."""
+    """What networks need of images.h5: classes, mean, std, and shape (C, H, W), as they see it."""
     with open_hdf5(path) as file:
         known = {key: json.loads(file.attrs[key]) for key in ("classes", "mean", "std")}
-        return {**known, "shape": file["train/images"].shape[1:]}
+    return {**known, "shape": StoredImages(path, "val").shape[1:]}
 
 
 def _subset(
-    images, labels, count: int | None, seed: int, what: str, classes: Sequence[str]
-) -> Split:
-    if count is None or count == len(labels):
-        return images, labels
-    chosen = stratified(labels, count, seed, what, classes, rest=False)
-    return images[chosen], labels[chosen]
+    images: NDArray[np.uint8] | FileImages,
+    labels: NDArray[np.int64],
+    count: int | None,
+    seed: int,
+    what: str,
+    classes: Sequence[str],
+) -> Chosen:
+    places = np.arange(len(labels))
+    if count is not None and count != len(labels):
+        places = np.flatnonzero(stratified(labels, count, seed, what, classes, rest=False))
+    return images, places, labels[places]
 
 
-def _mean_and_std(images: NDArray[np.uint8]) -> dict[str, list[float]]:
-    """Of each channel, in [0, 1]; the standard deviation is at least a step of 1/255."""
-    pixels, values = _histograms(images), np.arange(256)[:, None] / 255
-    mean = (pixels * values).sum(0) / pixels.sum(0)
-    std = np.sqrt((pixels * (values - mean) ** 2).sum(0) / pixels.sum(0))
+def _mean_and_std(counts: NDArray[np.int64]) -> dict[str, list[float]]:
+    """Of each channel, in [0, 1]; the standard deviation is at least a step of 1/255.
+
+    Args:
+        counts: how often a channel has a value (256, C): exact without a float copy of images.
+    """
+    values = np.arange(256)[:, None] / 255
+    mean = (counts * values).sum(0) / counts.sum(0)
+    std = np.sqrt((counts * (values - mean) ** 2).sum(0) / counts.sum(0))
     return {"mean": mean.tolist(), "std": np.maximum(std, 1 / 255).tolist()}
 
 
-def _histograms(images: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """How often a channel has a value (256, C): exact statistics without a float copy of images."""
-    counts = np.zeros((256, images.shape[1]), dtype=np.int64)
+def _count_values(counts: NDArray[np.int64], images: NDArray[np.uint8]) -> None:
+    """Add how often the channels of images (N, C, H, W) have each value to `counts` (256, C)."""
     for start in range(0, len(images), 1000):  # bincount makes an int64 copy
         for channel in range(images.shape[1]):
             values = images[start : start + 1000, channel].ravel()
             counts[:, channel] += np.bincount(values, minlength=256)
-    return counts

@@ -16,12 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from ensdistill.batch_ensemble import BatchEnsembleLayer
+from ensdistill.convert import member
 from ensdistill.gaussian_logits import GaussianLogits, LatentFactorNetwork
+from ensdistill.graphs import replace
 from ensdistill.hydra import Hydra, HydraNetwork, split
-from ensdistill.layers import Layers
-from ensdistill.networks import build_network, fold_batch_norms
+from ensdistill.layers import WithoutRandomNumbers
+from ensdistill.networks import (
+    ResidualNetwork,
+    build_network,
+    fold_batch_norms,
+    norms_to_fold,
+    without_norm,
+)
 from ensdistill.packed import packed_layers
-from ensdistill.students import BatchEnsemble, Student, WithoutRandomNumbers
+from ensdistill.students import BatchEnsemble, Student
 
 REPEATS = 3
 """How often `fastest` times a form, after a warm-up."""
@@ -63,22 +71,23 @@ class SharedWeights(nn.Module):
 
     Args:
         network: of a `BatchEnsemble`, in eval mode; it is changed.
-        stem: the convolution C → M·out of all members.
+        members: M.
+        stem: the convolution C → M·out of all members; None to repeat the images instead.
     """
 
-    def __init__(self, network: nn.Module, stem: nn.Module):
+    def __init__(self, network: nn.Module, members: int, stem: nn.Module | None):
         super().__init__()
-        for module in list(network.modules()):
-            for conv, norm in getattr(module, "normalized", ()):
-                if isinstance(statistics := getattr(module, norm), nn.BatchNorm2d):
-                    _fold_into_factors(getattr(module, conv), statistics)
-                    setattr(module, norm, nn.Identity())
-        self.members = network.head.ensemble_size
-        network.stem = _StemOfRows(stem, self.members)
-        self.network = network
+        for module, layer, norm in norms_to_fold(network):
+            _fold_into_factors(module.get_submodule(layer), module.get_submodule(norm))
+            replace(module, norm, without_norm(module.get_submodule(norm)))
+        self.members, self.network = members, network
+        self.repeats = members if stem is None else 1
+        if stem is not None:
+            network.stem = _StemOfRows(stem, members)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.network(x).unflatten(0, (self.members, len(x)))
+        rows = x.repeat(self.repeats, 1, 1, 1) if self.repeats > 1 else x
+        return self.network(rows).unflatten(0, (self.members, len(x)))
 
 
 class _StemOfRows(nn.Module):
@@ -137,16 +146,15 @@ def inference_forms(student: Student) -> list[nn.Module]:
     student = copy.deepcopy(student.predictor()).eval().requires_grad_(False)
     architecture = student.spec["architecture"]
     if isinstance(student, BatchEnsemble):
-        networks = [
-            fold_batch_norms(_member(student.network, architecture, j))
-            for j in range(student.members)
-        ]
-        stem = SideBySide(networks, architecture).network.stem
-        forms = [*ensemble_forms(networks, architecture), SharedWeights(student.network, stem)]
+        networks = [fold_batch_norms(member(student.network, j)) for j in range(student.members)]
+        forms = ensemble_forms(networks, architecture)
+        beside = [form.network.stem for form in forms if isinstance(form, SideBySide)]
+        stem = copy.deepcopy(beside[0]) if beside else None
+        forms.append(SharedWeights(student.network, student.members, stem))
     else:
         fold_batch_norms(student.network)
         forms = [student]
-        if isinstance(student, Hydra):
+        if isinstance(student, Hydra) and student.network.can_stand_beside:
             forms.append(HeadsSideBySide(student.network, architecture))
         if isinstance(student, GaussianLogits):
             forms = [Sampled(student.network)]
@@ -158,7 +166,7 @@ def ensemble_forms(
 ) -> list[nn.Module]:
     """Every form of a deep ensemble of plain networks with folded batch normalisations."""
     forms: list[nn.Module] = [Separate(networks)]
-    if len(networks) > 1:
+    if len(networks) > 1 and isinstance(networks[0], ResidualNetwork):
         forms.append(SideBySide(networks, architecture))
     return forms
 
@@ -196,7 +204,10 @@ def _by_member(logits: Tensor, members: int) -> Tensor:
 
 def _wide(architecture: Mapping[str, Any], members: int) -> nn.Module:
     """M networks side by side, with folded batch normalisations; its tensors have no storage."""
-    wide = {key: architecture[key] * members for key in ("width", "num_classes")}
+    wide = {
+        "width": architecture.get("width", 16) * members,
+        "num_classes": architecture["num_classes"] * members,
+    }
     layers = packed_layers(members)
     layers = layers._replace(conv=partial(layers.conv, bias=True), stem=nn.Conv2d)
     with torch.device("meta"), WithoutRandomNumbers():
@@ -219,23 +230,8 @@ def _filled_beside(wide: nn.Module, networks: Sequence[nn.Module]) -> nn.Module:
 
 
 @torch.no_grad()
-def _member(network: nn.Module, architecture: Mapping[str, Any], j: int) -> nn.Module:
-    """Member j of a BatchEnsemble as a plain network whose convolutions have biases."""
-    state = dict(network.state_dict())
-    for name, layer in network.named_modules():
-        if isinstance(layer, BatchEnsembleLayer):
-            r, s = state.pop(f"{name}.r")[j], state.pop(f"{name}.s")[j]
-            ones = [1] * (layer.weight.ndim - 2)
-            state[f"{name}.weight"] = layer.weight * torch.outer(s, r).view(len(s), len(r), *ones)
-            state[f"{name}.bias"] = layer.bias[j].clone()
-    with torch.device("meta"), WithoutRandomNumbers():
-        plain = build_network(**architecture, layers=Layers(nn.Conv2d, nn.Linear))
-    plain.load_state_dict(state, assign=True)
-    return plain.eval().requires_grad_(False)
-
-
-@torch.no_grad()
 def _fold_into_factors(layer: BatchEnsembleLayer, norm: nn.BatchNorm2d) -> None:
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    bias = 0 if layer.bias is None else layer.bias
+    layer.bias = nn.Parameter((bias - norm.running_mean) * scale + norm.bias + 0 * layer.s)
     layer.s *= scale
-    layer.bias.sub_(norm.running_mean).mul_(scale).add_(norm.bias)

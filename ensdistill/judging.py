@@ -1,67 +1,105 @@
 """What a metric is, and what it may look at: the words in which `metrics.METRICS` is written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from ensdistill.calibration import apply_temperature
-from ensdistill.conformal import Sets, aps_scores, calibration_half, conformal_sets, lac_scores
+from ensdistill.blocks import blocks, collect
+from ensdistill.calibration import (
+    TINY,
+    apply_temperature,
+    clipped_log,
+    optimal_temperature,
+    root_temperature,
+    scaled_means,
+    surest,
+)
+from ensdistill.conformal import (
+    aps_scores,
+    calibration_half,
+    label_scores,
+    lac_scores,
+    sets_of,
+    threshold,
+)
 
 if TYPE_CHECKING:
     from ensdistill.predictions import Prediction
 
 Array = NDArray[np.float64]
+Labels = NDArray[np.int64]
 
 HIGHER, LOWER = 1, -1
 
 
+def mean(values: NDArray, n_bins: int = 0) -> float:
+    """Over images."""
+    return float(values.mean())
+
+
+def percent(values: NDArray, n_bins: int = 0) -> float:
+    """The share of images of which something is true, or NaN."""
+    return 100 * float(np.mean(values))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is fitted to a system's validation images."""
+
+    temperature: float = 1.0
+    """T*, which is the best; only scaled metrics need it."""
+    lac: float = np.nan
+    aps: float = np.nan
+    """Thresholds of conformal sets of the unscaled probabilities, from half of the images (see
+    `conformal.calibration_half`)."""
+
+
 @dataclass(frozen=True)
 class Judged:
-    """What a metric may look at: a system on the test images."""
+    """What a metric may look at: a system on some of the test images, n of them."""
 
     prediction: "Prediction"
-    labels: NDArray[np.int64]
+    labels: Labels
     n_bins: int
     """Of calibration errors."""
-    temperature: float = 1.0
-    """T*, which is the best on the validation images; only scaled metrics need it."""
-    validation: tuple[Array, NDArray[np.int64]] | None = None
-    """Its probabilities (N', K) of the validation images, and their labels (N',); only conformal
-    sets need them."""
+    fit: Fit = Fit()
     human: Array | None = None
-    """The shares of people who chose each class, (N, K), where they were asked."""
+    """The shares of people who chose each class, (n, K), where they were asked."""
 
     @cached_property
     def probs(self) -> Array:
-        """(N, K)."""
+        """(n, K)."""
         return self.prediction.probs()
 
     @cached_property
     def scaled(self) -> Array:
-        """Probabilities after temperature scaling, (N, K)."""
-        return apply_temperature(self.probs, self.temperature)
+        """Probabilities after temperature scaling, (n, K)."""
+        return apply_temperature(self.probs, self.fit.temperature)
 
     @cached_property
-    def lac(self) -> Sets:
-        """Conformal sets of the unscaled probabilities, calibrated on half of the validation
-        images (see `conformal.calibration_half`)."""
-        return self._sets(lac_scores)
+    def surest(self) -> tuple[Array, Labels]:
+        """See `calibration.surest`."""
+        return surest(self.probs, self.labels)
 
     @cached_property
-    def aps(self) -> Sets:
+    def lac(self) -> tuple[NDArray, NDArray]:
+        """Whether the label is in the set by `conformal.lac_scores`, and the set's size, (n,) each;
+        NaN where no threshold is known."""
+        return self._sets(lac_scores, self.fit.lac)
+
+    @cached_property
+    def aps(self) -> tuple[NDArray, NDArray]:
         """The same of `conformal.aps_scores`."""
-        return self._sets(aps_scores)
+        return self._sets(aps_scores, self.fit.aps)
 
-    def _sets(self, scores: Callable[[ArrayLike], Array]) -> Sets:
-        if self.validation is None:
-            return Sets(float("nan"), float("nan"))
-        probs, labels = self.validation
-        half = calibration_half(len(labels))
-        return conformal_sets(scores, (probs[half], labels[half]), (self.probs, self.labels))
+    def _sets(self, scores: Callable[..., Array], limit: float) -> tuple[NDArray, NDArray]:
+        if np.isnan(limit):
+            return (np.full(len(self.labels), np.nan),) * 2
+        return sets_of(scores, self.probs, self.labels, limit)
 
 
 @dataclass(frozen=True)
@@ -70,9 +108,10 @@ class Metric:
 
     title: str
     """Heads its column in the results table."""
-    function: Callable[..., float]
-    """Of a `Judged`; of uncertainties inside and outside in `DETECTION`; of the means of another
-    metric where `equivalent_of` names it."""
+    function: Callable[..., Any]
+    """Of a `Judged`: a value per image (n,), or what else `blocks.collect` takes, of which `whole`
+    makes the metric; None where a system has none. Of uncertainties inside and outside in
+    `DETECTION`; of the means of another metric where `equivalent_of` names it."""
     better: int = 0
     """`HIGHER`, `LOWER`, or 0 where neither is better."""
     unit: str = ""
@@ -85,6 +124,8 @@ class Metric:
     """The metric whose curve over ensemble sizes is asked for the size that does as well."""
     in_table: bool = True
     """Whether the results table has a column of it; the CSV has all."""
+    whole: Callable[[Any, int], float] = mean
+    """Of the values of all images, and the number of bins."""
 
     @property
     def column(self) -> str:
@@ -99,3 +140,90 @@ class Metric:
         unit = f" ({self.unit})" if self.unit else ""
         better = {HIGHER: ", higher is better", LOWER: ", lower is better", 0: ""}[self.better]
         return f"{name[0].upper()}{name[1:]}{unit}{better}"
+
+
+def judge(
+    chosen: Mapping[str, Metric],
+    systems: Sequence["Prediction"],
+    labels: Labels,
+    n_bins: int,
+    fits: Sequence[Fit] | None = None,
+    human: Array | None = None,
+) -> list[dict[str, float]]:
+    """Metrics of several systems, by which all images are looked at once.
+
+    Args:
+        chosen: metrics by their keys.
+        systems: predictions of the same images.
+        labels: (N,).
+        n_bins, human: as `Judged` has them, of all images.
+        fits: by `fitted`, one per system.
+    """
+
+    def values(images: slice) -> list[list[Any]]:
+        people = None if human is None else human[images]
+        seen = (
+            Judged(system.part(images), labels[images], n_bins, fit, people)
+            for system, fit in zip(systems, fits or [Fit()] * len(systems), strict=True)
+        )
+        return [[metric.function(it) for metric in chosen.values()] for it in seen]
+
+    return [
+        {
+            key: np.nan if found is None else metric.whole(found, n_bins)
+            for (key, metric), found in zip(chosen.items(), of_system, strict=True)
+        }
+        for of_system in collect(systems, values)
+    ]
+
+
+def fitted(systems: Sequence["Prediction"], labels: Labels) -> list[Fit]:
+    """The fits of several systems to validation images, of which they have predictions."""
+    calibrates = np.zeros(len(labels), bool)
+    calibrates[calibration_half(len(labels))] = True
+
+    def scores(images: slice) -> list[list[Array]]:
+        used = calibrates[images]
+        return [
+            [label_scores(of, probs, labels[images][used]) for of in (lac_scores, aps_scores)]
+            for probs in (system.part(images).probs()[used] for system in systems)
+        ]
+
+    thresholds = [map(threshold, found) for found in collect(systems, scores)]
+    temperatures = optimal_temperatures(systems, labels)
+    return [Fit(*found) for found in zip(temperatures, *zip(*thresholds, strict=True), strict=True)]
+
+
+def optimal_temperatures(systems: Sequence["Prediction"], labels: Labels) -> list[float]:
+    """`optimal_temperature` of several systems.
+
+    Each is the root of a slope, a sum over images. In order that all systems share the passes over
+    the images, each root is sought with the slopes that are known, until it asks for one more.
+    """
+    if len(list(blocks(systems))) == 1:
+        whole = slice(0, len(labels))
+        return [optimal_temperature(it.part(whole).probs(), labels) for it in systems]
+    known: list[dict[float, float]] = [{} for _ in systems]
+    while True:
+        asked: dict[int, float] = {}
+        found = []
+        for place, slopes in enumerate(known):
+            try:
+                found.append(root_temperature(slopes.__getitem__))
+            except KeyError as unknown:
+                asked[place] = unknown.args[0]
+        if not asked:
+            return found
+
+        def terms(images: slice, asked: Mapping[int, float] = asked) -> list[list[Array]]:
+            logs = (clipped_log(systems[it].part(images).probs(), TINY) for it in asked)
+            at_label = np.arange(images.stop - images.start), labels[images]
+            return [
+                [scaled_means(log_probs, inverse), log_probs[at_label]]
+                for log_probs, inverse in zip(logs, asked.values(), strict=True)
+            ]
+
+        for (place, inverse), (scaled, own) in zip(
+            asked.items(), collect(systems, terms), strict=True
+        ):
+            known[place][inverse] = float(scaled.mean() - own.mean())

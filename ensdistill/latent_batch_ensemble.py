@@ -20,7 +20,9 @@ from ensdistill.batch_ensemble import (
     BatchEnsembleConv2d,
     BatchEnsembleLayer,
     BatchEnsembleLinear,
+    outer,
 )
+from ensdistill.convert import to_batch_ensemble
 from ensdistill.layers import Layers
 
 
@@ -36,6 +38,13 @@ class LatentLayer(BatchEnsembleLayer):
         nn.init.zeros_(self.dr)
         nn.init.zeros_(self.ds)
 
+    def take_over(self, plain: nn.Module, *_: object) -> None:
+        """As of `BatchEnsembleLayer`; all members begin as the ordinary layer."""
+        members, (out_features, in_features) = self.ensemble_size, plain.weight.shape[:2]
+        self.weight, self.bias = plain.weight, plain.bias
+        self.dr = nn.Parameter(plain.weight.new_zeros(members, self.groups * in_features))
+        self.ds = nn.Parameter(plain.weight.new_zeros(members, out_features))
+
     @property
     def r(self) -> Tensor:
         return 1 + self.dr
@@ -50,7 +59,7 @@ class LatentLayer(BatchEnsembleLayer):
     def merged(self) -> dict[str, Tensor]:
         """Weight, and bias if there is one, of the ordinary layer W ∘ (s̄ r̄ᵀ), s̄ ∘ b."""
         r, s = self.r.mean(0), self.s.mean(0)
-        factors = torch.outer(s, r).view(*self.weight.shape[:2], *[1] * (self.weight.ndim - 2))
+        factors = outer(s, r, self.groups, self.weight.ndim)
         bias = {} if self.bias is None else {"bias": s * self.bias}
         return {"weight": self.weight * factors, **bias}
 
@@ -68,6 +77,9 @@ def latent_layers(ensemble_size: int) -> Layers:
     return Layers(
         partial(LatentConv2d, ensemble_size=ensemble_size, bias=False),
         partial(LatentLinear, ensemble_size=ensemble_size),
+        convert=partial(
+            to_batch_ensemble, ensemble_size=ensemble_size, conv=LatentConv2d, linear=LatentLinear
+        ),
     )
 
 

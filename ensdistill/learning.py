@@ -15,6 +15,7 @@ from ensdistill.metrics import ensemble_probs
 from ensdistill.numerics import Precision, autocast, check_gradients
 from ensdistill.objectives import OBJECTIVES, Parts
 from ensdistill.perturbations import PERTURBATIONS
+from ensdistill.recipes import Recipe
 from ensdistill.students import Step, Student
 
 SMALLEST_FACTOR = 0.01
@@ -43,7 +44,7 @@ class Learning:
     def parts(self, step: Step) -> Parts:
         """The loss of a step, and its parts; `Step.held_out` is drawn here."""
         if self.held_out:
-            step = replace(step, held_out=next(self.held_out.epoch(step.generator))[0])
+            step = replace(step, held_out=self.held_out.any_batch(step.generator)[0])
         x_distill = self.perturbation(step)
         if self.single_pass:
             step = replace(step, x=x_distill)
@@ -113,6 +114,47 @@ def check_first_step(
         return learning.parts(step)["loss"]
 
     check_gradients(student, x, y, loss, precision)
+
+
+def new_optimizer(student: Student, recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimiser of a recipe, with a student's `parameter_groups`."""
+    return OPTIMIZERS[recipe.optimizer](parameter_groups(student, recipe), recipe)
+
+
+def parameter_groups(student: Student, recipe: Recipe) -> list[dict[str, Any]]:
+    """A student's groups of parameters with their peak rates and weight decays.
+
+    With AdamW parameters that are vectors (of normalisations, biases, and biases of each member)
+    are not decayed, as is usual where it is used: decoupled decay would pull them to 0 whatever
+    their gradients. Each group is followed by one of its vectors, if it has some.
+    """
+    if recipe.optimizer == "sgd":
+        return student.parameter_groups(recipe.learning_rate, recipe.weight_decay)
+    vectors = {
+        parameter
+        for name, parameter in student.named_parameters()
+        if parameter.ndim <= 1 or name.rsplit(".", 1)[-1] == "bias"
+    }
+    groups = []
+    for group in student.adaptive_groups(recipe.learning_rate, recipe.weight_decay):
+        plain, others = (
+            [p for p in group["params"] if (p in vectors) == it] for it in (False, True)
+        )
+        groups += [{**group, "params": plain}, {**group, "params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _sgd(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
+    momentum = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
+    return torch.optim.SGD(groups, **momentum, fused=True)
+
+
+def _adamw(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, betas=(recipe.momentum, 0.999), fused=True)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw}
+"""By the names that config.yaml uses."""
 
 
 def learning_rate_factor(

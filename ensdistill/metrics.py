@@ -13,22 +13,27 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ensdistill.blocks import Total
 from ensdistill.calibration import (
     adaptive_ece,
-    classwise_ece,
+    classwise_gaps,
     clipped_log,
     ece,
+    mean_gap,
     paired,
     smooth_ece,
     softmax,
+    surest,
 )
 from ensdistill.calibration import apply_temperature as apply_temperature
+from ensdistill.calibration import classwise_ece as classwise_ece
 from ensdistill.calibration import confidence_bins as confidence_bins
 from ensdistill.calibration import optimal_temperature as optimal_temperature
 from ensdistill.calibration import reliability as reliability
 from ensdistill.detection import aupr, auroc, fpr95
-from ensdistill.judging import HIGHER, LOWER, Metric
+from ensdistill.judging import HIGHER, LOWER, Metric, percent
 from ensdistill.judging import Judged as Judged
+from ensdistill.judging import judge as judge
 from ensdistill.selective import augrc, aurc, rejection_ratio
 
 Array = NDArray[np.float64]
@@ -163,18 +168,22 @@ def mutual_information(logits: ArrayLike) -> Array:
     return entropy(members.mean(1), "none") - entropy(members, "none").mean(1)
 
 
-def human_kl(probs: ArrayLike, human: ArrayLike) -> float:
+def human_kl(
+    probs: ArrayLike, human: ArrayLike, reduction: Literal["mean", "none"] = "mean"
+) -> float | Array:
     """KL(h ‖ p), in nats, the mean over images of Σ_k h_k log(h_k/p_k) [Peterson et al. 2019].
 
     Args:
         probs: p, (N, K).
         human: h, the shares of people who chose each class, (N, K).
+        reduction: "mean" over images, or "none" for (N,).
 
     >>> round(human_kl([[0.5, 0.5]], [[1.0, 0.0]]), 4)
     0.6931
     """
     human = np.asarray(human, dtype=np.float64)
-    return float(np.mean(np.sum(human * (clipped_log(human) - clipped_log(probs)), axis=1)))
+    terms = human * (clipped_log(human) - clipped_log(probs))
+    return _reduce(np.sum(terms, axis=1), reduction)
 
 
 def deep_ensemble_equivalent(score: float, curve: Sequence[float]) -> float:
@@ -208,65 +217,64 @@ def _reduce(values: Array, reduction: str) -> float | Array:
     return float(values.mean()) if reduction == "mean" else values
 
 
-def mean_or_nan(values: Array | None) -> float:
-    """The mean over images; NaN of what a kind of prediction does not have."""
-    return float("nan") if values is None else float(values.mean())
-
-
 METRICS: dict[str, Metric] = {
     "acc": Metric(
         "ACC",
-        lambda it: accuracy(it.probs, it.labels),
+        lambda it: it.surest[1] == 0,
         HIGHER,
         "%",
         decimals=2,
         meaning="accuracy",
         name="accuracy",
+        whole=percent,
     ),
     "nll": Metric(
         "NLL",
-        lambda it: nll(it.probs, it.labels),
+        lambda it: nll(it.probs, it.labels, "none"),
         LOWER,
         "nats",
         meaning="negative log-likelihood",
     ),
     "bs": Metric(
         "BS",
-        lambda it: brier(it.probs, it.labels),
+        lambda it: brier(it.probs, it.labels, "none"),
         LOWER,
         meaning="Brier score",
         name="Brier score",
     ),
     "ece": Metric(
         "ECE",
-        lambda it: ece(it.probs, it.labels, it.n_bins),
+        lambda it: it.surest,
         LOWER,
         meaning="expected calibration error",
+        whole=lambda pair, n_bins: ece(*pair, n_bins),
     ),
     "nll_ts": Metric(
         "NLL, TS",
-        lambda it: nll(it.scaled, it.labels),
+        lambda it: nll(it.scaled, it.labels, "none"),
         LOWER,
         "nats",
         meaning="NLL after scaling by T*",
     ),
     "bs_ts": Metric(
         "BS, TS",
-        lambda it: brier(it.scaled, it.labels),
+        lambda it: brier(it.scaled, it.labels, "none"),
         LOWER,
         meaning="Brier score after scaling by T*",
     ),
     "ece_ts": Metric(
         "ECE, TS",
-        lambda it: ece(it.scaled, it.labels, it.n_bins),
+        lambda it: surest(it.scaled, it.labels),
         LOWER,
         meaning="expected calibration error after scaling by T*",
+        whole=lambda pair, n_bins: ece(*pair, n_bins),
     ),
     "temperature": Metric(
         "T*",
-        lambda it: it.temperature,
+        lambda it: np.full(len(it.labels), it.fit.temperature),
         decimals=2,
         meaning="temperature that is best on the validation split",
+        whole=lambda values, n_bins: float(values[0]),
     ),
     "dee": Metric(
         "DEE",
@@ -287,74 +295,81 @@ METRICS: dict[str, Metric] = {
     ),
     "diversity": Metric(
         "Diversity",
-        lambda it: mean_or_nan(it.prediction.diversity()),
+        lambda it: it.prediction.diversity(),
         unit="nats",
         meaning="pairwise KL between members, or between draws from a Dirichlet distribution",
     ),
     "entropy": Metric(
         "Entropy",
-        lambda it: entropy(it.probs),
+        lambda it: entropy(it.probs, "none"),
         unit="nats",
         meaning="entropy of the prediction",
         in_table=False,
     ),
     "aurc": Metric(
         "AURC",
-        lambda it: aurc(it.probs, it.labels),
+        lambda it: it.surest,
         LOWER,
         meaning="area under the risk–coverage curve, the error rate among the k surest images "
         "averaged over k",
         in_table=False,
+        whole=lambda pair, n_bins: aurc(*pair),
     ),
     "augrc": Metric(
         "AUGRC",
-        lambda it: augrc(it.probs, it.labels),
+        lambda it: it.surest,
         LOWER,
         meaning="area under the generalised risk–coverage curve, the k surest images' errors as a "
         "share of all images, averaged over k",
         in_table=False,
+        whole=lambda pair, n_bins: augrc(*pair),
     ),
     "rejection_ratio": Metric(
         "Rejection ratio",
-        lambda it: rejection_ratio(it.probs, it.labels),
+        lambda it: it.surest,
         HIGHER,
         meaning="how much of the AURC between a random ranking (0) and one with all errors last "
         "(1) is gained",
         in_table=False,
+        whole=lambda pair, n_bins: rejection_ratio(*pair),
     ),
     "classwise_ece": Metric(
         "Class-wise ECE",
-        lambda it: classwise_ece(it.probs, it.labels, it.n_bins),
+        lambda it: (Total(classwise_gaps(it.probs, it.labels, it.n_bins)), it.labels),
         LOWER,
         meaning="calibration error of every class's probability, the mean over classes",
         in_table=False,
+        whole=lambda pair, n_bins: mean_gap(pair[0], len(pair[1])),
     ),
     "adaptive_ece": Metric(
         "Adaptive ECE",
-        lambda it: adaptive_ece(it.probs, it.labels, it.n_bins),
+        lambda it: it.surest,
         LOWER,
         meaning="calibration error in bins of equally many images",
         in_table=False,
+        whole=lambda pair, n_bins: adaptive_ece(*pair, n_bins),
     ),
     "smooth_ece": Metric(
         "Smooth ECE",
-        lambda it: smooth_ece(it.probs, it.labels),
+        lambda it: it.surest,
         LOWER,
         meaning="calibration error smoothed over confidences instead of binned",
         in_table=False,
+        whole=lambda pair, n_bins: smooth_ece(*pair),
     ),
     "lac_coverage": Metric(
         "LAC coverage",
-        lambda it: 100 * it.lac.coverage,
+        lambda it: it.lac[0],
         unit="%",
         decimals=2,
         meaning="images whose label is in their conformal set (least ambiguous sets, LAC); "
         "90 % are asked for; calibrated on half of the validation split",
         in_table=False,
+        whole=percent,
     ),
     "lac_size": Metric(
         "LAC size",
-        lambda it: it.lac.size,
+        lambda it: it.lac[1],
         LOWER,
         "classes",
         decimals=3,
@@ -363,16 +378,17 @@ METRICS: dict[str, Metric] = {
     ),
     "aps_coverage": Metric(
         "APS coverage",
-        lambda it: 100 * it.aps.coverage,
+        lambda it: it.aps[0],
         unit="%",
         decimals=2,
         meaning="images whose label is in their adaptive prediction set (APS), which is never "
         "empty; at least 90 % are asked for",
         in_table=False,
+        whole=percent,
     ),
     "aps_size": Metric(
         "APS size",
-        lambda it: it.aps.size,
+        lambda it: it.aps[1],
         LOWER,
         "classes",
         decimals=3,
@@ -381,7 +397,7 @@ METRICS: dict[str, Metric] = {
     ),
     "human_kl": Metric(
         "KL to people",
-        lambda it: float("nan") if it.human is None else human_kl(it.probs, it.human),
+        lambda it: None if it.human is None else human_kl(it.probs, it.human, "none"),
         LOWER,
         "nats",
         meaning="divergence of the prediction from the shares of people who chose each class "

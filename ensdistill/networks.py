@@ -1,38 +1,28 @@
 """Residual networks for small images; every kind of layers makes one from the same code."""
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ensdistill.architectures import parse_architecture
-from ensdistill.batch_ensemble import BatchEnsembleConv2d, batch_ensemble_layers, subsample
-from ensdistill.layers import Layers, plain_layers
-
-
-class Normalize(nn.Module):
-    """(x − mean) / std per channel, so that everything outside a network is in pixel units."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
-
-
-def in_float32(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """module(x) without autocast where autocast is on; x is converted to float32 then."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return module(x)
-    with torch.autocast(device, enabled=False):
-        return module(x.float())
+from ensdistill.batch_ensemble import BatchEnsembleConv2d, subsample
+from ensdistill.convert import batch_ensemble_layers
+from ensdistill.graphs import norms_behind_convolutions, replace
+from ensdistill.layers import Layers, Normalize, autocast_dtype, in_float32, plain_layers
+from ensdistill.libraries import (
+    LibraryNetwork,
+    own_network,
+    pretrained_statistics,
+    timm_network,
+    torchvision_network,
+)
 
 
 class BasicBlock(nn.Module):
@@ -94,6 +84,8 @@ class ResidualNetwork(nn.Module):
     """
 
     normalized = (("stem", "stem_norm"),)
+    last = "head"
+    """The name of the last layer."""
 
     def __init__(
         self,
@@ -135,9 +127,7 @@ class ResidualNetwork(nn.Module):
         if self.stem is not None:
             # bfloat16 pixels would lose a sixth of a perturbation with η = 1/255.
             x = in_float32(self._stem, x)
-            if torch.is_autocast_enabled(x.device.type):
-                x = x.to(torch.get_autocast_dtype(x.device.type))
-            x = self.stem_norm(x)
+            x = self.stem_norm(x.to(autocast_dtype(x)))
             x = x if self.pre_activation else F.relu_(x)
         x = self.blocks(x)
         if self.pre_activation and self.final_norm is not None:
@@ -151,7 +141,7 @@ class ResidualNetwork(nn.Module):
         return self.head(x.permute(0, 2, 3, 1).flatten(1, 2).mean(1))
 
 
-def resnet(depth: int, width: int, **options: Any) -> ResidualNetwork:
+def resnet(depth: int, *, width: int = 16, **options: Any) -> ResidualNetwork:
     """A ResNet for small images, of 6n + 2 layers [He et al. 2016a, §4.2]."""
     return ResidualNetwork(
         BasicBlock,
@@ -162,7 +152,7 @@ def resnet(depth: int, width: int, **options: Any) -> ResidualNetwork:
     )
 
 
-def wrn(depth: int, widen: int, width: int, **options: Any) -> ResidualNetwork:
+def wrn(depth: int, widen: int, *, width: int = 16, **options: Any) -> ResidualNetwork:
     """A wide residual network of 6n + 4 layers, k = `widen` [Zagoruyko & Komodakis 2016]."""
     return ResidualNetwork(
         PreActivationBlock,
@@ -173,11 +163,17 @@ def wrn(depth: int, widen: int, width: int, **options: Any) -> ResidualNetwork:
     )
 
 
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"resnet": resnet, "wrn": wrn}
-"""Builders by family; methods.ARCHITECTURES says how their names are written.
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "resnet": resnet,
+    "wrn": wrn,
+    "timm": timm_network,
+    "torchvision": torchvision_network,
+    "file": own_network,
+}
+"""Builders by family; architectures.ARCHITECTURES says how their names are written.
 
-A builder takes the sizes in the name, `width`, num_classes, in_channels, mean and std as
-`build_network`, and the `Layers` that it is made of.
+A builder takes what its names say; num_classes, in_channels, mean and std as `build_network`; the
+`Layers` that the network is made of; and options of its own, by keyword.
 """
 
 
@@ -192,38 +188,62 @@ def build_network(
     """A network by name, in channels_last memory format: (M·B, C, H, W) → (M·B, K).
 
     Args:
-        name: `resnet{6n+2}` such as resnet32 [He et al. 2016a, §4.2], or `wrn{6n+4}x{k}` such as
-            wrn28x10 [Zagoruyko & Komodakis 2016].
+        name: `resnet{6n+2}` such as resnet32 [He et al. 2016a, §4.2], `wrn{6n+4}x{k}` such as
+            wrn28x10 [Zagoruyko & Komodakis 2016], `timm:<model>`, `torchvision:<model>` or
+            `file:<path>:<function>` (see libraries.py).
         num_classes: K.
         in_channels: C.
         ensemble_size: M; above 1 every convolution and linear layer is a BatchEnsemble layer,
             with member biases, and batch normalisation is shared by all members.
         layers: what it is made of, if it is neither plain nor a BatchEnsemble.
-        **options: `width`, the channels of the first stage (16 unless told; times k in a WRN);
-            `mean` and `std`, per channel, of the pixels in [0, 1] (default 0 and 1).
+        **options: `mean` and `std`, per channel, of the pixels in [0, 1] (default 0 and 1); `width`
+            of a resnet or wrn, the channels of the first stage (16 unless told; times k in a WRN);
+            of the others `pretrained` and `options`, as of `libraries.timm_network`.
 
     Raises:
         ValueError: the name or an option is unknown, or no such depth exists.
+        InputError: see libraries.py.
 
     Example:
         >>> network = build_network("resnet32", num_classes=10)
         >>> sum(parameter.numel() for parameter in network.parameters())
         464154
     """
-    defaults = {"width": 16, "mean": [0.0] * in_channels, "std": [1.0] * in_channels}
-    if unknown := options.keys() - defaults.keys():
+    family, given = parse_architecture(name)
+    builder = ARCHITECTURES[family]
+    takes = inspect.signature(builder).parameters.values()
+    known = {it.name for it in takes if it.kind is it.KEYWORD_ONLY} | {"mean", "std"}
+    if unknown := options.keys() - known:
         raise ValueError(f"unknown network option {', '.join(map(repr, sorted(unknown)))}")
     if layers is None:
         layers = plain_layers() if ensemble_size == 1 else batch_ensemble_layers(ensemble_size)
-    family, sizes = parse_architecture(name)
-    network = ARCHITECTURES[family](
-        **sizes,
+    network = builder(
+        **given,
         num_classes=num_classes,
         in_channels=in_channels,
         layers=layers,
-        **(defaults | options),
+        **{"mean": [0.0] * in_channels, "std": [1.0] * in_channels, **options},
     )
     return network.to(memory_format=torch.channels_last)
+
+
+def described(architecture: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `build_network` for an architecture of config.yaml.
+
+    Mean and std of the pixels are those of the architecture, or else those that its pretrained
+    weights were trained with, or else the images'.
+
+    Args:
+        architecture: of `studies.Study.parts`.
+        images: as `read_description` returns.
+    """
+    family, given = parse_architecture(architecture["name"])
+    channels = images["shape"][0]
+    statistics = {key: images[key] for key in ("mean", "std")}
+    if architecture.get("pretrained"):
+        statistics |= pretrained_statistics(family, given.get("model"), channels)
+    sizes = {"num_classes": len(images["classes"]), "in_channels": channels}
+    return {**architecture, **sizes, **statistics}
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
@@ -236,9 +256,25 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
     Args:
         network: in eval mode; it is changed.
     """
-    for module in list(network.modules()):
-        for conv, norm in getattr(module, "normalized", ()):
-            if isinstance(statistics := getattr(module, norm), nn.BatchNorm2d):
-                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), statistics))
-                setattr(module, norm, nn.Identity())
+    for module, conv, norm in norms_to_fold(network):
+        statistics = module.get_submodule(norm)
+        replace(module, conv, fuse_conv_bn_eval(module.get_submodule(conv), statistics))
+        replace(module, norm, without_norm(statistics))
     return network.to(memory_format=torch.channels_last)
+
+
+def norms_to_fold(network: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """Modules that have a convolution and a batch normalisation behind it, and their names."""
+    for module in list(network.modules()):
+        pairs = getattr(module, "normalized", ())
+        if isinstance(module, LibraryNetwork | GraphModule):
+            pairs = norms_behind_convolutions(module)
+        for conv, norm in pairs:
+            if isinstance(module.get_submodule(norm), nn.BatchNorm2d):
+                yield module, conv, norm
+
+
+def without_norm(norm: nn.BatchNorm2d) -> nn.Module:
+    """What is left of it once its statistics are elsewhere: timm has some with an activation."""
+    rest = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]
+    return nn.Sequential(*rest) if rest else nn.Identity()

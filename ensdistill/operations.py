@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ensdistill.batches import TrainingBatches
+from ensdistill.layers import WithoutRandomNumbers
 from ensdistill.learning import learning
+from ensdistill.networks import build_network
 from ensdistill.students import Step, Student
 
 aten = torch.ops.aten
@@ -55,6 +57,21 @@ def prediction_macs(form: nn.Module, x: Tensor) -> int:
     """
     one, both = (_counted(lambda batch=x[:size]: form(batch)) for size in (1, 2))
     return both - one
+
+
+def pixel_macs(architecture: Mapping[str, Any], side: int) -> float:
+    """Multiply–adds of a network's forward pass, divided by the pixels of the image.
+
+    They are counted without numbers, on tensors that have no storage.
+
+    Args:
+        architecture: of `studies.Study.parts`; for colour images.
+        side: of the image.
+    """
+    kept = {key: value for key, value in architecture.items() if key != "pretrained"}
+    with torch.device("meta"), WithoutRandomNumbers():
+        network = build_network(**kept, num_classes=10).eval()
+        return prediction_macs(network, torch.empty(2, 3, side, side)) / side**2
 
 
 def training_macs(

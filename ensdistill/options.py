@@ -33,6 +33,8 @@ class StudentOptions(Section):
     """Which needs of objectives it meets."""
     own_objective: ClassVar[str]
     """The objective of a method that names none."""
+    any_architecture: ClassVar[bool] = True
+    """Whether it can be made of a library's network."""
     counts_teachers: ClassVar[bool] = False
     """Whether it is built for so many teachers; so is every student with members."""
     title: ClassVar[str]
@@ -66,6 +68,7 @@ class Single(StudentOptions):
 class BatchEnsemble(StudentOptions):
     """M members that share one set of weights and differ by rank-one factors."""
 
+    later = frozenset({"init", "std"})
     offers = frozenset({LOGITS, MEMBERS})
     own_objective = "one_to_one"
     title = "KD"
@@ -73,6 +76,11 @@ class BatchEnsemble(StudentOptions):
 
     name: Literal["batch_ensemble"] = "batch_ensemble"
     """Chooses this student."""
+    init: Literal["normal", "signs", "ones"] = "normal"
+    """How the factors r and s begin: N(1, std²), random signs, or all 1. Of pretrained weights much
+    is lost by the first two, unless `std` is small."""
+    std: Positive = 0.5
+    """Standard deviation of normal factors."""
 
 
 _LATENT = {"epochs": 200, "batch_size": 128, "learning_rate": 0.1, "momentum": 0.9}
@@ -106,8 +114,9 @@ class Hydra(StudentOptions):
 
     name: Literal["hydra"] = "hydra"
     """Chooses this student."""
-    cut: Literal["stage", "linear"] = "stage"
-    """What a head is: the last stage and all behind it, or the linear layer alone."""
+    cut: str = "stage"
+    """What a head is: the last stage and all behind it, or the linear layer alone (`linear`); of a
+    library's architecture, which has no `stage`, also the module of that name and all behind it."""
     together: Share = 0.5
     """Share of the training in which one head learns for all; the others then start as copies."""
 
@@ -127,6 +136,7 @@ class MIMO(StudentOptions):
 class Packed(StudentOptions):
     """M narrow networks side by side in grouped convolutions."""
 
+    any_architecture = False
     offers = frozenset({LOGITS, MEMBERS})
     own_objective = "labels"
     title = "KD-Packed"

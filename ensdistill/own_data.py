@@ -8,12 +8,12 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ensdistill import InputError
-from ensdistill.archives import entries, is_hidden
+from ensdistill.archives import TABLES, entries, is_hidden
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,11 @@ MISSING = "missing"
 
 
 def known_state(
-    record: str | os.PathLike[str], roots: str | Sequence[str], *, labelled: bool
+    record: str | os.PathLike[str],
+    roots: str | Sequence[str],
+    *,
+    labelled: bool,
+    columns: Mapping[str, str | None] | None = None,
 ) -> str:
     """What changes exactly when the images do, for a rule's parameters.
 
@@ -33,9 +37,9 @@ def known_state(
 
     Args:
         record: a file of states that are known, with the checksums of their images; see `remember`.
-        roots, labelled: as of `ImageFolder`.
+        roots, labelled, columns: as of `own_images`, where roots are its path.
     """
-    state, known = current_state(roots), _read(record)
+    state, known = current_state(roots, columns), _read(record)
     states = known["states"]
     if state is None:
         if states:
@@ -44,11 +48,11 @@ def known_state(
     if not states:
         return state
     if state not in states:
-        from ensdistill.folders import ImageFolder
+        from ensdistill.own_images import own_images
 
         logger.warning("%s: changed; reading it to see whether the images did", roots)
-        images = ImageFolder(roots, labelled=labelled)
         try:
+            images = own_images(roots, labelled=labelled, columns=columns)
             for _ in images.read():
                 pass
         except InputError:
@@ -65,18 +69,21 @@ def remember(record: str | os.PathLike[str], state: str, sha256: str) -> None:
     _write(record, {**known, "made": state})
 
 
-def current_state(roots: str | Sequence[str]) -> str | None:
+def current_state(
+    roots: str | Sequence[str], columns: Mapping[str, str | None] | None = None
+) -> str | None:
     """A digest of names, sizes and times of all files; None if there are none.
 
-    Of what cannot be read the reason counts.
+    Of a table these are its own and those of the files that it lists. Of what cannot be read the
+    reason counts.
     """
     digest, count = hashlib.sha256(), 0
     for root in map(Path, [roots] if isinstance(roots, str) else roots):
         if not root.is_dir():
             if not root.exists():
                 return None
-            status = root.stat()
-            digest.update(repr((status.st_size, status.st_mtime_ns)).encode())
+            for path in [root, *_listed(root, columns)]:
+                digest.update(repr(_size_and_time(path)).encode())
             count += 1
             continue
         try:
@@ -89,6 +96,23 @@ def current_state(roots: str | Sequence[str]) -> str | None:
             digest.update(str(error).encode())
             count += 1
     return digest.hexdigest() if count else None
+
+
+def _listed(table: Path, columns: Mapping[str, str | None] | None) -> list[str]:
+    """The files of a table of paths; none of anything else, or if it cannot be read."""
+    if table.suffix.lower() not in TABLES:
+        return []
+    from ensdistill.image_tables import listed_files
+
+    return listed_files(table, columns)
+
+
+def _size_and_time(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _read(record: str | os.PathLike[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ensdistill.architectures import LIBRARIES, parse_architecture
 from ensdistill.layers import Layers
 from ensdistill.mimo import SideBySide
 from ensdistill.networks import build_network
@@ -82,14 +83,17 @@ class Packed(SideBySide):
         groups: γ, of each convolution of a member but the first; with 1 members are ordinary.
 
     Raises:
-        ValueError: γ does not divide the channels of a member.
+        ValueError: γ does not divide the channels of a member; or the architecture is a library's.
     """
 
     def __init__(
         self, architecture: Mapping[str, Any], members: int, widen: float = 2.0, groups: int = 1
     ):
         super().__init__()
-        width = members * narrow_width(architecture["width"], members, widen, groups)
+        if parse_architecture(architecture["name"])[0] in LIBRARIES:
+            raise ValueError(f"{architecture['name']!r} cannot be packed; resnet32 can")
+        plain = architecture.get("width", 16)
+        width = members * narrow_width(plain, members, widen, groups)
         self.network = build_network(
             **{**self.side_by_side(architecture, members), "width": width},
             layers=packed_layers(members, groups),

@@ -3,17 +3,23 @@
 A logits file has the splits of an images file, such as `/val` and `/test`, each with `logits`
 float32 (N, M, K) and `labels` int64 (N,), and attributes that say what made it. The attribute
 `prediction` says what the logits mean: an entry of `PREDICTIONS`, `mixture` if it is absent.
+
+What is read here may be larger than memory: whoever asks a prediction for something of all images
+gets it block by block (see `ensdistill.blocks`), and several things at once by `per_image`.
 """
 
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from math import prod
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ensdistill import DamagedFile, InputError, metrics
+from ensdistill import DamagedFile, InputError, blocks, metrics
+from ensdistill.calibration import surest
 from ensdistill.files import open_hdf5
 
 Array = NDArray[np.float64]
@@ -28,6 +34,9 @@ class Prediction(ABC):
         logits: (N, M, K), as stored.
     """
 
+    together = 1
+    """See `blocks.Blocked`."""
+
     def __init__(self, logits: ArrayLike):
         self.logits = np.asarray(logits)
 
@@ -36,10 +45,30 @@ class Prediction(ABC):
         """A prediction as a file has it; a kind with parameters reads them from `attributes`."""
         return cls(logits)
 
-    @classmethod
-    @abstractmethod
-    def join(cls, parts: Sequence[Self]) -> Self:
-        """The deep ensemble of several systems."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, M, K)."""
+        return self.logits.shape
+
+    def part(self, images: slice) -> "Prediction":
+        """The same of some of the images, in memory."""
+        return self if images == slice(0, self.shape[0]) else type(self)(self.logits[images])
+
+    def per_image(self, function: Callable[..., Any], *arrays: NDArray) -> Any:
+        """What a function finds of every image.
+
+        Args:
+            function: of a part of the prediction, and the same part of each array; see
+                `blocks.collect`.
+            arrays: (N, …).
+        """
+        return blocks.collect(
+            [self], lambda images: function(self.part(images), *(it[images] for it in arrays))
+        )
+
+    def surest(self, labels: Labels) -> tuple[Array, Labels]:
+        """All that `calibration.surest` keeps of the images."""
+        return self.per_image(lambda it, known: surest(it.probs(), known), labels)
 
     @abstractmethod
     def probs(self) -> Array:
@@ -87,11 +116,11 @@ class Mixture(Prediction):
     A single network is a mixture of one member, and has no diversity.
     """
 
-    @classmethod
-    def join(cls, parts: Sequence[Self]) -> Self:
-        return cls(np.concatenate([part.logits for part in parts], axis=1))
-
     def probs(self) -> Array:
+        return self._probs
+
+    @cached_property
+    def _probs(self) -> Array:
         return metrics.ensemble_probs(self.logits)
 
     def mean_logits(self) -> Array:
@@ -125,9 +154,9 @@ class Dirichlet(Prediction):
     """
 
     def __init__(self, logits: ArrayLike, offset: float = 0.0):
-        super().__init__(logits)
-        z = self.logits.astype(np.float64)
-        self._log_alpha = np.logaddexp(z, np.log(offset)) if offset else z
+        z = np.asarray(logits, dtype=np.float64)
+        super().__init__(np.logaddexp(z, np.log(offset)) if offset else z)
+        self._log_alpha = self.logits
         self._log_total = np.logaddexp.reduce(self._log_alpha, axis=2, keepdims=True)
         self._log_means = self._log_alpha - self._log_total
         self._means = np.exp(self._log_means)
@@ -136,10 +165,6 @@ class Dirichlet(Prediction):
     def stored(cls, logits: ArrayLike, attributes: Mapping[str, Any]) -> Self:
         """The attribute `concentration_offset` is the offset, 0 if it is absent."""
         return cls(logits, float(attributes.get("concentration_offset", 0.0)))
-
-    @classmethod
-    def join(cls, parts: Sequence[Self]) -> Self:
-        return cls(np.concatenate([part._log_alpha for part in parts], axis=1))
 
     def probs(self) -> Array:
         return self._means.mean(1)
@@ -210,24 +235,124 @@ Apart from the classes, so that networks need no training anew if an uncertainty
 """
 
 
+def _by_block(name: str) -> Callable[["Joined"], Array | None]:
+    return lambda joined: joined.per_image(lambda part: getattr(part, name)())
+
+
+class Joined(Prediction):
+    """One system, or the deep ensemble of several, whose logits are put together block by block.
+
+    Args:
+        parts: predictions of one kind, of the same images.
+    """
+
+    def __init__(self, parts: Sequence["Prediction | _Stored"]):
+        self.parts = [it for part in parts for it in getattr(part, "parts", [part])]
+        self.together = max(part.together for part in self.parts)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        images, _, classes = self.parts[0].shape
+        return images, sum(part.shape[1] for part in self.parts), classes
+
+    @property
+    def logits(self) -> NDArray:
+        return self.per_image(lambda part: part.logits)
+
+    def part(self, images: slice) -> Prediction:
+        first, *others = (part.part(images) for part in self.parts)
+        if not others:
+            return first
+        return type(first)(np.concatenate([it.logits for it in (first, *others)], axis=1))
+
+    probs, entropy, doubt = map(_by_block, ("probs", "entropy", "doubt"))
+    mean_logits, energy, max_logit = map(_by_block, ("mean_logits", "energy", "max_logit"))
+    mutual_information = _by_block("mutual_information")
+    diversity, disagreement = map(_by_block, ("diversity", "disagreement"))
+
+
+class _Stored:
+    """Logits that are read when they are asked for; the last ones read are kept.
+
+    Args:
+        path, name, at: the array of a file, or what stands in it `at` an index.
+        shape, together: as those of a `Prediction`.
+        kind: what makes a prediction of logits.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        name: str,
+        at: tuple[int, ...],
+        shape: tuple[int, ...],
+        together: int,
+        kind: Callable[[Array], Prediction],
+    ):
+        self.path, self.name, self.at, self.kind = path, name, at, kind
+        self.shape, self.together = shape, together
+        self._start, self._logits = 0, np.empty(0)
+
+    def part(self, images: slice) -> Prediction:
+        place = images.start - self._start
+        if place < 0 or images.stop - self._start > len(self._logits):
+            self._start = images.start // self.together * self.together
+            place = images.start - self._start
+            end = -(-images.stop // self.together) * self.together
+            with open_hdf5(self.path) as file:
+                found = file[self.name][(*self.at, slice(self._start, end))]
+            self._logits = _checked(self.path, self.name, found)
+        return self.kind(self._logits[place : place + images.stop - images.start])
+
+
+def _checked(path: str | os.PathLike[str], name: str, logits: NDArray) -> NDArray:
+    if np.isfinite(logits).all():
+        return logits
+    raise InputError(f"{path}: some {name.removesuffix('/logits')} logits are not finite")
+
+
+def _stored(
+    path: str | os.PathLike[str],
+    dataset: Any,
+    kind: Callable[[Array], Prediction],
+    at: tuple[int, ...] = (),
+) -> Prediction:
+    """A prediction of an array in an open file: in memory if it is a single block."""
+    name, shape = dataset.name.removeprefix("/"), dataset.shape[len(at) :]
+    if prod(shape) <= blocks.WHOLE:
+        return kind(_checked(path, name, dataset[(*at, slice(None))]))
+    together = dataset.chunks[len(at)] if dataset.chunks else 1
+    return Joined([_Stored(path, name, at, shape, together, kind)])
+
+
 def read_prediction(path: str | os.PathLike[str], split: str) -> tuple[Prediction, Labels]:
     """The prediction for one split, and its labels (N,).
+
+    What does not fit into a block is read when it is asked for; then its errors come as late.
 
     Raises:
         DamagedFile: the file is damaged or lacks the split.
         InputError: some logits are not finite, or the kind of prediction is unknown.
     """
     with open_hdf5(path) as file:
-        logits, labels = file[f"{split}/logits"][:], file[f"{split}/labels"][:]
-        attributes = dict(file.attrs)
-    if logits.ndim != 3 or labels.shape != logits.shape[:1]:
-        raise DamagedFile(path, f"logits {logits.shape} and labels {labels.shape} do not pair up")
-    if not np.isfinite(logits).all():
-        raise InputError(f"{path}: some {split} logits are not finite")
-    kind = str(attributes.get("prediction", "mixture"))
-    if kind not in PREDICTIONS:
-        raise InputError(f"{path}: unknown prediction {kind!r}; known are {', '.join(PREDICTIONS)}")
-    return PREDICTIONS[kind].stored(logits, attributes), labels
+        dataset = file[f"{split}/logits"]
+        dataset[:0]  # an error of HDF5 if it is no array
+        labels, attributes = file[f"{split}/labels"][:], dict(file.attrs)
+        if dataset.ndim != 3 or labels.shape != dataset.shape[:1]:
+            said = f"logits {dataset.shape} and labels {labels.shape} do not pair up"
+            raise DamagedFile(path, said)
+        name = str(attributes.get("prediction", "mixture"))
+        if name not in PREDICTIONS:
+            known = ", ".join(PREDICTIONS)
+            raise InputError(f"{path}: unknown prediction {name!r}; known are {known}")
+        kind = partial(PREDICTIONS[name].stored, attributes=attributes)
+        return _stored(path, dataset, kind), labels
+
+
+def read_mixture(path: str | os.PathLike[str], name: str, *at: int) -> Prediction:
+    """The mixture whose logits an analysis stored by a name, or `at` an index of what it stored."""
+    with open_hdf5(path) as file:
+        return _stored(path, file[f"{name}/logits"], Mixture, at)
 
 
 def read_ensemble(paths: Sequence[str], split: str) -> tuple[Prediction, Labels]:
@@ -238,7 +363,7 @@ def read_ensemble(paths: Sequence[str], split: str) -> tuple[Prediction, Labels]
 
 def join(parts: Sequence[Prediction]) -> Prediction:
     """The deep ensemble of systems that all predict in the same way."""
-    return type(parts[0]).join(parts)
+    return Joined(parts)
 
 
 def splits_of(path: str | os.PathLike[str]) -> list[str]:

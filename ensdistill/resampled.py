@@ -1,12 +1,14 @@
 """Metrics of students and deep ensembles, as measured and on resamples of the test images."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ensdistill.bootstrap import Estimate, image_weights, mean_of
-from ensdistill.calibration import confidence_bins
+from ensdistill.blocks import collect
+from ensdistill.bootstrap import Estimate, Weights, image_weights, mean_of
+from ensdistill.calibration import confidence_bins, surest
 from ensdistill.metrics import brier, deep_ensemble_equivalent, nll
 from ensdistill.predictions import Labels, Prediction, join, read_attributes, read_prediction
 from ensdistill.systems import Students, subsets
@@ -24,7 +26,7 @@ class ResampledSystems:
         self.ensemble_parameters = sum(
             int(read_attributes(path)["parameters"]) for path in teachers[:members]
         )
-        sizes = [ensemble_nll(pool, labels, size) for size in range(1, len(pool) + 1)]
+        sizes = ensemble_nll(pool, labels, range(1, len(pool) + 1))
         self.curve = mean_of(np.stack(sizes, axis=1), self.weights)
         """NLL of deep ensembles; its columns are not seeds but sizes."""
         self.parameters = {
@@ -40,8 +42,9 @@ class ResampledSystems:
     ) -> dict[str, Estimate]:
         seeds, errors = [], []
         for pair in replicates:
-            seeds.append(_per_image(*pair))
-            errors.append(calibration_error(*pair, n_bins, self.weights))
+            found = _per_image(*pair)
+            errors.append(calibration_error(*found.pop("surest"), n_bins, self.weights))
+            seeds.append(found)
         found = {
             key: mean_of(np.stack([seed[key] for seed in seeds], axis=1), self.weights)
             for key in seeds[0]
@@ -51,13 +54,16 @@ class ResampledSystems:
         return found
 
 
-def ensemble_nll(pool: Sequence[Prediction], labels: Labels, size: int) -> NDArray:
-    """NLL (N,) of the deep ensembles of one size, the mean over `subsets` of the pool."""
-    scores = [
-        nll(join([pool[i] for i in subset]).probs(), labels, "none")
-        for subset in subsets(len(pool), size)
-    ]
-    return np.mean(scores, axis=0)
+def ensemble_nll(pool: Sequence[Prediction], labels: Labels, sizes: Sequence[int]) -> list[NDArray]:
+    """NLL (N,) of the deep ensembles of each size, the mean over `subsets` of the pool."""
+    joined = [[join([pool[i] for i in it]) for it in subsets(len(pool), size)] for size in sizes]
+
+    def means(images: slice) -> list[NDArray]:
+        known = labels[images]
+        of_sizes = ([nll(it.part(images).probs(), known, "none") for it in its] for its in joined)
+        return [np.mean(scores, axis=0) for scores in of_sizes]
+
+    return collect([ensembles[0] for ensembles in joined], means)
 
 
 def share_of_gain(student: Estimate, one: Estimate, ensemble: Estimate) -> Estimate:
@@ -72,20 +78,21 @@ def share_of_gain(student: Estimate, one: Estimate, ensemble: Estimate) -> Estim
     )
 
 
-def _per_image(prediction: Prediction, labels: Labels) -> dict[str, NDArray]:
-    """Values (N,) whose means over images are metrics; those that the prediction has."""
-    probs = prediction.probs()
-    diversity, disagreement = prediction.diversity(), prediction.disagreement()
-    found = {
-        "nll": nll(probs, labels, "none"),
-        "bs": brier(probs, labels, "none"),
-        "acc": 100.0 * (probs.argmax(1) == labels),
-    }
-    if diversity is not None:
-        found["diversity"] = diversity
-    if disagreement is not None:
-        found["disagreement"] = 100 * disagreement
-    return found
+def _per_image(prediction: Prediction, labels: Labels) -> dict[str, Any]:
+    """Values (N,) whose means over images are metrics, those that the prediction has; and what
+    `calibration.surest` keeps."""
+
+    def values(part: Prediction, known: Labels) -> list[Any]:
+        probs = part.probs()
+        pair = surest(probs, known)
+        scores = nll(probs, known, "none"), brier(probs, known, "none"), 100.0 * (pair[1] == 0)
+        return [*scores, part.diversity(), part.disagreement(), pair]
+
+    keys = "nll", "bs", "acc", "diversity", "disagreement", "surest"
+    found = dict(zip(keys, prediction.per_image(values, labels), strict=True))
+    if found["disagreement"] is not None:
+        found["disagreement"] = 100 * found["disagreement"]
+    return {key: it for key, it in found.items() if it is not None}
 
 
 def side_by_side(columns: Sequence[Estimate]) -> Estimate:
@@ -93,11 +100,8 @@ def side_by_side(columns: Sequence[Estimate]) -> Estimate:
     return Estimate(measured, np.concatenate([column.resampled for column in columns], axis=1))
 
 
-def calibration_error(
-    prediction: Prediction, labels: Labels, n_bins: int, weights: NDArray
-) -> Estimate:
+def calibration_error(probs: NDArray, labels: Labels, n_bins: int, weights: Weights) -> Estimate:
     """ECE = Σ_b |mean over images of 1[in bin b]·(correct − confidence)|."""
-    probs = prediction.probs()
     gaps = (probs.argmax(1) == labels) - probs.max(1)
     by_bin = np.zeros((len(labels), n_bins))
     by_bin[np.arange(len(labels)), confidence_bins(probs.max(1), n_bins)] = gaps

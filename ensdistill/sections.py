@@ -79,9 +79,13 @@ class Section(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = type(self).model_fields
-        unused = {key for key in self.later if getattr(self, key) == fields[key].default}
+        unused = self.unused()
         return {key: value for key, value in dump(self).items() if key not in unused}
+
+    def unused(self) -> set[str]:
+        """Keys that are not dumped."""
+        fields = type(self).model_fields
+        return {key for key in self.later if getattr(self, key) == fields[key].default}
 
 
 @cache

@@ -9,6 +9,8 @@ import hashlib
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ensdistill import InputError
-from ensdistill.corruptions import KINDS, SEVERITIES, corrupt
+from ensdistill.corruptions import KINDS, SEVERITIES, corrupt, corrupt_parts
 from ensdistill.downloads import SOURCES, verify
-from ensdistill.files import open_hdf5, write_hdf5
-from ensdistill.images import read_images, read_source
-from ensdistill.sources import as_array
+from ensdistill.files import Streamed, open_hdf5, write_hdf5
+from ensdistill.images import read_part, read_source
+from ensdistill.own_images import FileImages
+from ensdistill.pictures import as_array
+from ensdistill.sources import KEPT
 
 PIECES = 2000
 """How many pieces of photographs there are."""
@@ -57,12 +61,13 @@ def write_shifted(
     Raises:
         InputError: a source is unusable, or the official corruptions are of other images.
     """
-    clean, labels = read_images(images, "test")
     with open_hdf5(images) as file:
         checksums: dict[str, Any] = {"images": str(file.attrs["sha256"])}
+        labels = file["test/labels"][:]
     chosen = _choice(labels, corruptions["images"], seed)
+    shape = read_part(images, "test", chosen[:1]).shape[1:]
     sets = {
-        section["name"]: _others(section, shape=clean.shape[1:], seed=seed, archives=archives)
+        section["name"]: _others(section, shape=shape, seed=seed, archives=archives)
         for section in out_of_distribution
     }
     checksums["out_of_distribution"] = {name: sha256 for name, (_, sha256, _) in sets.items()}
@@ -72,14 +77,14 @@ def write_shifted(
         checksums["corruptions"] = verify(archive)
         corrupted = _official(archive, labels, chosen)
     else:
-        corrupted = _copies(clean[chosen], seed)
+        corrupted = _copies(images, chosen, shape, seed)
 
-    def arrays() -> Iterator[tuple[str, NDArray[Any]]]:
-        yield from _named("corrupted/clean/0", clean[chosen], labels[chosen])
+    def arrays() -> Iterator[tuple[str, NDArray[Any] | Streamed]]:
+        yield from _named("corrupted/clean/0", _clean(images, chosen, shape), labels[chosen])
         for kind, severity, copies in corrupted:
             yield from _named(f"corrupted/{kind}/{severity}", copies, labels[chosen])
         for name, (others, *_) in sets.items():
-            unknown = np.full(len(others), -1, dtype=np.int64)
+            unknown = np.full(others.shape[0], -1, dtype=np.int64)
             yield from _named(f"out_of_distribution/{name}", others, unknown)
 
     if files:
@@ -89,8 +94,8 @@ def write_shifted(
 
 
 def _named(
-    split: str, images: NDArray[np.uint8], labels: NDArray[np.int64]
-) -> Iterator[tuple[str, NDArray[Any]]]:
+    split: str, images: NDArray[np.uint8] | Streamed, labels: NDArray[np.int64]
+) -> Iterator[tuple[str, NDArray[Any] | Streamed]]:
     yield f"{split}/images", images
     yield f"{split}/labels", labels
 
@@ -111,10 +116,38 @@ def _choice(labels: NDArray[np.int64], count: int | None, seed: int) -> NDArray[
 # --- corruptions -----------------------------------------------------------------------------
 
 
-def _copies(images: NDArray[np.uint8], seed: int) -> Iterator[tuple[str, int, NDArray[np.uint8]]]:
+def _is_large(count: int, shape: Sequence[int]) -> bool:
+    """Whether so many images are written part by part, never being all in memory."""
+    return count * prod(shape) > KEPT
+
+
+def _clean(
+    path: str | os.PathLike[str], chosen: NDArray[np.int64], shape: Sequence[int]
+) -> NDArray[np.uint8] | Streamed:
+    """The chosen test images."""
+    if not _is_large(len(chosen), shape):
+        return read_part(path, "test", chosen)
+    parts = ((place, read_part(path, "test", chosen[[place]])) for place in range(len(chosen)))
+    return Streamed((len(chosen), *shape), lambda: parts)
+
+
+def _copies(
+    path: str | os.PathLike[str], chosen: NDArray[np.int64], shape: Sequence[int], seed: int
+) -> Iterator[tuple[str, int, NDArray[np.uint8] | Streamed]]:
+    """Corrupted copies of the chosen test images, by kind and severity."""
+    whole, large = (len(chosen), *shape), _is_large(len(chosen), shape)
+    images = None if large else read_part(path, "test", chosen)
+
+    def read(part: slice) -> NDArray[np.uint8]:
+        return read_part(path, "test", chosen[part])
+
     for kind in KINDS:
         for severity in SEVERITIES:
-            yield kind, severity, corrupt(images, kind, severity, seed)
+            if large:
+                parts = partial(corrupt_parts, read, whole, kind, severity, seed)
+                yield kind, severity, Streamed(whole, parts)
+            else:
+                yield kind, severity, corrupt(images, kind, severity, seed)
 
 
 def _official(
@@ -147,7 +180,7 @@ def _official(
 
 def _others(
     section: Mapping[str, Any], *, shape: tuple[int, int, int], seed: int, archives: Sequence[str]
-) -> tuple[NDArray[np.uint8], str, dict[str, int]]:
+) -> tuple[NDArray[np.uint8] | Streamed, str, dict[str, int]]:
     """Images of `shape` (C, H, W) from another source, the SHA-256 of what was read.
 
     Of own data also how many files were read and skipped.
@@ -171,13 +204,18 @@ def _others(
             labelled=False,
         )
         pixels, labels = data.test
-        sha256, files = data.sha256, data.files
-        pictures = (
-            Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-            .convert(mode)
-            .resize((width, height), Image.Resampling.BICUBIC)
-            for image in pixels[_choice(labels, images, seed)]
-        )
+        sha256, files, chosen = data.sha256, data.files, _choice(labels, images, seed)
+
+        def resized(image: NDArray[np.uint8]) -> Image.Image:
+            picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+            return picture.convert(mode).resize((width, height), Image.Resampling.BICUBIC)
+
+        if isinstance(pixels, FileImages) and _is_large(len(chosen), shape):
+            parts = (
+                (number, as_array([resized(image)], mode)) for number, image in pixels.read(chosen)
+            )
+            return Streamed((len(chosen), *shape), lambda: parts), sha256, files
+        pictures = map(resized, pixels[chosen])
     return as_array(pictures, mode), sha256, files
 
 

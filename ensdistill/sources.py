@@ -1,44 +1,38 @@
 """Image sources: what each gives before a study splits it. `downloads.SOURCES` lists them."""
 
 import hashlib
-import io
-import os
+import logging
 import re
 import tempfile
-import warnings
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ensdistill import InputError
 from ensdistill.downloads import verify
-from ensdistill.folders import ImageFolder
+from ensdistill.own_images import FileImages, Key, OwnImages, own_images
+from ensdistill.pictures import as_array, decode, mode_of, squared
+from ensdistill.splits import choose, stratified
 
-Split = tuple[NDArray[np.uint8], NDArray[np.int64]]
+logger = logging.getLogger(__name__)
+
+Split = tuple[NDArray[np.uint8] | FileImages, NDArray[np.int64]]
 """Images (N, C, H, W) and labels (N,)."""
 
-BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
-"""Tags of TIFF."""
-POINTERS = (b"version https://git-lfs", b"/annex/objects/")
-"""How files of Git LFS and git-annex begin that stand for others."""
-GREY_MODES = {"1", "L", "LA", "La"}
-Image.init()
-FORMATS = [name for name in Image.ID if name != "EPS"]
-"""What Pillow reads by itself; to read PostScript it would run Ghostscript, that is, a program."""
-MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-PER_PIXEL = 10
-"""Bytes that a pixel of a folder takes at most: in Pillow's pictures, and in two arrays."""
+KEPT = 2**28
+"""Bytes of own pictures that are decoded on the first reading and kept; if there are more, all
+are decoded when they are asked for."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a source gives: all its images, before a validation split is made."""
+    """What a source gives: all its images, before splits are made that it does not have."""
 
     train: Split
     test: Split
@@ -49,6 +43,15 @@ class Dataset:
     """Whether the last training images are the customary validation split."""
     files: dict[str, int] = field(default_factory=dict)
     """Of own data: how many files were read, and how many were skipped, by why."""
+    validation: Split | None = None
+    """Where the source itself says which images these are."""
+    groups: NDArray[np.str_] | None = None
+    """Of the training images (N,): those of one group stay together in all choices."""
+    evaluation: dict[str, Any] | None = None
+    """How own images are resized and cropped to what networks see in an evaluation; the images
+    here are not cropped yet."""
+    chosen: str = ""
+    """How the test images were chosen, where the source does not say which they are."""
 
 
 def digits(*, seed: int, test: int | None, **_: Any) -> Dataset:
@@ -139,7 +142,7 @@ def _tiny_images(archive: zipfile.ZipFile, listing: list[tuple[int, int, str]]) 
     images = np.empty((len(listing), 3, 64, 64), dtype=np.uint8)
     for image, (_, _, name) in zip(images, listing, strict=True):
         place = f"{archive.filename}/{name}"
-        picture = _decode(place, archive.read(name), None).convert("RGB")
+        picture = decode(place, archive.read(name)).convert("RGB")
         if picture.size != (64, 64):
             raise InputError(f"{place}: is {picture.width}×{picture.height}, not 64×64 pixels")
         image[:] = np.asarray(picture).transpose(2, 0, 1)
@@ -147,155 +150,113 @@ def _tiny_images(archive: zipfile.ZipFile, listing: list[tuple[int, int, str]]) 
 
 
 def folder(
-    *, path: str | Sequence[str], size: int | None, labelled: bool = True, **_: Any
+    *,
+    path: str | Sequence[str],
+    size: int | None,
+    resize: int | None = None,
+    columns: Mapping[str, str | None] | None = None,
+    labelled: bool = True,
+    seed: int = 0,
+    test: int | None = None,
+    **_: Any,
 ) -> Dataset:
-    """Your own images: train/<class>/<name> and test/<class>/<name>, in folders or archives.
+    """Your own images: folders or archives of them, tables of paths, or saved datasets.
 
-    Any format that Pillow reads by itself. If every image is grey there is one channel, else there
-    are three. Archives are read, never unpacked. Images are ordered by class and file name. What
-    is read, skipped or refused: `ensdistill.folders`.
+    Any format that Pillow reads by itself; what is done to the pixels is in `ensdistill.pictures`.
+    If every image is grey there is one channel, else there are three. Archives are read, never
+    unpacked. Images are ordered by class and name. What is read, skipped or refused:
+    `ensdistill.folders`, `ensdistill.image_tables`.
+
+    Without test images a fifth, or `test` images, is a stratified choice by `seed`.
 
     Args:
-        path: a directory that holds train/ and test/, or tar/zip archives of them, or a
-            directory of such archives.
+        path: as of `own_images`.
         size: side to which images are resized and centre-cropped; None: all have one size.
+        resize: side of the squares that are given, of which a centre of `size` is to be cut;
+            `size` unless told.
+        columns: as of `own_images`.
         labelled: whether to read training images and classes too, not only test images.
     """
-    found = ImageFolder(path, labelled=labelled)
-    pictures: dict[tuple[str, str, str], Image.Image] = {}
-    pixels, most = 0, MEMORY // PER_PIXEL
-    for name, key, data in found.read():
-        pictures[key] = picture = _decode(name, data, size)
-        pixels += picture.width * picture.height
-        if pixels > most:
-            raise InputError(
-                f"{name}: with this image there are more than {most:,} pixels, too many for the "
-                "memory of this machine: set a smaller images.size"
-            )
-    listing = found.listing()
-    labels = {split: [label for label, *_ in images] for split, images in listing.items()}
-    classes = sorted(set(labels["train" if labelled else "test"]))
-    if labelled:
-        _check_classes(found.where, set(classes), set(labels["test"]))
-    sizes = {picture.size for picture in pictures.values()}
-    if len(sizes) > 1:
-        some = ", ".join(f"{w}×{h}" for w, h in sorted(sizes)[:3])
+    found, side = own_images(path, labelled=labelled, columns=columns), resize or size
+    kept: dict[Key, Image.Image] | None = {}
+    modes, shapes, taken = set(), {(side, side)} if side else set(), 0
+    for place, key, content in found.read():
+        if kept is None and side:
+            modes.add(mode_of(place, content))
+            continue
+        picture = squared(decode(place, content), side)
+        modes.add(picture.mode)
+        shapes.add(picture.size[::-1])
+        taken += 4 * picture.width * picture.height  # as Pillow keeps colours
+        if kept is not None and taken <= KEPT:
+            kept[key] = picture
+        else:
+            kept = None
+    if len(shapes) > 1:
+        some = ", ".join(f"{w}×{h}" for w, h in sorted(shape[::-1] for shape in shapes)[:3])
         raise InputError(f"{found.where}: images differ in size ({some} …): set images.size")
-    grey = all(picture.mode in GREY_MODES for picture in pictures.values())
-    empty = np.empty((0, 1 if grey else 3, *sizes.pop()[::-1]), dtype=np.uint8)
-    splits = []
-    for split, images in listing.items():
-        chosen = (pictures[split, label, sha256] for label, _, sha256 in images)
-        pixels = as_array(chosen, "L" if grey else "RGB") if images else empty
-        splits.append((pixels, np.array([classes.index(label) for label in labels[split]], int)))
-    return Dataset(*splits, classes, found.sha256(), files=dict(+found.counts))
+    mode, (shape,) = "L" if modes == {"L"} else "RGB", shapes
+    keys = {
+        split: [(split, label, sha256) for label, _, sha256 in images]
+        for split, images in found.listing().items()
+    }
+    classes = found.class_names() if labelled else sorted({label for _, label, _ in keys["test"]})
+    chosen = _choose_test(found, keys, classes, test, seed) if labelled else ""
+
+    def split(name: str) -> Split:
+        labels = np.array([classes.index(label) for _, label, _ in keys[name]], int)
+        if kept is None:
+            return FileImages(found, keys[name], mode, side, shape), labels
+        pictures = [kept[key] for key in keys[name]]
+        empty = np.empty((0, 1 if mode == "L" else 3, *shape), dtype=np.uint8)
+        return as_array(pictures, mode) if pictures else empty, labels
+
+    return Dataset(
+        split("train"),
+        split("test"),
+        classes,
+        found.sha256(),
+        files=dict(+found.counts),
+        validation=split("val") if "val" in keys else None,
+        groups=np.array([found.groups[it] for it in keys["train"]]) if found.groups else None,
+        chosen=chosen,
+        evaluation={"resize": side, "crop": size, "interpolation": "bicubic"} if size else None,
+    )
 
 
-def _check_classes(where: str, trained: set[str], tested: set[str]) -> None:
-    for missing, there, absent in (
-        (trained - tested, "train", "test"),
-        (tested - trained, "test", "train"),
+def _choose_test(
+    found: OwnImages,
+    keys: dict[str, list[Key]],
+    classes: Sequence[str],
+    count: int | None,
+    seed: int,
+) -> str:
+    """Take test images from the training images, if there are none, and say so.
+
+    Raises:
+        InputError: the classes of the splits differ, or there is no such choice.
+    """
+    known = {split: {label for _, label, _ in images} for split, images in keys.items()}
+    for split in known:
+        if split != "train" and (known[split] or split != "test"):
+            _check_classes(found.where, split, known["train"], known[split])
+    if keys["test"]:
+        return ""
+    labels = np.array([classes.index(label) for _, label, _ in keys["train"]])
+    groups = np.array([found.groups[it] for it in keys["train"]]) if found.groups else None
+    mask = choose(labels, groups, count or len(labels) // 5, seed, "test", classes)
+    keys["test"] = [key for key, tested in zip(keys["train"], mask, strict=True) if tested]
+    keys["train"] = [key for key, tested in zip(keys["train"], mask, strict=True) if not tested]
+    whole = "" if groups is None else ", groups kept whole"
+    said = f"{mask.sum()} of {len(mask)} images, stratified by class, seed {seed}{whole}"
+    logger.info("%s: says not which images are for testing; chosen: %s", found.where, said)
+    return said
+
+
+def _check_classes(where: str, split: str, trained: set[str], there: set[str]) -> None:
+    for missing, has, lacks in (
+        (trained - there, "train", split),
+        (there - trained, split, "train"),
     ):
         if missing:
-            raise InputError(f"{where}: class {min(missing)!r} is in {there}/ but not in {absent}/")
-
-
-def _decode(name: str, data: bytes, size: int | None) -> Image.Image:
-    """One image as L, LA or RGB, upright, of the size wanted."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-                format, tags = opened.format, getattr(opened, "tag_v2", {})
-                picture = ImageOps.exif_transpose(opened)
-                picture.load()
-    except UnidentifiedImageError as error:
-        pointer = data.startswith(POINTERS)
-        why = "only a pointer to a file that was not fetched" if pointer else "empty"
-        why = f" (it is {why})" if pointer or not data else ""
-        raise InputError(f"{name}: not an image of a known format{why}") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's readers of damaged files raise nearly anything
-        raise InputError(f"{name}: not a readable image ({error})") from error
-    # Pillow gives 16-bit PGM, of whatever maximum, as 32-bit pixels 0 … 65,535.
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and format == "PPM"):
-        most = 4095 if tags.get(BITS_PER_SAMPLE) == (12,) else 65535
-        values = np.asarray(picture).astype(np.int64) * 255 // most
-        white = tags.get(PHOTOMETRIC) == 0  # TIFF's WhiteIsZero, which Pillow leaves as it is
-        picture = Image.fromarray((255 - values if white else values).astype(np.uint8))
-    elif picture.mode in ("I", "F"):
-        raise InputError(f"{name}: has 32-bit pixels, whose range is unknown; save it as 8-bit")
-    elif picture.mode not in GREY_MODES:
-        picture = picture.convert("RGB")
-    elif picture.mode != "L":
-        picture = picture.convert("L")
-    return ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC) if size else picture
-
-
-def as_array(pictures: Iterable[Image.Image], mode: str) -> NDArray[np.uint8]:
-    """Pictures of one size as (N, C, H, W), in mode L or RGB."""
-    images = np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
-    return images[:, None] if mode == "L" else images.transpose(0, 3, 1, 2)
-
-
-def stratified(
-    labels: NDArray[np.int64],
-    count: int,
-    seed: int,
-    what: str,
-    classes: Sequence[str],
-    *,
-    rest: bool = True,
-) -> NDArray[np.bool_]:
-    """A mask of `count` images, chosen by seed, with the classes' shares kept.
-
-    Every class is among them.
-
-    Args:
-        what: what the images are for, in messages.
-        classes: names of the classes.
-        rest: whether the other images are used too, so that every class must be among those.
-    """
-    from sklearn.model_selection import train_test_split
-
-    sizes = np.bincount(labels, minlength=len(classes))
-    total, least, parts = len(labels), int(sizes.argmin()), 1 + rest
-    there = (
-        f"there {'is' if sizes[least] == 1 else 'are'} only {sizes[least]} of {classes[least]!r}"
-    )
-    if count >= total:
-        raise InputError(f"{count} {what} images are wanted, but there are only {total}")
-    if sizes[least] < parts:
-        raise InputError(
-            f"{count} {what} images cannot be chosen from {total} with every class "
-            f"{'in both parts' if rest else 'among them'}: {there}"
-        )
-    if min(count, total - count if rest else count) < len(classes):
-        raise InputError(
-            f"{count} {what} images cannot be chosen from {total} images of {len(classes)} "
-            f"classes with every class {'in both parts' if rest else 'among them'}"
-        )
-    mask = np.zeros(total, dtype=bool)
-    if sizes[least] > 1 and total - count >= len(classes):
-        _, chosen = train_test_split(
-            np.arange(total), test_size=count, random_state=seed, stratify=labels
-        )
-        mask[chosen] = True
-        return mask
-    rng = np.random.default_rng(seed)
-    for label, number in enumerate(_shares(sizes, count)):
-        mask[rng.permutation(np.flatnonzero(labels == label))[:number]] = True
-    return mask
-
-
-def _shares(sizes: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """How many of each class make `count`: proportional to sizes, at least one."""
-    exact = sizes * count / sizes.sum()
-    shares = np.maximum(exact.astype(int), 1)
-    while (lack := count - shares.sum()) != 0:
-        # The class that is furthest from its exact share takes one more, or gives one.
-        gaps = (exact - shares) * np.sign(lack)
-        gaps[(shares == sizes) if lack > 0 else (shares == 1)] = -np.inf
-        shares[gaps.argmax()] += np.sign(lack)
-    return shares
+            raise InputError(f"{where}: class {min(missing)!r} is in {has}/ but not in {lacks}/")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ensdistill import DamagedFile, InputError
 from ensdistill.files import reading
-from ensdistill.networks import Normalize
+from ensdistill.layers import Normalize
 
 NESTED = ("state_dict", "model_state_dict", "model")
 """Keys of checkpoints under which programs store the state dict."""

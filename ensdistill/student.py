@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ensdistill import InputError
+
 
 class Student(nn.Module):
     """What every student has in common.
@@ -42,6 +44,33 @@ class Student(nn.Module):
         logits = self.member_logits(x)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    def check(self, x: Tensor) -> None:
+        """Refuse a network that does not give what its kind promises, before it is trained.
+
+        Args:
+            x: images (B, C, H, W) in [0, 1], B ≥ 2.
+
+        Raises:
+            InputError: it does not.
+        """
+        architecture = self.spec["architecture"]
+        expected = (self.members, len(x), architecture["num_classes"])
+        was_training = self.training
+        try:
+            found = tuple(self.eval()(x).shape)
+        except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            shape = "×".join(map(str, x.shape[1:]))
+            raise InputError(
+                f"{architecture['name']}: cannot take images of {shape} ({reason})"
+            ) from error
+        finally:
+            self.train(was_training)
+        if found != expected:
+            raise InputError(
+                f"{architecture['name']}: its logits have the shape {found[1:]}, not {expected[1:]}"
+            )
+
     def member_logits(self, x: Tensor) -> Tensor:
         """Images as of `forward` → logits (M, B, K), in the precision of the network."""
         raise NotImplementedError
@@ -66,6 +95,10 @@ class Student(nn.Module):
         """Groups of parameters for the optimiser, each with `lr` and `weight_decay`."""
         parameters = list(self.parameters())
         return [{"params": parameters, "lr": learning_rate, "weight_decay": weight_decay}]
+
+    def adaptive_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """The same for AdamW, whose steps do not grow with the gradients."""
+        return self.parameter_groups(learning_rate, weight_decay)
 
     def predictor(self) -> "Student":
         """What is validated, stored, judged and exported: this student, unless it is merged."""

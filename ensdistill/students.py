@@ -3,7 +3,7 @@
 Their contract is in student.py. A teacher is a `single` student that learnt from labels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from ensdistill.batch_ensemble import init_factors
+from ensdistill.convert import check_members
 from ensdistill.flow_matching import FlowMatching
 from ensdistill.gaussian_logits import GaussianLogits
 from ensdistill.hydra import Hydra
 from ensdistill.latent_batch_ensemble import latent_layers, merged_state
+from ensdistill.layers import WithoutRandomNumbers
+from ensdistill.loading import in_batches
 from ensdistill.mimo import MIMO
 from ensdistill.networks import build_network
 from ensdistill.packed import Packed
+from ensdistill.stored_images import StoredImages
 from ensdistill.student import Student
 
 ROWS = 500
@@ -42,18 +46,29 @@ class BatchEnsemble(Student):
     """M members that share one set of weights and differ by rank-one factors [Wen et al. 2020].
 
     Rows jB … (j+1)B−1 of the network belong to member j.
+
+    Args:
+        **factors: `init` and `std` of r and s, as of `init_factors`.
     """
 
     FACTORS = ("r", "s")
 
-    def __init__(self, architecture: Mapping[str, Any], members: int):
+    def __init__(self, architecture: Mapping[str, Any], members: int, **factors: Any):
         super().__init__()
         self.network = self.build(architecture, members)
         self.members = members
+        if factors:
+            for name, parameter in self.named_parameters():
+                if name.rsplit(".", 1)[-1] in self.FACTORS:
+                    init_factors(parameter, **factors)
 
     @staticmethod
     def build(architecture: Mapping[str, Any], members: int) -> nn.Module:
         return build_network(**architecture, ensemble_size=members)
+
+    def check(self, x: Tensor) -> None:
+        super().check(x)
+        check_members(self.network, self.members, x)
 
     def member_logits(self, x: Tensor) -> Tensor:
         x = self.of_each(x)
@@ -104,6 +119,15 @@ class LatentBatchEnsemble(BatchEnsemble):
             {"params": deviations, "lr": lr, "weight_decay": decay},
         ]
 
+    def adaptive_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Deviations as all others, with the rate η and weight decay λ.
+
+        That M times the gradient makes M times the step is not so with Adam: m/√v is the same for
+        g and Mg. So steps of the rate η are those by M times the gradient already. Decay that is
+        decoupled, δ ← δ − η·λ'·δ, shrinks δ by ηλ a step, as SGD's Mη·(λ/M) does, if λ' = λ.
+        """
+        return super(BatchEnsemble, self).parameter_groups(learning_rate, weight_decay)
+
     def predictor(self) -> Student:
         """The ordinary network as it is now: a new `Single`."""
         merged = unfilled("single", self.spec["architecture"], members=1)
@@ -136,18 +160,10 @@ def build_student(
         **options: of this kind of student.
     """
     student = STUDENTS[name](architecture, members, **options)
-    student.spec = {"name": name, "architecture": architecture, "members": members, **options}
+    # Whoever builds it again has its weights.
+    known = {key: value for key, value in architecture.items() if key != "pretrained"}
+    student.spec = {"name": name, "architecture": known, "members": members, **options}
     return student
-
-
-class WithoutRandomNumbers(TorchFunctionMode):
-    """Leaves out initialisation, which tensors without storage would answer by a long import."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function.__name__.endswith(("normal_", "uniform_")):  # of tensors and of torch.nn.init
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
 
 
 def unfilled(name: str, architecture: Mapping[str, Any], members: int, **options: Any) -> Student:
@@ -192,26 +208,34 @@ def teacher_logits(teachers: Sequence[nn.Module], x: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def predict(student: Student, images: Tensor | StoredImages) -> NDArray[np.float32]:
+    """Logits of a student in eval mode (N, M, K); arguments and errors as of `predictions`."""
+    return torch.cat(list(predictions(student, images))).cpu().numpy()
+
+
 @torch.inference_mode()
-def predict(student: Student, images: Tensor) -> NDArray[np.float32]:
-    """Logits of a student in eval mode; its mode is restored afterwards.
+def predictions(student: Student, images: Tensor | StoredImages) -> Iterator[Tensor]:
+    """Logits of a student in eval mode, batch by batch; its mode is restored afterwards.
 
     As many images are taken at once as make `ROWS` rows, fewer where they are larger than 32×32.
 
     Args:
-        student: on the device of the images.
+        student: on the device of the images, or where they are to be brought.
         images: uint8 (N, C, H, W).
 
-    Returns:
-        (N, M, K) float32; M = 1 for a single network.
+    Yields:
+        (B, M, K) float32 on that device; M = 1 for a single network.
+
+    Raises:
+        InputError: images cannot be read.
     """
-    training = student.training
+    training, device = student.training, next(student.parameters()).device
     student.eval()
-    pixels = max(images[0, 0].numel(), 32 * 32)
+    pixels = max(images.shape[2] * images.shape[3], 32 * 32)
     batch_size = max(1, ROWS * 32 * 32 // (student.rows * pixels))
-    logits = [student(batch.float() / 255).transpose(0, 1) for batch in images.split(batch_size)]
+    for batch in in_batches(images, batch_size, device):
+        yield student(batch.float() / 255).transpose(0, 1).float()
     student.train(training)
-    return torch.cat(logits).float().cpu().numpy()
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -26,10 +26,25 @@ from ensdistill.own_networks import (
     check_judged,
     pool_of,
 )
-from ensdistill.recipes import Recipe
+from ensdistill.recipes import Augmentation, Recipe
 from ensdistill.sections import Count, Eta, Number, Positive, Section, Share
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+
+
+class Columns(Section):
+    """What the columns of a table of images are called, where not as usual."""
+
+    path: str | None = None
+    """The paths of the images, from the table's folder: `path` unless told. In a saved dataset the
+    images: its only column of them unless told."""
+    label: str | None = None
+    """The class of each image: `label` unless told."""
+    split: str | None = None
+    """train, validation or test: `split`, if there is such a column, unless told."""
+    group: str | None = None
+    """What must never be on both sides of a split, such as the patient: `group`, if there is such
+    a column, unless told."""
 
 
 class Images(Section):
@@ -37,12 +52,20 @@ class Images(Section):
 
     source: Literal[*SOURCES] = "digits"
     """`digits` ships with scikit-learn, `folder` is your own data, the others are downloaded."""
+    later: ClassVar[frozenset[str]] = frozenset({"columns", "resize"})
     path: str | list[str] | None = None
     """For `folder`: a directory or tar/zip archives that hold train/<class>/… and
-    test/<class>/…, or a directory of such archives; relative to where snakemake runs."""
+    test/<class>/…, or just <class>/…, or a directory of such archives; a table of paths and labels
+    (.csv, .parquet); or a directory into which Hugging Face's `datasets` saved a dataset. Relative
+    to where snakemake runs."""
+    columns: Columns = Columns()
+    """Of a table or a saved dataset: what its columns are called."""
     size: Count | None = None
     """For `folder`: side in pixels to which images are resized and centre-cropped. Without it
     all images must already have one size."""
+    resize: Count | None = None
+    """For `folder`: side in pixels to which the shorter side is resized before the centre of `size`
+    is cropped; training images are kept at this size, for random crops. `size` unless told."""
     train: Count | None = None
     """Training images: a seeded stratified subset of this many; all that are left unless told."""
     validation: Count = 5000
@@ -52,7 +75,8 @@ class Images(Section):
     """Images taken from the training split beside the validation images, on which no network is
     trained: where the perturbation `held_out` asks the teachers."""
     test: Count | None = None
-    """Test images: a seeded stratified subset of this many; all unless told."""
+    """Test images: a seeded stratified subset of this many; all unless told. Of own data that do
+    not say which images are for testing, so many are chosen; a fifth unless told."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the stratified choices."""
 
@@ -60,6 +84,12 @@ class Images(Section):
     def _path_goes_with_folder(self) -> Self:
         if (self.source == "folder") != (self.path is not None):
             raise ValueError("'path' and the source 'folder' need each other")
+        if self.path is None and self.columns != Columns():
+            raise ValueError("'columns' needs a 'path'")
+        if self.resize is not None and (self.size is None or self.resize < self.size):
+            raise ValueError("'resize' needs a 'size' that is not larger")
+        if self.resize is not None and self.path is None:
+            raise ValueError("'resize' needs a 'path'")
         return self
 
 
@@ -107,15 +137,6 @@ PHOTOGRAPHS = [OutOfDistribution()]
 def _several(value: Any) -> Any:
     """One section stands for a list of just that one."""
     return [value] if isinstance(value, Mapping | Section) else value
-
-
-class Augmentation(Section):
-    """Random changes to training images, drawn anew every epoch."""
-
-    crop_padding: Annotated[int, Field(ge=0)] = 4
-    """Pixels of zero padding before a random crop back to the image's size."""
-    flip: bool = True
-    """Whether half of the images are mirrored left to right."""
 
 
 class TeacherRecipe(Recipe):
@@ -321,6 +342,12 @@ class Study(Section):
                     f"methods.{name}: perturbation {method.perturbation.name!r} needs "
                     "'images.held_out', the number of images to hold out"
                 )
+            architecture = Architecture(**self.parts(name)["architecture"])
+            if architecture.is_of_library and not method.student.any_architecture:
+                raise ValueError(
+                    f"methods.{name}: student {method.student.name!r} is made of this package's "
+                    f"own architectures, such as resnet32, not of {architecture.name!r}"
+                )
             if (backbone := self.backbone(name)) is None:
                 continue
             if backbone not in self.methods:
@@ -342,7 +369,7 @@ class Study(Section):
         if changes.published:
             known |= self.methods[method].published()
         known |= changes.model_dump(exclude_none=True)
-        return Recipe(**{key: known[key] for key in Recipe.model_fields})
+        return Recipe(**{key: known[key] for key in Recipe.model_fields if key in known})
 
     def own(self, teacher: int) -> Teacher:
         """What the configuration says of one teacher alone."""

@@ -18,28 +18,34 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ensdistill import InputError
-from ensdistill.batches import TrainingBatches
+from ensdistill.batches import TrainingBatches, training_batches
 from ensdistill.digests import attributes
 from ensdistill.files import write_csv
-from ensdistill.images import read_description, read_images
+from ensdistill.images import read_description
 from ensdistill.jobs import Interrupted, deferred_interrupts
 from ensdistill.learning import (
     Learning,
     check_first_step,
     learning,
     learning_rate_factor,
+    new_optimizer,
+    parameter_groups,
     train_step,
 )
+from ensdistill.loading import load_images
 from ensdistill.metrics import accuracy, nll
-from ensdistill.networks import fold_batch_norms
+from ensdistill.networks import described, fold_batch_norms
 from ensdistill.numerics import Precision, choose_precision, set_float32
 from ensdistill.predictions import PROBS
 from ensdistill.recipes import Recipe
 from ensdistill.state import TrainingState
+from ensdistill.stored_images import StoredImages
 from ensdistill.students import Step, Student, build_student, count_parameters, predict
 from ensdistill.weights import load_student, read_header, save_student
 
 logger = logging.getLogger(__name__)
+
+Images = Tensor | StoredImages
 
 SAVE_EVERY = 120
 """Seconds after which the state is saved within an epoch: the most that a kill can cost."""
@@ -103,7 +109,7 @@ class Run:
         factor = learning_rate_factor(
             self.epoch, recipe.epochs, recipe.schedule, recipe.warmup_epochs
         )
-        groups = self.student.parameter_groups(recipe.learning_rate, recipe.weight_decay)
+        groups = parameter_groups(self.student, recipe)
         for group, peak in zip(self.optimizer.param_groups, groups, strict=True):
             group["lr"] = factor * peak["lr"]
         return factor * recipe.learning_rate
@@ -124,17 +130,16 @@ def seeds(seed: int, epoch: int, step: int, count: int) -> list[int]:
 def fit(
     student: Student,
     learning: Learning,
-    train: tuple[Tensor, Tensor],
-    validation: tuple[Tensor, Tensor],
+    train: tuple[Images, Tensor],
+    validation: tuple[Images, Tensor],
     recipe: Recipe,
     *,
     seed: int,
-    crop_padding: int,
-    flip: bool,
     precision: Precision,
     state: TrainingState | None = None,
+    **augmentation: Any,
 ) -> tuple[Student, list[dict[str, float]]]:
-    """Train a student in place with SGD.
+    """Train a student in place.
 
     Of epochs with equal validation accuracy the latest is kept: it has trained longest. With a
     state, training goes on from where that was saved, and ends, on a CPU, with the same bits as if
@@ -142,13 +147,14 @@ def fit(
     SIGTERM or SIGINT came, and at the end.
 
     Args:
-        student: to be trained, on the device of the images.
+        student: to be trained, on the device of the labels.
         learning, precision: see `train_step`.
-        train, validation: images uint8 (N, C, H, W) and labels int64 (N,).
+        train, validation: images uint8 (N, C, H, W) as of `load_images` and labels int64 (N,).
+            Training images may be larger than those of validation, which have the network's size.
         recipe: the optimiser's settings and their schedule.
         seed: of data order, augmentation and perturbations.
-        crop_padding, flip: see `TrainingBatches`.
         state: what to go on from, and where to save; None to begin anew and save nothing.
+        **augmentation: see `Augmentation`.
 
     Returns:
         The student's predictor with the weights of its best validation; and one row per epoch:
@@ -159,9 +165,10 @@ def fit(
         InputError: the loss is not finite; the message names step and learning rate.
         Interrupted: SIGTERM or SIGINT came.
     """
-    batches = TrainingBatches(*train, recipe.batch_size, crop_padding, flip)
+    size = validation[0].shape[2:]
+    batches = training_batches(*train, recipe.batch_size, size=size, **augmentation)
     _log_sizes(student, train[0], batches)
-    run = Run(student, _optimizer(student, recipe))
+    run = Run(student, new_optimizer(student, recipe))
     if state and (saved := state.load()):
         run.load_state_dict(saved)
     with deferred_interrupts() as interrupted:
@@ -182,13 +189,7 @@ def fit(
     return predictor, run.history
 
 
-def _optimizer(student: Student, recipe: Recipe) -> torch.optim.Optimizer:
-    groups = student.parameter_groups(recipe.learning_rate, recipe.weight_decay)
-    momentum = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-    return torch.optim.SGD(groups, **momentum, fused=True)
-
-
-def _log_sizes(student: Student, images: Tensor, batches: TrainingBatches) -> None:
+def _log_sizes(student: Student, images: Images, batches: TrainingBatches) -> None:
     size, rows = batches.batch_size, student.rows
     logger.info(
         "%d images, %d steps per epoch; effective batch size: %d images × %d each = %d rows",
@@ -266,7 +267,7 @@ def _summary(run: Run, steps: int, rate: float) -> dict[str, float]:
     return {"epoch": run.epoch, "learning_rate": rate, **means}
 
 
-def _validate(run: Run, validation: tuple[Tensor, Tensor], learning: Learning) -> dict[str, float]:
+def _validate(run: Run, validation: tuple[Images, Tensor], learning: Learning) -> dict[str, float]:
     """Accuracy [%] and NLL on validation; the best predictor so far is kept."""
     started = time.perf_counter()
     predictor, labels = run.student.predictor(), validation[1].cpu()
@@ -322,6 +323,9 @@ def train_student(
         student.start_from(load_student(path, device))
     networks = [fold_batch_norms(load_student(path, device).network) for path in teachers]
     settings = {**augmentation, "seed": seed, "precision": precision}
+    stored = StoredImages(images, "train")
+    train = load_images(stored, device, logging.INFO)
+    blocks = {"block": stored.block} if train[0] is stored and stored.block > 1 else {}
     made = attributes(
         **origin,
         **parts,
@@ -331,27 +335,33 @@ def train_student(
         **({"starts_from": [read_header(path)["digest"] for path in backbone]} if backbone else {}),
         precision_reason=reason,
         device=device.type,
+        **blocks,
     )
-    # Random numbers differ by device, rounding by version and precision too.
-    here = {"device": device.type, "torch": torch.__version__, "precision": precision}
+    # Random numbers differ by device, rounding by version and precision too, and the order of
+    # images by how they are read.
+    here = {"device": device.type, "torch": torch.__version__, "precision": precision, **blocks}
     same = attributes(fingerprint=fingerprint, **here)
     state = TrainingState(Path(weights).parent / "state.pt", same["digest"])
     with state.exclusive():
         taught = _learning(networks, parts, images, device, recipe, augmentation)
-        train = _tensors(images, "train", device)
-        check_first_step(student, taught, train, recipe["batch_size"], precision)
-        splits = train, _tensors(images, "val", device)
+        validation = load_images(StoredImages(images, "val"), device)
+        first = _first(stored, recipe["batch_size"], validation[0].shape[2:], device)
+        student.check(first[0][:2].float() / 255)
+        check_first_step(student, taught, first, recipe["batch_size"], precision)
+        splits = train, validation
         predictor, rows = fit(student, taught, *splits, Recipe(**recipe), state=state, **settings)
         write_csv(history, pd.DataFrame(rows))
         save_student(weights, predictor, made)
 
 
-def _tensors(
-    images: str | os.PathLike[str], split: str, device: torch.device
+def _first(
+    stored: StoredImages, count: int, size: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Images uint8 and labels int64 of one split of images.h5, on a device."""
-    pixels, labels = map(torch.from_numpy, read_images(images, split))
-    return pixels.to(device), labels.to(device)
+    """The first images uint8 and labels, not augmented: of larger ones the centre."""
+    centre = StoredImages(stored.path, stored.split, size)
+    places = np.arange(min(count, len(centre)))
+    pair = centre.read(places), centre.labels[places]
+    return tuple(torch.from_numpy(it).to(device) for it in pair)
 
 
 def _learning(
@@ -365,8 +375,9 @@ def _learning(
     """How a student of these parts learns; held-out images are augmented as training images are."""
     held_out = None
     if "held_out" in parts:
-        pair = _tensors(images, "held_out", device)
-        held_out = TrainingBatches(*pair, recipe["batch_size"], **augmentation)
+        pair = load_images(StoredImages(images, "held_out"), device)
+        size = StoredImages(images, "val").shape[2:]
+        held_out = training_batches(*pair, recipe["batch_size"], size=size, **augmentation)
     return learning(
         teachers,
         parts["objective"],
@@ -379,13 +390,12 @@ def _learning(
 
 def _new_student(parts: Mapping[str, Any], images: Mapping[str, Any]) -> Student:
     """A student for the images that `read_description` describes."""
-    architecture = {
-        **parts["architecture"],
-        "num_classes": len(images["classes"]),
-        "in_channels": images["shape"][0],
-        "mean": images["mean"],
-        "std": images["std"],
-    }
-    student = build_student(**parts["student"], architecture=architecture, members=parts["members"])
+    architecture = described(parts["architecture"], images)
+    try:
+        student = build_student(
+            **parts["student"], architecture=architecture, members=parts["members"]
+        )
+    except ValueError as error:  # such as groups that do not divide the channels
+        raise InputError(f"{architecture['name']}: {error}") from error
     logger.info("%s, %d parameters", architecture["name"], count_parameters(student.network))
     return student

@@ -13,8 +13,10 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ensdistill import InputError
+from ensdistill.architectures import LIBRARIES, parse_architecture
 from ensdistill.files import atomic, reading
-from ensdistill.students import Student, WithoutRandomNumbers, build_student
+from ensdistill.layers import WithoutRandomNumbers
+from ensdistill.students import Student, build_student
 
 
 def save_student(
@@ -44,6 +46,10 @@ def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu
     header, tensors = _read(path, device)
     try:
         student = _unfilled(tensors, **header["spec"])
+        if _is_of_library(header["spec"]):
+            # Its modules may hold tensors that no file has, such as the places of a window.
+            with WithoutRandomNumbers():
+                student = build_student(**header["spec"])
         student.network.load_state_dict(tensors, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         # The file is whole: it may be the code that has changed.
@@ -53,6 +59,10 @@ def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu
         ) from error
     student.to(memory_format=torch.channels_last)
     return student.to(device).eval().requires_grad_(False)
+
+
+def _is_of_library(spec: Mapping[str, Any]) -> bool:
+    return parse_architecture(spec["architecture"]["name"])[0] in LIBRARIES
 
 
 class _Bounded(WithoutRandomNumbers):

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import math
 import os
 import re
@@ -10,7 +11,7 @@ from snakemake.exceptions import WorkflowError
 from ensdistill import InputError
 from ensdistill.downloads import ANSWERS, ARCHIVES, HUMAN_ANSWERS, OFFICIAL_CORRUPTIONS, SOURCES
 from ensdistill.digests import PACKAGE, code_digest, text_digest
-from ensdistill.architectures import ARCHITECTURES, parse_architecture
+from ensdistill.architectures import ARCHITECTURES, LIBRARIES, parse_architecture
 from ensdistill.methods import named
 from ensdistill.options import AnyStudent
 from ensdistill.own_data import known_state
@@ -78,12 +79,14 @@ def student_labels(wildcards):
 
 
 @cache
-def code(script, **chosen):
+def code(script, files=(), **chosen):
     """A parameter that changes when a rule's script or the library code that it uses changes.
 
-    `chosen` is what the script takes by name, as `code_digest` has it.
+    `chosen` is what the script takes by name, as `code_digest` has it; `files` are Python files of
+    the user's that architectures come from.
     """
-    return code_digest(workflow.source_path(f"../workflow_scripts/{script}.py"), **chosen)
+    digest = code_digest(workflow.source_path(f"../workflow_scripts/{script}.py"), **chosen)
+    return f"{digest} {text_digest(*files)}" if files else digest
 
 
 def training(wildcards):
@@ -112,10 +115,15 @@ def training(wildcards):
 
 def entries(*parts):
     """Which entries of the registries some `Study.parts` use; their code alone counts."""
-    architectures = {parse_architecture(it["architecture"]["name"])[0] for it in parts}
+    architectures = [parse_architecture(it["architecture"]["name"]) for it in parts]
+    files = {given["path"] for _, given in architectures if "path" in given}
+    for path in files:
+        if not os.path.exists(path):
+            raise WorkflowError(f"config.yaml: the architecture file {path} does not exist")
     return {
-        "ARCHITECTURES": tuple(sorted(architectures)),
+        "ARCHITECTURES": tuple(sorted({family for family, _ in architectures})),
         "STUDENTS": tuple(sorted({it["student"]["name"] for it in parts})),
+        **({"files": tuple(sorted(files))} if files else {}),
     }
 
 
@@ -297,7 +305,9 @@ def own_others(study):
 def state_of(name, section, labelled):
     """What is known of a section's own images, and where that is noted."""
     record = f".snakemake/own_data/{name}.json"
-    return {"record": record, "state": known_state(record, section.path, labelled=labelled)}
+    columns = section.columns.model_dump() if labelled else None
+    state = known_state(record, section.path, labelled=labelled, columns=columns)
+    return {"record": record, "state": state}
 
 
 def official_corruptions(wildcards):
@@ -469,20 +479,43 @@ def growing(base, per_mb=0):
 def computing(passes):
     """A resource function: the minutes of a network's passes over the images of the first input.
 
-    `passes(wildcards)` counts forward passes; a backward pass is as long as two. A 3×3 convolution
-    has 9·width² multiplications a pixel; a later stage has half the sides and twice the width.
+    `passes(wildcards)` counts forward passes; a backward pass is as long as two.
     """
 
     def minutes(wildcards, input, attempt):
         study = STUDIES[wildcards.study]
         architecture = parts_of(wildcards)["architecture"]
-        sizes = parse_architecture(architecture["name"])[1]
-        depth, width = sizes.get("depth", 20), architecture["width"] * sizes.get("widen", 1)
         pixels = sizes_mb(input)[0] * 2**20 / 3  # a byte per channel, hardly compressible
-        flops = 2 * depth * 9 * width**2 * pixels * passes(wildcards)
+        flops = pixel_flops(architecture, study.images.size) * pixels * passes(wildcards)
         return math.ceil(attempt * (20 + flops / FLOPS / 60))
 
     return minutes
+
+
+def pixel_flops(architecture, side):
+    """Additions and multiplications of a network's forward pass, for each pixel of an image.
+
+    Of this package's architectures by a formula, since to import PyTorch would take each dry run
+    seconds: a 3×3 convolution has 9·width² multiplications a pixel, and a later stage has half the
+    sides and twice the width. Others are counted, where a cluster or a plan asks.
+    """
+    family, sizes = parse_architecture(architecture["name"])
+    if family not in LIBRARIES:
+        depth, width = sizes.get("depth", 20), architecture["width"] * sizes.get("widen", 1)
+        return 2 * depth * 9 * width**2
+    if not (workflow.is_main_process and workflow.non_local_exec_or_dryrun):
+        return 0
+    return counted_flops(json.dumps(architecture), side or 224)
+
+
+@cache
+def counted_flops(architecture, side):
+    from ensdistill.operations import pixel_macs
+
+    try:
+        return 2 * pixel_macs(json.loads(architecture), side)
+    except InputError as error:
+        raise WorkflowError(str(error)) from None
 
 
 def training_passes(wildcards):

@@ -71,14 +71,15 @@ EVERY_ENTRY = {
 
 def entries_of(wildcards):
     """`entries` of a job's network."""
-    return EVERY_ENTRY if judged_name(wildcards) else entries(parts_of(wildcards))
+    used = entries(parts_of(wildcards))
+    return {**used, **EVERY_ENTRY} if judged_name(wildcards) else used
 
 
 def entries_of_all(study):
     """`entries` of all networks of a study."""
-    if any(it.weights for it in study.judge.values()):
-        return EVERY_ENTRY
-    return entries(*study.parts_of_pool(), *map(study.parts, study.methods))
+    beside = [adopted_parts(study, it) for it in study.judge.values() if it.weights]
+    used = entries(*study.parts_of_pool(), *map(study.parts, study.methods), *beside)
+    return {**used, **EVERY_ENTRY} if beside else used
 
 
 def costs_elsewhere(study):

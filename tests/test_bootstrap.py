@@ -11,7 +11,6 @@ from scipy.stats import gmean, norm, t, ttest_rel
 from ensdistill import bootstrap
 from ensdistill.bootstrap import Estimate, image_weights, interval, mean_of
 from ensdistill.claims import above, verdict
-from ensdistill.predictions import Mixture
 from ensdistill.resampled import calibration_error, side_by_side
 
 
@@ -242,7 +241,7 @@ def calibration_errors(weights, overconfidence):
         sharpness = factor * np.exp(rng.normal(0, 0.15, seeds))
         logits = [s * x + rng.normal(0, 0.3, x.shape) for s in sharpness]
         return side_by_side(
-            [calibration_error(Mixture(z[:, None]), labels, 15, here) for z in logits]
+            [calibration_error(softmax(z, axis=1), labels, 15, here) for z in logits]
         )
 
     def sides(world):
@@ -271,7 +270,7 @@ def test_resampling_alone_raises_a_calibration_error_and_the_interval_does_not_f
     rng = np.random.default_rng(6)
     x = rng.normal(0, 1.5, (IMAGES, 4))
     labels = (softmax(x, axis=1).cumsum(1) > rng.random((IMAGES, 1))).argmax(1)
-    estimate = calibration_error(Mixture(x[:, None]), labels, 15, image_weights(IMAGES))
+    estimate = calibration_error(softmax(x, axis=1), labels, 15, image_weights(IMAGES))
     found = interval(estimate)
     assert estimate.resampled.mean() > found.estimate + 0.02  # of calibrated predictions
     assert (found.low + found.high) / 2 == pytest.approx(found.estimate, abs=0.01)

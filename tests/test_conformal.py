@@ -11,7 +11,8 @@ from ensdistill.conformal import (
     conformal_sets,
     lac_scores,
 )
-from ensdistill.metrics import METRICS, Judged
+from ensdistill.judging import fitted, judge
+from ensdistill.metrics import METRICS
 from ensdistill.predictions import Mixture
 
 SCORES = {"lac": lac_scores, "aps": aps_scores}
@@ -83,6 +84,11 @@ def test_adaptive_sets_are_the_best_class_alone_where_that_is_right_often_enough
     assert found.coverage == np.mean(guesses[200:] == labels[200:])
 
 
+def measured(prediction, labels, fits=None):
+    chosen = {key: METRICS[key] for key in METRICS if key.startswith(("lac", "aps"))}
+    return judge(chosen, [prediction], labels, 5, fits)[0]
+
+
 def test_half_of_the_validation_images_calibrate_a_system():
     assert len(calibration_half(101)) == len(set(calibration_half(101))) == 50
     chosen = calibration_half(80)
@@ -92,12 +98,9 @@ def test_half_of_the_validation_images_calibrate_a_system():
     logits, labels = rng.normal(0, 2, (80, 3, 4)), rng.integers(0, 4, 80)
     logits[np.arange(80), :, labels] += 2
     p = (np.exp(logits) / np.exp(logits).sum(2, keepdims=True)).mean(1)
-    judged = Judged(Mixture(logits[:30]), labels[:30], 5, validation=(p, labels))
+    found = measured(Mixture(logits[:30]), labels[:30], fitted([Mixture(logits)], labels))
     for kind, scores in SCORES.items():
         expected = conformal_sets(scores, (p[chosen], labels[chosen]), (p[:30], labels[:30]))
-        assert METRICS[f"{kind}_size"].function(judged) == pytest.approx(expected.size)
-        assert METRICS[f"{kind}_coverage"].function(judged) == pytest.approx(
-            100 * expected.coverage
-        )
-    alone = Judged(Mixture(logits[:30]), labels[:30], 5)
-    assert np.isnan(METRICS["lac_size"].function(alone))
+        assert found[f"{kind}_size"] == pytest.approx(expected.size)
+        assert found[f"{kind}_coverage"] == pytest.approx(100 * expected.coverage)
+    assert np.isnan(measured(Mixture(logits[:30]), labels[:30])["lac_size"])

@@ -437,7 +437,7 @@ REACH = {
         "kd_single kd kd_ods analyse:perturbed_logits analyse:transfer_logits",
         f"teacher be {LOGITS} distances",
     ),
-    "students.predict": (
+    "students.predictions": (
         f"teacher {STUDENTS} {LOGITS}",
         "analyse:perturbed_logits distances evaluate:scores images",
     ),

@@ -252,7 +252,7 @@ def absent_attribute(path):
 
 def absent_split(path):
     with h5py.File(path, "a") as file:
-        del file["train"]
+        del file["val"]
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, damaged_attribute, absent_attribute, absent_split])

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -23,7 +24,8 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ensdistill import metrics
 from ensdistill.conformal import aps_scores, calibration_half, conformal_sets, lac_scores
-from ensdistill.metrics import METRICS, Judged
+from ensdistill.judging import fitted, judge
+from ensdistill.metrics import METRICS
 from ensdistill.predictions import Mixture
 
 
@@ -228,10 +230,12 @@ def test_every_metric_is_its_function_of_the_prediction(logits, labels):
     prediction, probs = Mixture(logits), metrics.ensemble_probs(logits)
     scaled = metrics.apply_temperature(probs, 1.7)
     human = np.random.default_rng(3).dirichlet(np.ones(7), len(labels))
-    validation = metrics.apply_temperature(probs, 3.0)[:200], labels[:200]
-    judged = Judged(prediction, labels, 9, 1.7, validation, human)
+    validation = Mixture(logits[:200] / 3)
+    (fit,) = fitted([validation], labels[:200])
+    assert fit.temperature == metrics.optimal_temperature(validation.probs(), labels[:200])
+    fits = [replace(fit, temperature=1.7)]
     half = calibration_half(200)
-    calibration = validation[0][half], validation[1][half]
+    calibration = validation.probs()[half], labels[half]
     lac, aps = (
         conformal_sets(scores, calibration, (probs, labels)) for scores in (lac_scores, aps_scores)
     )
@@ -260,7 +264,7 @@ def test_every_metric_is_its_function_of_the_prediction(logits, labels):
     }
     assert len(set(expected.values())) == len(expected)
     alone = {key: metric for key, metric in METRICS.items() if not metric.equivalent_of}
-    assert {key: metric.function(judged) for key, metric in alone.items()} == expected
+    assert judge(alone, [prediction], labels, 9, fits, human) == [expected]
     for key, metric in METRICS.items() - alone.items():
         assert METRICS[metric.equivalent_of].better == -1, key
         assert metric.function(0.65, [0.8, 0.7, 0.6]) == pytest.approx(2.5)
@@ -271,8 +275,8 @@ def test_divergence_from_people_agrees_with_scipy(probs):
     expected = np.mean([scipy_entropy(h, p) for h, p in zip(human, probs, strict=True)])
     assert metrics.human_kl(probs, human) == pytest.approx(expected, rel=1e-12)
     assert metrics.human_kl(human, human) == 0
-    alone = Judged(Mixture(np.log(probs[:, None])), np.zeros(len(probs), int), 9)
-    assert np.isnan(METRICS["human_kl"].function(alone))
+    alone, chosen = Mixture(np.log(probs[:, None])), {"human_kl": METRICS["human_kl"]}
+    assert np.isnan(judge(chosen, [alone], np.zeros(len(probs), int), 9)[0]["human_kl"])
 
 
 def test_every_metric_says_what_it_is():

@@ -17,13 +17,13 @@ class _New(Section):
 
 
 class _Both(Section):
-    parts: list[_New] = [_New(), _New(second=2)]
+    parts: tuple[_New, ...] = (_New(), _New(second=2))
 
 
 def test_a_later_key_is_dumped_only_where_it_is_not_its_default():
     assert _New().model_dump() == _Old().model_dump()
     assert _New(second=2).model_dump() == {"first": 1, "second": 2}
-    assert _Both().model_dump() == {"parts": [{"first": 1}, {"first": 1, "second": 2}]}
+    assert _Both().model_dump() == {"parts": ({"first": 1}, {"first": 1, "second": 2})}
     assert _Both().model_dump(include={"parts": {"__all__": {"second"}}}) == {
-        "parts": [{}, {"second": 2}]
+        "parts": ({}, {"second": 2})
     }

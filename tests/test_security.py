@@ -26,7 +26,7 @@ import torch
 import yaml
 from PIL import Image
 
-from ensdistill import InputError, sources
+from ensdistill import InputError, images, sources
 from ensdistill.files import write_hdf5
 from ensdistill.images import read_description, read_images, read_source
 from ensdistill.predictions import read_attributes, read_prediction, splits_of
@@ -39,6 +39,7 @@ from tests.builders import (
     encode,
     fails,
     good_tree,
+    make,
     noise,
     publish,
     write_tar,
@@ -701,9 +702,12 @@ def test_what_is_no_file_in_a_folder_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("size", [None, 40])
-def test_many_images_that_are_small_only_as_files_are_refused(tmp_path, monkeypatch, size):
+def test_many_images_that_are_small_only_as_files_fill_neither_memory_nor_disk(
+    tmp_path, monkeypatch, size
+):
     """A blank image of a million pixels is a file of a kilobyte."""
-    monkeypatch.setattr(sources, "MEMORY", 10 * 3 * 10**6)
+    monkeypatch.setattr(sources, "KEPT", 3 * 10**6)
+    monkeypatch.setattr(images, "MOST_PIXELS", 3 * 10**6)
     files = {}
     for i in range(4):
         blank = Image.new("1", (1000, 1000))
@@ -711,12 +715,11 @@ def test_many_images_that_are_small_only_as_files_are_refused(tmp_path, monkeypa
         files[f"{'train' if i < 2 else 'test'}/a/{i % 2}.png"] = encode(blank)
     assert max(map(len, files.values())) < 2000
     path = write_zip(tmp_path / "x.zip", files)
-    if size:
-        assert folder(path=path, size=size).train[0].shape == (2, 1, 40, 40)
-    else:
-        message = refusal(folder, path=path, size=size)
-        assert message.startswith(f"{path}/test/a/1.png: with this image there are more than 3,000")
-        assert message.endswith("set a smaller images.size")
+    side = size or 1000
+    assert folder(path=path, size=size).train[0].shape == (2, 1, side, side)
+    make(tmp_path / "images.h5", path=path, size=size, validation=1)
+    assert (tmp_path / "images.h5").stat().st_size < 50_000
+    assert read_images(tmp_path / "images.h5", "test")[0].shape == (2, 1, side, side)
 
 
 # --- bombs in images -------------------------------------------------------------------------

@@ -112,7 +112,7 @@ UNKNOWN_KEYS = [
     ("student.epoch", 3, "unknown key 'student.epoch'; did you mean 'epochs'?"),
     ("methods.kd.perturbaton", "ods", "'methods.kd.perturbaton'; did you mean 'perturbation'?"),
     ("methods.ods.lable", "KD", "'methods.ods.lable'; did you mean 'label'?"),
-    ("images.colour", "red", "unknown key 'images.colour'; known are source, path, size, train"),
+    ("images.shade", "red", "unknown key 'images.shade'; known are source, path, columns, size"),
     ("zzz", 1, "unknown key 'zzz'; known are images, corruptions, out_of_distribution, archit"),
     ("methods.kd.recipe.epoch", 3, "'methods.kd.recipe.epoch'; did you mean 'epochs'?"),
 ]
@@ -653,8 +653,40 @@ def test_every_setting_of_a_recipe_can_be_a_methods_own():
         "weight_decay": 0.2, "clip_norm": 3.0,
         "schedule": "cosine", "warmup_epochs": 2, "validate_every": 4,
     }  # fmt: skip
-    assert changes.keys() == Recipe.model_fields.keys()
-    assert read_one("methods.kd.recipe", changes).recipe("kd") == Recipe(**changes)
+    adamw = {"optimizer": "adamw", "nesterov": False}
+    assert changes.keys() | adamw.keys() == Recipe.model_fields.keys()
+    for own in (changes, changes | adamw):
+        assert read_one("methods.kd.recipe", own).recipe("kd") == Recipe(**own)
+
+
+def test_an_optimizer_is_chosen_for_teachers_students_and_a_method():
+    for key, of in (
+        ("teacher", lambda study: [study.teacher]),
+        ("student", lambda study: [study.student, *map(study.recipe, study.methods)]),
+        ("methods.kd.recipe", lambda study: [study.recipe("kd")]),
+    ):
+        study = read_one(key, {"optimizer": "adamw"})
+        assert {it.optimizer for it in of(study)} == {"adamw"}
+        others = {study.teacher.optimizer, study.student.optimizer, study.recipe("be").optimizer}
+        assert "sgd" in others
+    with pytest.raises(InputError, match="teacher: 'nesterov' goes with the optimizer 'sgd' alone"):
+        read_one("teacher", {"optimizer": "adamw", "nesterov": True})
+
+
+def test_what_came_later_is_dumped_only_where_it_is_asked_for():
+    study = read_one("teacher", {})
+    assert study.teacher.model_dump().keys() == Recipe.model_fields.keys() - {"optimizer"}
+    assert study.augmentation.model_dump() == {"crop_padding": 4, "flip": True}
+    policy = {"name": "rand_augment", "magnitude": 5}
+    own = {"random_resized_crop": [0.25, 1], "policy": policy, "flip": False}
+    dumped = read_one("augmentation", own).augmentation.model_dump()
+    whole = {**policy, "operations": 2}
+    assert dumped == {"crop_padding": 4, **own, "policy": whole}
+    alone = read_one("augmentation", {"policy": "trivial_augment"}).augmentation.model_dump()
+    assert alone["policy"] == {"name": "trivial_augment"}
+    for wrong in ([0.5, 0.2], [0, 1], [0.5], 0.5, [0.1, 2]):
+        with pytest.raises(InputError, match=r"augmentation\.random_resized_crop"):
+            read_one("augmentation", {"random_resized_crop": wrong})
 
 
 def test_teachers_are_analysed_at_the_papers_perturbations_with_the_studys_options():

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ensdistill import InputError, training
-from ensdistill.learning import learning, learning_rate_factor, train_step
+from ensdistill.learning import learning, learning_rate_factor, new_optimizer, train_step
 from ensdistill.networks import build_network
 from ensdistill.objectives import OBJECTIVES, distillation_loss
 from ensdistill.perturbations import PERTURBATIONS, conf_ods_direction, ods_direction
@@ -153,7 +153,7 @@ def test_one_optimiser_step_equals_sgd_written_out(student, batch, nesterov, cli
     x, y = batch
     twin = copy.deepcopy(student)
     recipe = Recipe(learning_rate=0.2, weight_decay=5e-4, momentum=0.9, nesterov=nesterov)
-    optimizer = training._optimizer(student, recipe)
+    optimizer = new_optimizer(student, recipe)
     how = learning([], {"name": "labels"}, {"name": "none"})
     velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
     norms = []

@@ -5,7 +5,7 @@ from ensdistill.analysis import jacobian_distances
 from ensdistill.devices import prepare
 from ensdistill.digests import attributes
 from ensdistill.files import write_hdf5
-from ensdistill.images import read_images
+from ensdistill.images import evaluation_images
 from ensdistill.jobs import job
 from ensdistill.weights import load_student
 
@@ -17,9 +17,10 @@ with job(snakemake):
         "/".join(["students", *path.split("/")[-3:-1]]): load_student(path, device)
         for path in snakemake.input.students
     }
-    images, labels = read_images(snakemake.input.images, "test")
-    chosen = np.random.default_rng(0).permutation(len(labels))[: snakemake.params.images]
-    arrays = jacobian_distances(teachers, students, torch.from_numpy(images[chosen]).to(device))
+    test = evaluation_images(snakemake.input.images, "test")
+    chosen = np.random.default_rng(0).permutation(len(test))[: snakemake.params.images]
+    images = torch.from_numpy(test.read(chosen)).to(device)
+    arrays = jacobian_distances(teachers, students, images)
     write_hdf5(
         snakemake.output[0],
         {**arrays, "test_index": chosen},

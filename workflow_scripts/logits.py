@@ -1,13 +1,24 @@
-import torch
-
 from ensdistill.devices import prepare
 from ensdistill.digests import attributes
-from ensdistill.files import write_hdf5
-from ensdistill.images import read_images
+from ensdistill.files import in_blocks, write_hdf5
+from ensdistill.images import evaluation_images
 from ensdistill.jobs import job
+from ensdistill.loading import load_images
 from ensdistill.predictions import splits_of
-from ensdistill.students import count_parameters, predict
+from ensdistill.students import count_parameters, predictions
 from ensdistill.weights import load_student, origin
+
+
+def arrays(path):
+    """Logits and labels of all splits but those that train, one by one."""
+    for split in splits_of(path):
+        if split not in ("train", "held_out"):
+            stored = evaluation_images(path, split)
+            images, _ = load_images(stored, device)
+            answers = (part.cpu() for part in predictions(student, images))
+            yield f"{split}/logits", in_blocks(answers, len(stored))
+            yield f"{split}/labels", stored.labels
+
 
 with job(snakemake):
     device = prepare(snakemake.threads, snakemake.resources)
@@ -19,10 +30,5 @@ with job(snakemake):
         precision="fp32",
     )
     for name in ("images", "shifted"):
-        arrays, path = {}, snakemake.input[name]
-        for split in splits_of(path):
-            if split not in ("train", "held_out"):
-                images, labels = read_images(path, split)
-                arrays[f"{split}/logits"] = predict(student, torch.from_numpy(images).to(device))
-                arrays[f"{split}/labels"] = labels
-        write_hdf5(snakemake.output[name], arrays, made)
+        path = snakemake.input[name]
+        write_hdf5(snakemake.output[name], arrays(path), made)

@@ -20,7 +20,7 @@ from ensdistill.drawing import (
     styled,
     styles_of,
 )
-from ensdistill.metrics import METRICS, Judged
+from ensdistill.metrics import METRICS, judge
 from ensdistill.predictions import splits_of
 from ensdistill.systems import Students, read_systems
 
@@ -44,7 +44,7 @@ def table(ensemble: Sequence[str], students: Students, n_bins: int) -> pd.DataFr
         One row per system, replicate and corrupted set: system, replicate, kind, severity (0: the
         same images as they are), the metrics of `CHOSEN`, n (images).
     """
-    rows = []
+    rows, metrics = [], {key: METRICS[key] for key in CHOSEN["METRICS"]}
     for split in splits_of(ensemble[0]):
         group, *rest = split.split("/")
         if group != "corrupted":
@@ -52,8 +52,7 @@ def table(ensemble: Sequence[str], students: Students, n_bins: int) -> pd.DataFr
         corrupted = {"kind": rest[0], "severity": int(rest[1])}
         for system, replicates in read_systems(ensemble, students, split, single=True):
             for replicate, (prediction, labels) in enumerate(replicates):
-                judged = Judged(prediction, labels, n_bins)
-                found = {key: METRICS[key].function(judged) for key in CHOSEN["METRICS"]}
+                (found,) = judge(metrics, [prediction], labels, n_bins)
                 known = {"system": system, "replicate": replicate, **corrupted}
                 rows.append({**known, **found, "n": len(labels)})
     return pd.DataFrame(rows)

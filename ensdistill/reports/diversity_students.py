@@ -23,7 +23,7 @@ def table(ensemble: Sequence[str], students: Students, n_bins: int) -> pd.DataFr
     tables = []
     for name, replicates in read_systems(ensemble, students, "test"):
         predictions = [prediction for prediction, _ in replicates]
-        if predictions[0].diversity() is not None:
+        if predictions[0].part(slice(0, 1)).diversity() is not None:
             tables.append(diversity_by_confidence(name, predictions, n_bins))
     return pd.concat(tables, ignore_index=True)
 

@@ -24,7 +24,7 @@ from ensdistill.drawing import (
     wrapped,
 )
 from ensdistill.files import open_hdf5
-from ensdistill.predictions import Mixture, Prediction, read_ensemble
+from ensdistill.predictions import Prediction, read_ensemble, read_mixture
 
 TITLE = "Diversity of the teachers"
 READS = {"perturbed": "logits/perturbed.h5", "ensemble": "logits/{ensemble}.h5"}
@@ -47,9 +47,9 @@ def table(perturbed: str, ensemble: Sequence[str], n_bins: int) -> pd.DataFrame:
     """
     groups: list[tuple[str, str, Prediction]] = []
     with open_hdf5(perturbed) as file:
-        for name, title in json.loads(file.attrs["titles"]).items():
-            logits = file[f"{name}/logits"][:]
-            groups.append((f"train_{name}", f"Train, {title}", Mixture(logits)))
+        titles = json.loads(file.attrs["titles"])
+    for name, title in titles.items():
+        groups.append((f"train_{name}", f"Train, {title}", read_mixture(perturbed, name)))
     groups.append(("test_clean", "Test, clean", read_ensemble(ensemble, "test")[0]))
     tables = [
         diversity_by_confidence(name, [group], n_bins).assign(title=title)
@@ -73,8 +73,8 @@ def diversity_by_confidence(
         images, in nats; 0 if it has none), and the same in every row mean_kl (of all images)
         and n (replicates).
     """
-    confidence = np.concatenate([prediction.probs().max(1) for prediction in replicates])
-    divergence = np.concatenate([prediction.diversity() for prediction in replicates])
+    found = [it.per_image(lambda it: (it.probs().max(1), it.diversity())) for it in replicates]
+    confidence, divergence = (np.concatenate(part) for part in zip(*found, strict=True))
     bins = confidence_bins(confidence, n_bins)
     count = np.bincount(bins, minlength=n_bins)
     totals = np.bincount(bins, weights=divergence, minlength=n_bins)

@@ -81,15 +81,22 @@ def table(
         together = zip(replicates, *(other for _, other in others), strict=True)
         for replicate, ((own, labels), *found) in enumerate(together):
             known = {"system": system, "replicate": replicate}
-            for score, uncertainty in UNCERTAINTIES.items():
-                if (of_own := uncertainty.of(own)) is None:
+            of_own, *of_others = map(_scores, (own, *(other for other, _ in found)))
+            for score in UNCERTAINTIES:
+                if of_own[score] is None:
                     continue
-                for name, (other, unknown) in zip(sets, found, strict=True):
-                    pair = of_own, uncertainty.of(other)
+                for name, others, (_, unknown) in zip(sets, of_others, found, strict=True):
+                    pair = of_own[score], others[score]
                     measured = {key: it.function(*pair) for key, it in DETECTION.items()}
                     images = {"n_in": len(labels), "n_out": len(unknown)}
                     rows.append({**known, "score": score, "set": name, **measured, **images})
     return pd.DataFrame(rows)
+
+
+def _scores(prediction: Prediction) -> dict[str, Array | None]:
+    """All uncertainties, (N,) each; None for what the prediction does not have."""
+    found = prediction.per_image(lambda it: [score.of(it) for score in UNCERTAINTIES.values()])
+    return dict(zip(UNCERTAINTIES, found, strict=True))
 
 
 @styled

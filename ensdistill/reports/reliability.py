@@ -46,7 +46,7 @@ def table(ensemble: Sequence[str], students: Students, n_bins: int) -> pd.DataFr
     """
     tables = []
     for label, replicates in read_systems(ensemble, students, "test"):
-        pairs = [(prediction.probs(), labels) for prediction, labels in replicates]
+        pairs = [it.surest(labels) for it, labels in replicates]
         probs, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
         count, confidence, correct = binned(probs, labels, n_bins)
         edges = np.arange(n_bins + 1) / n_bins

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib import ticker
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
 from ensdistill.drawing import (
     PALE,
@@ -19,8 +20,14 @@ from ensdistill.drawing import (
     styled,
 )
 from ensdistill.files import open_hdf5
-from ensdistill.metrics import accuracy
-from ensdistill.predictions import Mixture, read_prediction
+from ensdistill.predictions import (
+    Array,
+    Labels,
+    Mixture,
+    Prediction,
+    read_mixture,
+    read_prediction,
+)
 
 TITLE = "Confidence of the teachers on train and test"
 READS = {"perturbed": "logits/perturbed.h5", "ensemble": "logits/{ensemble}.h5"}
@@ -38,20 +45,32 @@ def table(perturbed: str, ensemble: Sequence[str]) -> pd.DataFrame:
         confidence (its mean), accuracy [%], n (images).
     """
     with open_hdf5(perturbed) as file:
-        logits, labels = file["clean/logits"][:], file["labels"][:]
-    train = [(Mixture(logits[:, [teacher]]), labels) for teacher in range(logits.shape[1])]
+        labels = file["labels"][:]
+    together = read_mixture(perturbed, "clean")
+    train = together.per_image(
+        lambda it, labels: [
+            _values(Mixture(it.logits[:, [teacher]]), labels) for teacher in range(it.shape[1])
+        ],
+        labels,
+    )
     test = [read_prediction(path, "test") for path in ensemble]
+    test = [prediction.per_image(_values, labels) for prediction, labels in test]
     tables = []
     for split, teachers in {"train": train, "test": test}.items():
-        for teacher, (prediction, labels) in enumerate(teachers):
-            probs = prediction.probs()
+        for teacher, (doubt, confidence, correct) in enumerate(teachers):
             table = pd.DataFrame({"split": split, "teacher": teacher, "doubt": DOUBTS})
-            table["share"] = (prediction.doubt()[:, None] <= DOUBTS).mean(0)
-            table["confidence"] = probs.max(1).mean()
-            table["accuracy"] = accuracy(probs, labels)
-            table["n"] = len(labels)
+            table["share"] = (doubt[:, None] <= DOUBTS).mean(0)
+            table["confidence"] = confidence.mean()
+            table["accuracy"] = 100 * float(correct.mean())
+            table["n"] = len(correct)
             tables.append(table)
     return pd.concat(tables, ignore_index=True)
+
+
+def _values(prediction: Prediction, labels: Labels) -> tuple[Array, Array, NDArray[np.bool_]]:
+    """Doubt, confidence, and whether the most probable class is right, (N,) each."""
+    probs = prediction.probs()
+    return prediction.doubt(), probs.max(1), probs.argmax(1) == labels
 
 
 @styled

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ensdistill.calibration import optimal_temperature
 from ensdistill.human import read_answers
-from ensdistill.metrics import METRICS, Judged, dee_outside
+from ensdistill.judging import fitted
+from ensdistill.metrics import METRICS, dee_outside, judge
 from ensdistill.predictions import (
     Array,
     Labels,
@@ -24,7 +24,10 @@ READS = {
 }
 SETTINGS = ["n_bins"]
 
-Pair = tuple[Prediction, Labels]
+SPLITS = "test", "val"
+
+Systems = tuple[Sequence[Prediction], Labels]
+"""Predictions of the same images, and their labels."""
 
 
 def table(
@@ -42,38 +45,38 @@ def table(
         `METRICS`, and for each equivalent, such as dee, `dee_outside` (see `metrics.dee_outside`).
     """
     rows = []
-    networks = [(read_prediction(path, "test"), read_prediction(path, "val")) for path in teachers]
-    sizes = [_parameters(path) for path in teachers]
-    classes = networks[0][0][0].logits.shape[2]
-    answers = read_answers(human[0], networks[0][0][1], classes) if human else None
+    pool = {split: [read_prediction(path, split) for path in teachers] for split in SPLITS}
+    sizes, (first, labels) = [_parameters(path) for path in teachers], pool["test"][0]
+    answers = read_answers(human[0], labels, first.shape[2]) if human else None
     for size in range(1, len(teachers) + 1):
-        for subset in subsets(len(teachers), size):
-            test, val = (
-                (join([networks[i][split][0] for i in subset]), networks[0][split][1])
-                for split in (0, 1)
-            )
+        chosen = subsets(len(teachers), size)
+        ensembles = [
+            ([join([networks[i][0] for i in subset]) for subset in chosen], networks[0][1])
+            for networks in pool.values()
+        ]
+        for subset, found in zip(chosen, measured(*ensembles, n_bins, answers), strict=True):
             known = {"system": f"DE-{size}", "replicate": "+".join(map(str, subset))}
-            parameters = sum(sizes[i] for i in subset)
-            rows.append({**known, "parameters": parameters, **measured(test, val, n_bins, answers)})
+            rows.append({**known, "parameters": sum(sizes[i] for i in subset), **found})
     for label, paths in students.items():
         for replicate, path in enumerate(paths):
             known = {"system": label, "replicate": str(replicate), "parameters": _parameters(path)}
-            pairs = read_prediction(path, "test"), read_prediction(path, "val")
-            rows.append({**known, **measured(*pairs, n_bins, answers)})
+            pairs = (read_prediction(path, split) for split in SPLITS)
+            alone = [([prediction], labels) for prediction, labels in pairs]
+            (found,) = measured(*alone, n_bins, answers)
+            rows.append({**known, **found})
     return _with_equivalents(pd.DataFrame(rows).astype({"parameters": "Int64"}))
 
 
-def measured(test: Pair, val: Pair, n_bins: int, human: Array | None = None) -> dict[str, float]:
-    """Every metric that needs no other system.
+def measured(
+    test: Systems, val: Systems, n_bins: int, human: Array | None = None
+) -> list[dict[str, float]]:
+    """Every metric that needs no other system, of several systems.
 
     What is fitted is from the validation images: the temperature, and the thresholds of conformal
     sets.
     """
-    validation = val[0].probs(), val[1]
-    judged = Judged(*test, n_bins, optimal_temperature(*validation), validation, human)
-    return {
-        key: metric.function(judged) for key, metric in METRICS.items() if not metric.equivalent_of
-    }
+    alone = {key: metric for key, metric in METRICS.items() if not metric.equivalent_of}
+    return judge(alone, *test, n_bins, fitted(*val), human)
 
 
 def _with_equivalents(frame: pd.DataFrame) -> pd.DataFrame:

@@ -48,12 +48,12 @@ def table(ensemble: Sequence[str], students: Students) -> pd.DataFrame:
     tables = []
     for system, replicates in read_systems(ensemble, students, "test", single=True):
         for replicate, (prediction, labels) in enumerate(replicates):
-            probs = prediction.probs()
-            curve = 100 * risks(probs, labels)
+            pair = prediction.surest(labels)
+            curve = 100 * risks(*pair)
             kept = [-(-percent * len(labels) // 100) for percent in PERCENT]
             known = {"system": system, "replicate": replicate, "coverage": PERCENT}
             known |= {"risk": curve[np.array(kept) - 1]}
-            known |= {"aurc": aurc(probs, labels), "n": len(labels)}
+            known |= {"aurc": aurc(*pair), "n": len(labels)}
             tables.append(pd.DataFrame(known))
     return pd.concat(tables, ignore_index=True)
 

@@ -3,12 +3,10 @@
 import json
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
-from ensdistill.bootstrap import image_weights, interval, mean_of
+from ensdistill.bootstrap import Weights, image_weights, interval, mean_of
 from ensdistill.drawing import (
     INK,
     SPLITS,
@@ -23,7 +21,7 @@ from ensdistill.drawing import (
 )
 from ensdistill.files import open_hdf5
 from ensdistill.metrics import pairwise_kl
-from ensdistill.predictions import read_ensemble
+from ensdistill.predictions import Array, Prediction, read_ensemble, read_mixture
 
 TITLE = "Diversity by size of the perturbation"
 READS = {
@@ -46,24 +44,30 @@ def table(swept: str, perturbed: str, ensemble: Sequence[str]) -> pd.DataFrame:
         range), kl (nats), low, high, n (images), and in every row train_kl, test_kl and study_eta.
     """
     with open_hdf5(perturbed) as file:
-        train, study_eta = pairwise_kl(file["clean/logits"][:]), float(file.attrs["eta"])
-    rows = []
+        study_eta = float(file.attrs["eta"])
+    train, rows = divergence(read_mixture(perturbed, "clean")).mean(), []
     with open_hdf5(swept) as file:
         etas = json.loads(file.attrs["etas"])
-        for name, title in json.loads(file.attrs["titles"]).items():
-            logits = file[f"{name}/logits"][:]
-            weights = image_weights(logits.shape[1])
-            for eta, moved in zip(etas, logits, strict=True):
-                known = {"perturbation": name, "title": title, "eta": eta}
-                rows.append({**known, **mean_kl(moved, weights)})
+        titles = json.loads(file.attrs["titles"])
+    for name, title in titles.items():
+        found = [divergence(read_mixture(swept, name, place)) for place in range(len(etas))]
+        weights = image_weights(len(found[0]))
+        for eta, values in zip(etas, found, strict=True):
+            known = {"perturbation": name, "title": title, "eta": eta}
+            rows.append({**known, **mean_kl(values, weights)})
     test = read_ensemble(ensemble, "test")[0].diversity().mean()
     return pd.DataFrame(rows).assign(train_kl=train, test_kl=test, study_eta=study_eta)
 
 
-def mean_kl(logits: NDArray[np.float32], weights: NDArray[np.float64]) -> dict[str, float]:
-    """Mean pairwise KL over images: kl, low, high (95 % interval), n."""
-    found = interval(mean_of(pairwise_kl(logits, "none"), weights))
-    return {"kl": found.estimate, "low": found.low, "high": found.high, "n": len(logits)}
+def divergence(prediction: Prediction, members: Sequence[int] | slice = slice(None)) -> Array:
+    """Mean pairwise KL between some of the members, (N,); 0 of a single one."""
+    return prediction.per_image(lambda it: pairwise_kl(it.logits[:, members], "none"))
+
+
+def mean_kl(values: Array, weights: Weights) -> dict[str, float]:
+    """Of a divergence (N,), the mean over images: kl, low, high (95 % interval), n."""
+    found = interval(mean_of(values, weights))
+    return {"kl": found.estimate, "low": found.low, "high": found.high, "n": len(values)}
 
 
 @styled

@@ -17,8 +17,8 @@ from ensdistill.drawing import (
     styled,
 )
 from ensdistill.files import open_hdf5
-from ensdistill.metrics import pairwise_kl
-from ensdistill.reports.sweep import mean_kl
+from ensdistill.predictions import read_mixture
+from ensdistill.reports.sweep import divergence, mean_kl
 
 TITLE = "ODS from one teacher, seen by others"
 READS = {"transferred": "logits/transferred.h5"}
@@ -41,20 +41,22 @@ def table(transferred: str, members: int) -> pd.DataFrame:
     """
     rows = []
     with open_hdf5(transferred) as file:
-        clean, moved = file["clean/logits"][:], file["ods/logits"][:]
-    weights = image_weights(len(clean))
-    for source, logits in enumerate(moved):
+        sources = len(file["ods/logits"])
+    clean = read_mixture(transferred, "clean")
+    weights = image_weights(clean.shape[0])
+    for source in range(sources):
+        moved = read_mixture(transferred, "ods", source)
         inside = source < members
         others = [member for member in range(members) if member != source]
-        ods = mean_kl(logits[:, others], weights)
+        ods = mean_kl(divergence(moved, others), weights)
         rows.append(
             {
                 "source": source,
                 "where": "inside" if inside else "outside",
-                "clean": pairwise_kl(clean[:, others]),
+                "clean": divergence(clean, others).mean(),
                 **{f"ods_{key}".replace("_kl", ""): ods[key] for key in ("kl", "low", "high")},
-                "own": pairwise_kl(logits[:, :members]) if inside else np.nan,
-                "n": len(clean),
+                "own": divergence(moved, slice(members)).mean() if inside else np.nan,
+                "n": clean.shape[0],
             }
         )
     return pd.DataFrame(rows)
