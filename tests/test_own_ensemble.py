@@ -276,11 +276,26 @@ def test_what_is_not_known_of_others_is_left_out_and_said(own):
     assert re.search(r"^\| Other method \| 2 \|.*\| – \| – \| – \|$", markdown, re.MULTILINE)
 
 
-def test_a_changed_file_of_weights_reruns_what_is_made_of_it(own, tmp_path):
+def test_a_changed_file_reruns_what_is_made_of_it(own, tmp_path):
     own = own.copy(tmp_path / "changed")
-    shutil.copy(own.folder / "theirs/0.pt", own.folder / "theirs/mine.pt")
+    theirs = own.folder / "theirs"
+    before = (theirs / "mine.pt").read_bytes()
+    shutil.copy(theirs / "0.pt", theirs / "mine.pt")
     planned = own.planned()
-    assert {"judged mine mine 0", "logits mine judged/mine/0", "costs mine"} <= planned
-    assert not any(
-        job.startswith(("teacher", "student", "logits mine teachers")) for job in planned
-    )
+    made = {"judged mine mine 0", "logits mine judged/mine/0", "costs mine", "scores mine"}
+    assert made <= planned
+    kept = ("teacher", "student", "logits mine teachers", "logits mine students", "claims")
+    assert not any(job.startswith(kept) for job in planned)
+    (theirs / "mine.pt").write_bytes(before)
+    shutil.copy(theirs / "mine.pt", theirs / "0.pt")
+    planned = own.planned()
+    assert {"teacher mine 0", "student mine kd 0", "logits mine students/kd/0"} <= planned
+    assert not {"teacher mine 1", "teacher mine 2", "logits mine teachers/1"} & planned
+
+
+def test_a_file_that_is_not_there_is_named_before_anything_runs(own, tmp_path):
+    own = own.copy(tmp_path / "changed")
+    own.change("studies", "mine", "teachers", 0, "weights", value="theirs/nosuch.pt")
+    done = own.snakemake("--dry-run")
+    assert done.returncode != 0
+    assert "theirs/nosuch.pt" in done.stderr
