@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from scipy.special import log_softmax
 from scipy.stats import binom
@@ -21,7 +22,7 @@ from ensdistill.images import read_images
 from ensdistill.predictions import Dirichlet
 from ensdistill.students import build_student, predict
 from ensdistill.weights import load_student, read_header, save_student
-from tests.builders import make
+from tests.builders import encode, hash_of, make, noise, write_tree
 from tests.plain_network import Network, normalised, trained
 
 ARCHITECTURE = {"name": "resnet8", "width": 4}
@@ -47,7 +48,7 @@ def network(images):
 def adopted(images, tmp_path):
     """A function that adopts a file and returns the student that is read again."""
 
-    def call(source, **options):
+    def call(source, images=images, **options):
         known = {"prefixes": {}, "classes": None, "mean": [0.5], "std": [0.5]}
         known |= {"parts": PARTS, "is_told": True, "teaches": True, "origin": ORIGIN}
         weights, history = tmp_path / "out/weights.safetensors", tmp_path / "out/history.csv"
@@ -397,3 +398,52 @@ def test_near_chance_is_within_three_standard_errors_of_the_most_frequent_class(
     limit, chance = near_chance(labels)
     assert chance == 50
     assert limit == pytest.approx(50 + 3 * binom(100, 0.5).std())
+
+
+# --- networks of libraries -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two classes of 32×32 pixels in colour."""
+    folder = tmp_path_factory.mktemp("pictures")
+    files = {
+        f"{split}/{name}/{i}.png": encode(noise(32, 32, 3, seed=hash_of(split, name, i)))
+        for split, count in (("train", 12), ("test", 4))
+        for name in ("cat", "dog", "emu")
+        for i in range(count)
+    }
+    make(folder / "images.h5", path=write_tree(folder / "tree", files), validation=9)
+    return folder / "images.h5"
+
+
+def of_timm(model, **options):
+    timm = pytest.importorskip("timm")
+    return timm.create_model(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "options"),
+    [
+        ("timm:test_resnet", of_timm, {}),
+        ("timm:test_vit", of_timm, {"img_size": 32}),
+        ("torchvision:shufflenet_v2_x0_5", torchvision.models.get_model, {}),
+    ],
+)
+def test_a_network_of_a_library_is_adopted_with_its_classes_in_order(
+    pictures, adopted, tmp_path, name, build, options
+):
+    torch.manual_seed(0)
+    network = build(name.partition(":")[2], num_classes=4, **options).eval()
+    path = stored(tmp_path / "a.pt", module(network))
+    parts = {**PARTS, "architecture": {"name": name, **({"options": options} if options else {})}}
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+    classes = ["emu", "fox", "dog", "cat"]
+    how = {"images": pictures, "parts": parts, "mean": mean, "std": std, "classes": classes}
+    student = adopted(path, **how)
+    x = torch.from_numpy(read_images(pictures, "val")[0]) / 255
+    with torch.no_grad():
+        x = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        expected = network(x).numpy()[:, [3, 2, 0]]
+    np.testing.assert_allclose(logits_here(student, pictures), expected, rtol=1e-4, atol=1e-4)
+    assert adopted.header()["adopted"]["prefixes"] == {"module.": "body."}
