@@ -193,7 +193,9 @@ def transfer_logits(
     }
 
 
-def logit_jacobians(student: Student, x: Tensor, *, mean: bool = False) -> Tensor:
+def logit_jacobians(
+    student: Student, x: Tensor, *, mean: bool = False, classes: slice = slice(None)
+) -> Tensor:
     """Jacobians of every member's logits, or of their mean, with respect to the image.
 
     Vectorised over images, members and classes; classes in chunks that bound the memory. A student
@@ -204,6 +206,7 @@ def logit_jacobians(student: Student, x: Tensor, *, mean: bool = False) -> Tenso
         x: images (B, C, H, W) in [0, 1].
         mean: of the members' mean logits, all at the same image; what they share, such as the
             network from whose features logits are sampled, is then passed once.
+        classes: of these K classes; all unless told.
 
     Returns:
         (B, M, K, C·H·W); M = 1 for a single network or the mean.
@@ -214,20 +217,21 @@ def logit_jacobians(student: Student, x: Tensor, *, mean: bool = False) -> Tenso
         logits = student(each[0] if shared else each)
         logits = logits.mean(0, keepdim=True) if mean else logits
     # Where a member's logits depend on its own image alone, one vector per class serves all.
-    members, classes = len(logits) if shared else 1, logits.shape[-1]
-    one_hot = torch.eye(members * classes, dtype=logits.dtype, device=x.device)
+    members, count = len(logits) if shared else 1, logits.shape[-1]
+    one_hot = torch.eye(members * count, dtype=logits.dtype, device=x.device)
+    one_hot = one_hot.unflatten(0, (members, count))[:, classes].flatten(0, 1)
     chunk = max(1, JACOBIAN_ELEMENTS // each.numel())
     gradients = [
         torch.autograd.grad(
             logits,
             each,
-            part.unflatten(1, (members, 1, classes)).expand(-1, *logits.shape[:2], -1),
+            part.unflatten(1, (members, 1, count)).expand(-1, *logits.shape[:2], -1),
             retain_graph=True,
             is_grads_batched=True,
         )[0]
         for part in one_hot.split(chunk)
     ]
-    by_class = torch.cat(gradients).flatten(3).unflatten(0, (members, classes))
+    by_class = torch.cat(gradients).flatten(3).unflatten(0, (members, -1))
     return by_class.permute(3, 0, 2, 1, 4).flatten(1, 2)
 
 
@@ -250,20 +254,36 @@ def jacobian_distances(
         `<name>/cosine` (N, M): the cosine of the angle between them. float32; 0/0 is NaN.
     """
     x = images[:1].float() / 255
-    one = len(teachers) * teachers[0](x).shape[-1] * x.numel()
+    num_classes, of_class = teachers[0](x).shape[-1], len(teachers) * x.numel()
+    at_once = min(num_classes, max(1, JACOBIAN_ELEMENTS // of_class))
     parts: dict[str, list[Tensor]] = {}
-    for batch in images.split(max(1, JACOBIAN_ELEMENTS // one)):
+    for batch in images.split(max(1, JACOBIAN_ELEMENTS // (num_classes * of_class))):
         x = batch.float() / 255
-        of_teachers = torch.cat([logit_jacobians(teacher, x) for teacher in teachers], 1).flatten(2)
-        length = of_teachers.norm(dim=2)
-        for name, student in students.items():
-            mean = student.members not in (1, len(teachers))
-            own = logit_jacobians(student, x, mean=mean).flatten(2).expand_as(of_teachers)
-            error = (own - of_teachers).norm(dim=2) / length
-            cosine = (own * of_teachers).sum(2) / (own.norm(dim=2) * length)
-            parts.setdefault(f"{name}/error", []).append(error.cpu())
+        sums: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in students}
+        for start in range(0, num_classes, at_once):
+            some = slice(start, start + at_once)
+            jacobians = [logit_jacobians(teacher, x, classes=some) for teacher in teachers]
+            of_teachers = torch.cat(jacobians, 1).flatten(2)
+            length = of_teachers.norm(dim=2)
+            for name, student in students.items():
+                mean = student.members not in (1, len(teachers))
+                own = logit_jacobians(student, x, mean=mean, classes=some).flatten(2)
+                own = own.expand_as(of_teachers)
+                product = (own * of_teachers).sum(2)
+                gap = (own - of_teachers).norm(dim=2)
+                sums[name].append((gap, product, own.norm(dim=2), length))
+        for name, of_classes in sums.items():
+            gaps, products, owns, lengths = zip(*of_classes, strict=True)
+            length = _norm(lengths)
+            parts.setdefault(f"{name}/error", []).append((_norm(gaps) / length).cpu())
+            cosine = sum(products[1:], products[0]) / (_norm(owns) * length)
             parts.setdefault(f"{name}/cosine", []).append(cosine.cpu())
     return {name: torch.cat(part).numpy() for name, part in parts.items()}
+
+
+def _norm(parts: Sequence[Tensor]) -> Tensor:
+    """Norm of a whole from those of its parts."""
+    return parts[0] if len(parts) == 1 else torch.stack([*parts]).norm(dim=0)
 
 
 @torch.inference_mode()

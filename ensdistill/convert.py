@@ -13,7 +13,8 @@ import ast
 import copy
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache, partial
 
 import torch
@@ -131,11 +132,11 @@ def to_batch_ensemble(
     """
 
     def converted(layer: nn.Module) -> nn.Module:
-        exact = _computes_as_known(layer)
+        exact = computes_as_known(layer)
         if exact is None:
             if (conv, linear) != (BatchEnsembleConv2d, BatchEnsembleLinear):
                 raise ValueError("its members cannot be merged into one such layer again")
-            return BatchEnsembleMap(layer, ensemble_size, init, std)
+            return BatchEnsembleMap(layer, ensemble_size, init, std).train(layer.training)
         with torch.device("meta"), WithoutRandomNumbers():
             made = _of_shape(layer, ensemble_size, conv if exact is nn.Conv2d else linear)
         made.take_over(layer, init, std)
@@ -144,7 +145,7 @@ def to_batch_ensemble(
     network = with_attention(module)
     if ensemble_size < 1:
         raise ValueError(f"ensemble_size must be at least 1, not {ensemble_size}")
-    return _replaced(network, _can_be_converted, converted)
+    return _replaced(network, partial(_can_be_converted, _readers(network)), converted)
 
 
 def batch_ensemble_layers(ensemble_size: int) -> Layers:
@@ -158,9 +159,15 @@ def batch_ensemble_layers(ensemble_size: int) -> Layers:
 
 def with_attention(module: nn.Module) -> nn.Module:
     """A copy whose `MultiheadAttention` modules are `Attention`, which computes the same."""
-    return _replaced(
-        copy.deepcopy(module), lambda it, *_: isinstance(it, nn.MultiheadAttention), Attention
+    network = _replaced(
+        copy.deepcopy(module),
+        lambda it: type(it).forward is nn.MultiheadAttention.forward,
+        Attention,
     )
+    for it in network.modules():
+        if isinstance(it, nn.TransformerEncoder):
+            it.use_nested_tensor = False  # for which it would take weights past forward
+    return network
 
 
 @torch.no_grad()
@@ -176,7 +183,7 @@ def member(network: nn.Module, j: int) -> nn.Module:
             return one.train(layer.training)
         return layer.member(j)
 
-    def is_layer(it: nn.Module, *_: object) -> bool:
+    def is_layer(it: nn.Module) -> bool:
         return isinstance(it, BatchEnsembleLayer | BatchEnsembleMap)
 
     return _replaced(copy.deepcopy(network), is_layer, ordinary)
@@ -186,7 +193,9 @@ def member(network: nn.Module, j: int) -> nn.Module:
 def check_members(network: nn.Module, members: int, x: Tensor) -> None:
     """Refuse a BatchEnsemble that does not compute what its members do, as ordinary networks.
 
-    So it is with a network that puts something else than the rows in its first dimension.
+    So it is with a network that puts something else than the rows in its first dimension. What
+    holds one number throughout, as factors, gains and heads may at the start, would hide that: a
+    copy is checked where it does not.
 
     Args:
         network: (M·B, C, H, W) → (M·B, K).
@@ -196,9 +205,12 @@ def check_members(network: nn.Module, members: int, x: Tensor) -> None:
     Raises:
         InputError: it does not.
     """
-    was_training = network.training
+    network, generator = copy.deepcopy(network).eval(), torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        if parameter.min() == parameter.max():
+            parameter.add_(0.5 * torch.rand(parameter.shape, generator=generator).to(parameter))
     try:
-        together = network.eval()(x.repeat(members, 1, 1, 1)).chunk(members)
+        together = network(x.repeat(members, 1, 1, 1)).chunk(members)
         for j, logits in enumerate(together):
             own = member(network, j)(x)
             if not (logits - own).norm() <= TOLERANCE * own.norm() + 1e-6:
@@ -209,22 +221,20 @@ def check_members(network: nn.Module, members: int, x: Tensor) -> None:
             f"this architecture cannot be a BatchEnsemble ({reason}): it must have the rows in the "
             "first dimension everywhere, and use its layers by their forward alone"
         ) from error
-    finally:
-        network.train(was_training)
 
 
 def _replaced(
     network: nn.Module,
-    chosen: Callable[[nn.Module, nn.Module, str], bool],
+    chosen: Callable[[nn.Module], bool],
     make: Callable[[nn.Module], nn.Module],
 ) -> nn.Module:
-    """The network with every chosen (module, its parent, its name there) replaced, in place."""
+    """The network with every chosen module replaced, in place."""
     root = nn.ModuleDict({"network": network})
     made: dict[nn.Module, nn.Module] = {}
     for name, parent in [(name, it) for name, it in root.named_modules() if it._modules]:
         for key, child in parent._modules.items():
             try:
-                if child in made or (child is not None and chosen(child, parent, key)):
+                if child in made or (child is not None and chosen(child)):
                     parent._modules[key] = made[child] = made.get(child) or make(child)
             except ValueError as error:
                 place = ".".join([*name.split(".")[1:], key])
@@ -233,8 +243,11 @@ def _replaced(
     return root["network"]
 
 
-def _can_be_converted(layer: nn.Module, parent: nn.Module, key: str) -> bool:
+def _can_be_converted(readers: Mapping[nn.Module, str], layer: nn.Module) -> bool:
     """Whether it is a linear map that gets factors.
+
+    Args:
+        readers: see `_readers`.
 
     Raises:
         ValueError: it is one that cannot have them.
@@ -245,20 +258,32 @@ def _can_be_converted(layer: nn.Module, parent: nn.Module, key: str) -> bool:
         return False
     if parametrize.is_parametrized(layer):
         raise ValueError("its weight is computed (parametrized), not stored")
-    if key in _read_past_forward(type(parent)):
+    if layer in readers:
         raise ValueError(
-            f"{type(parent).__name__} reads its weight or bias past its forward, so that factors "
-            "would be passed over"
+            f"{readers[layer]} reads its weight or bias past its forward, so that factors would be "
+            "passed over"
         )
     return True
 
 
+def _readers(network: nn.Module) -> dict[nn.Module, str]:
+    """Modules whose weight or bias others read past their forward, and the class of these."""
+    found = {}
+    for module in network.modules():
+        for path in _read_past_forward(type(module)):
+            with suppress(AttributeError):
+                found[module.get_submodule(path)] = type(module).__name__
+    return found
+
+
 @cache
 def _read_past_forward(kind: type[nn.Module]) -> frozenset[str]:
-    """Children whose weight or bias the class reads in its forward: `self.<child>.weight`.
+    """Modules inside whose weight or bias the class reads in its forward: `self.<path>.weight`.
 
     Or in methods that its forward calls, and they call.
     """
+    if getattr(kind, "forward", None) is nn.TransformerEncoderLayer.forward:
+        return frozenset()  # it asks its attention first, and `Attention` declines
     found, waiting, seen = set(), ["forward"], set()
     while waiting:
         name = waiting.pop()
@@ -271,24 +296,23 @@ def _read_past_forward(kind: type[nn.Module]) -> frozenset[str]:
         except (OSError, SyntaxError):  # without a file, as what a compiler made
             continue
         for node in ast.walk(tree):
-            if not isinstance(node, ast.Attribute):
-                continue
-            if _is_self(node.value):
-                waiting.append(node.attr)
-            elif node.attr in ("weight", "bias") and isinstance(node.value, ast.Attribute):
-                found |= {node.value.attr} if _is_self(node.value.value) else set()
+            if isinstance(node, ast.Attribute):
+                start, *path, last = ast.unparse(node).split(".")
+                if start == "self" and not path:
+                    waiting.append(last)
+                elif start == "self" and last in ("weight", "bias"):
+                    found.add(".".join(path))
     return frozenset(found)
 
 
-def _is_self(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and node.id == "self"
+def computes_as_known(layer: nn.Module) -> type[nn.Module] | None:
+    """Whether it computes exactly what `Conv2d` or `Linear` does; None if it does more.
 
-
-def _computes_as_known(layer: nn.Module) -> type[nn.Module] | None:
-    """Whether it computes exactly what `Conv2d` or `Linear` does; None if it does more."""
+    `layer.kind`, if there is one, is its class before it was told in which precision to compute.
+    """
+    kind = getattr(layer, "kind", type(layer))
     for known in KNOWN:
-        if isinstance(layer, known):
-            kind = type(layer)
+        if issubclass(kind, known):
             same = kind.forward is known.forward and getattr(
                 kind, "_conv_forward", None
             ) is getattr(known, "_conv_forward", None)

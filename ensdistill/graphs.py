@@ -4,20 +4,31 @@ torch.fx traces networks whose flow does not depend on their input's numbers or 
 [Reed et al. 2022].
 """
 
+import sys
+
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ensdistill.attention import Attention
 from ensdistill.batch_ensemble import BatchEnsembleLayer
-from ensdistill.convert import BatchEnsembleMap
+from ensdistill.convert import BatchEnsembleMap, computes_as_known
 
 WHOLE = (_ConvNd, nn.Linear, nn.BatchNorm2d, Attention, BatchEnsembleLayer, BatchEnsembleMap)
 """Modules that are one operation, whatever library has derived them."""
+LINEAR = {"timm.layers.conv2d_same.Conv2dSame"}
+"""Convolutions that do more than `Conv2d`, but nothing to their weight."""
 
 
 class _Tracer(fx.Tracer):
+    """What timm says to be one operation is one."""
+
+    def __init__(self) -> None:
+        timm = sys.modules.get("timm.layers")
+        super().__init__(autowrap_functions=tuple(timm.get_notrace_functions()) if timm else ())
+        self.whole = tuple(timm.get_notrace_modules()) if timm else ()
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, WHOLE) or super().is_leaf_module(module, name)
+        return isinstance(module, WHOLE + self.whole) or super().is_leaf_module(module, name)
 
 
 def _graph(network: nn.Module) -> fx.Graph | None:
@@ -41,10 +52,12 @@ def norms_behind_convolutions(network: nn.Module) -> list[tuple[str, str]]:
     for node in graph.nodes:
         if node.op != "call_module" or called.count(node.target) > 1:
             continue  # its statistics are of all its inputs
-        before = node.args[0]
+        norm = network.get_submodule(node.target)
+        if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
+            continue
+        before = node.all_input_nodes[0]
         if (
-            isinstance(network.get_submodule(node.target), nn.BatchNorm2d)
-            and before.op == "call_module"
+            before.op == "call_module"
             and len(before.users) == called.count(before.target) == 1
             and _is_convolution(network.get_submodule(before.target))
         ):
@@ -53,9 +66,11 @@ def norms_behind_convolutions(network: nn.Module) -> list[tuple[str, str]]:
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) or (
-        isinstance(module, BatchEnsembleLayer) and module.weight.ndim == 4
-    )
+    """Whether another weight is all that a normalisation behind it takes."""
+    if isinstance(module, BatchEnsembleLayer):
+        return module.weight.ndim == 4
+    kind = getattr(module, "kind", type(module))
+    return computes_as_known(module) is nn.Conv2d or f"{kind.__module__}.{kind.__name__}" in LINEAR
 
 
 def cut_at(network: nn.Module, name: str) -> tuple[nn.Module, nn.Module]:

@@ -22,22 +22,29 @@ def split(network: nn.Module, cut: str) -> tuple[nn.Module, nn.Module]:
     Args:
         network: its parts become parts of the two.
         cut: of a `ResidualNetwork`: the head is the last stage and all behind it (`stage`), or the
-            average and the linear layer alone (`linear`). Of a library's network: the last layer
-            alone (`linear`), or the module of that name and all behind it, such as `layer4`.
+            average and the linear layer alone (`linear`), or a block and all behind it, such as
+            `blocks.2`. Of a library's network: the last layer alone (`linear`), or the module of
+            that name and all behind it, such as `layer4`.
 
     Raises:
         ValueError: there is no such cut.
     """
     if isinstance(network, LibraryNetwork):
         return _split_library(network, cut)
-    if cut not in ("stage", "linear"):
-        raise ValueError(f"a network is cut before its last 'stage' or 'linear' layer, not {cut!r}")
+    count = len(network.blocks)
+    cuts = {"stage": count - network.blocks_per_stage, "linear": count}
+    cuts |= {f"blocks.{place}": place for place in range(1, count)}
+    if cut not in cuts:
+        raise ValueError(
+            f"a network is cut before its last 'stage' or 'linear' layer, not {cut!r}; or before a "
+            f"block, blocks.1 … blocks.{count - 1}"
+        )
     body, head = network, copy.deepcopy(network)
-    blocks = len(network.blocks) - (network.blocks_per_stage if cut == "stage" else 0)
+    blocks = cuts[cut]
     head.normalize = head.stem = head.stem_norm = None
     head.blocks, body.blocks = head.blocks[blocks:], body.blocks[:blocks]
     body.head = None
-    (body if cut == "stage" else head).final_norm = None
+    (head if cut == "linear" else body).final_norm = None
     return body, head
 
 

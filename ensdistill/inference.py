@@ -113,7 +113,8 @@ class HeadsSideBySide(nn.Module):
     def __init__(self, network: HydraNetwork, architecture: Mapping[str, Any]):
         super().__init__()
         self.members, self.body = len(network.heads), network.body
-        cut = "stage" if len(network.heads[0].blocks) else "linear"
+        first = len(network.body.blocks)
+        cut = f"blocks.{first}" if len(network.heads[0].blocks) else "linear"
         with torch.device("meta"):
             head = split(_wide(architecture, self.members), cut)[1]
         self.heads = _filled_beside(head, network.heads)
@@ -231,7 +232,8 @@ def _filled_beside(wide: nn.Module, networks: Sequence[nn.Module]) -> nn.Module:
 
 @torch.no_grad()
 def _fold_into_factors(layer: BatchEnsembleLayer, norm: nn.BatchNorm2d) -> None:
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    gain, shift = (1, 0) if norm.weight is None else (norm.weight, norm.bias)
+    scale = gain * (norm.running_var + norm.eps).rsqrt()
     bias = 0 if layer.bias is None else layer.bias
-    layer.bias = nn.Parameter((bias - norm.running_mean) * scale + norm.bias + 0 * layer.s)
+    layer.bias = nn.Parameter((bias - norm.running_mean) * scale + shift + 0 * layer.s)
     layer.s *= scale

@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 Pretrained = bool | str
 """Whether weights are those that the library offers; or a file of weights."""
 
+NEW_LAST = "%s: the last layer (%s) is new: it was of other classes"
+"""What the log says of it."""
+
 RESERVED = {"num_classes", "in_chans", "weights", "pretrained", "features_only", "scriptable"}
 RESERVED |= {"checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
 """Arguments of the libraries that are decided here: some of them load files."""
@@ -95,23 +98,30 @@ def timm_network(
         raise InputError(f"unknown architecture {name!r}{_close(model, known)}")
     sizes = {"num_classes": num_classes, "in_chans": in_channels}
     given = _checked(name, options)
-    if pretrained is True and not _on_meta():
-        cfg = timm.get_pretrained_cfg(model)
+    offered = pretrained is True and not _on_meta()
+    if offered:
+        cfg = _timm_cfg(model)
         if cfg is None or not cfg.has_weights:
             raise InputError(f"{name}: timm has no weights of it; set pretrained: false")
-        given["pretrained"] = True
-    elif pretrained and not _on_meta():
-        given |= {
-            "pretrained": True,
-            "pretrained_cfg_overlay": {"file": _existing(name, pretrained)},
-        }
+        if cfg.num_classes != num_classes:
+            logger.info(NEW_LAST, name, cfg.classifier)
     try:
-        body = timm.create_model(model, **sizes, **given)
-    except Exception as error:  # of its arguments, of the network, of the file
-        if pretrained is True:
+        body = timm.create_model(model, pretrained=offered, **sizes, **given)
+    except Exception as error:  # of its arguments, of the network
+        if offered and isinstance(error, OSError | RuntimeError):
             at = f"{cfg.hf_hub_id or ''} on huggingface.co" if cfg.hf_hub_id else cfg.url
             raise _unfetched(name, f"model.safetensors of {at}", error) from error
         raise InputError(f"{name}: {_first_line(error)}") from error
+    if pretrained and not offered and not _on_meta():
+        state = read_state(_existing(name, pretrained))
+        # What timm does to files of other versions, and of networks for images of other sizes.
+        adapt = getattr(sys.modules[type(body).__module__], "checkpoint_filter_fn", None)
+        what = f"{name}: {pretrained}"
+        try:
+            state = adapt(state, body) if adapt else state
+        except Exception as error:  # it is not of this network
+            raise InputError(f"{what}: {_first_line(error)}") from error
+        fill(body, state, what)
     return _made(body, layers, mean, std)
 
 
@@ -133,10 +143,7 @@ def torchvision_network(
     """
     from torchvision import models
 
-    name = f"torchvision:{model}"
-    known = models.list_models(module=models)
-    if model not in known:
-        raise InputError(f"unknown architecture {name!r}{_close(model, known)}")
+    name, offered = f"torchvision:{model}", _torchvision_weights(model)
     try:
         body = models.get_model(model, num_classes=num_classes, **_checked(name, options))
     except (TypeError, ValueError) as error:
@@ -145,14 +152,13 @@ def torchvision_network(
         _replace_first_convolution(body, in_channels)
     if pretrained and not _on_meta():
         if pretrained is True:
-            weights = models.get_model_weights(model).DEFAULT
             try:
-                state = weights.get_state_dict(check_hash=True)
+                state = offered.get_state_dict(check_hash=True)
             except (OSError, RuntimeError) as error:
-                raise _unfetched(name, weights.url, error) from error
+                raise _unfetched(name, offered.url, error) from error
         else:
             state = read_state(_existing(name, pretrained))
-        fill(body, state, f"{name}: {pretrained if pretrained is not True else weights.url}")
+        fill(body, state, f"{name}: {pretrained if pretrained is not True else offered.url}")
     return _made(body, layers, mean, std)
 
 
@@ -212,12 +218,10 @@ def pretrained_statistics(family: str, model: str | None, channels: int) -> dict
         not three channels. Nothing where they are not known.
     """
     if family == "timm":
-        cfg = _timm().get_pretrained_cfg(model)
+        cfg = _timm_cfg(model)
         known = None if cfg is None else (cfg.mean, cfg.std)
     elif family == "torchvision":
-        from torchvision import models
-
-        transforms = models.get_model_weights(model).DEFAULT.transforms()
+        transforms = _torchvision_weights(model).transforms()
         known = transforms.mean, transforms.std
     else:
         known = None
@@ -283,19 +287,40 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
         raise InputError(f"{what}: is not of this network: it {' and '.join(said)}")
     differing = [key for key in own if own[key].shape != state[key].shape]
     first, last = first_convolution(network), last_layer(network)
+    new = set()
     for key in differing:
         place, given = key.rpartition(".")[0], state[key]
-        if place == last:
+        if place == last or _of_classes(own[key], given, own, state, last):
             state[key] = own[key]
+            new.add(place)
         elif place == first and own[key][:, :1].shape == given[:, :1].shape:
             channels = own[key].shape[1]
             state[key] = given.sum(1, keepdim=True).expand_as(own[key]) / channels
         else:
             shapes = f"{tuple(given.shape)}, not {tuple(own[key].shape)}"
             raise InputError(f"{what}: is not of this network: {key} has the shape {shapes}")
-    if any(key.rpartition(".")[0] == last for key in differing):
-        logger.info("%s: the last layer (%s) is new: it was of other classes", what, last)
+    for place in sorted(new):
+        logger.info(NEW_LAST, what, place)
     network.load_state_dict(state)
+
+
+def _of_classes(
+    own: Tensor,
+    given: Tensor,
+    network: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    last: str,
+) -> bool:
+    """Whether a tensor has a row for each class, as the last layer has: some have two last layers.
+
+    Args:
+        own, given: the tensor, and the one in its place.
+        network, state: where they are.
+        last: the last layer.
+    """
+    classes = [it.get(f"{last}.weight", own).shape[0] for it in (network, state)]
+    same = own.shape[1:] == given.shape[1:]
+    return same and own.ndim > 0 and [own.shape[0], given.shape[0]] == classes
 
 
 def first_convolution(network: nn.Module) -> str | None:
@@ -355,7 +380,7 @@ class _StemInFloat32(nn.Module):
 
 @cache
 def _exact(how: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (how, kind), {})
+    return type(kind.__name__, (how, kind), {"kind": kind})
 
 
 def _replace_first_convolution(network: nn.Module, channels: int) -> None:
@@ -383,6 +408,24 @@ def _timm() -> Any:
             "architectures of timm need the package timm: pip install 'ensdistill[timm]'"
         ) from None
     return timm
+
+
+def _timm_cfg(model: str) -> Any:
+    """What timm knows of a network's weights, if anything."""
+    try:
+        return _timm().get_pretrained_cfg(model)
+    except RuntimeError as error:
+        raise InputError(f"timm:{model}: {_first_line(error)}") from error
+
+
+def _torchvision_weights(model: str) -> Any:
+    """The best weights that torchvision offers of a classifier."""
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if model not in known:
+        raise InputError(f"unknown architecture 'torchvision:{model}'{_close(model, known)}")
+    return models.get_model_weights(model).DEFAULT
 
 
 def _module(path: str) -> Any:

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -265,12 +266,17 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
 
 def norms_to_fold(network: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     """Modules that have a convolution and a batch normalisation behind it, and their names."""
+    others: set[nn.Module] = set()
     for module in list(network.modules()):
-        pairs = getattr(module, "normalized", ())
         if isinstance(module, LibraryNetwork | GraphModule):
             pairs = norms_behind_convolutions(module)
+            others |= {*module.modules()}
+        elif module not in others:
+            pairs = getattr(module, "normalized", ())
+        else:
+            continue
         for conv, norm in pairs:
-            if isinstance(module.get_submodule(norm), nn.BatchNorm2d):
+            if isinstance(attrgetter(norm)(module), nn.BatchNorm2d):  # parts of a split are None
                 yield module, conv, norm
 
 

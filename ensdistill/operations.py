@@ -21,6 +21,14 @@ from ensdistill.students import Step, Student
 
 aten = torch.ops.aten
 
+AS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+"""Operations that PyTorch's formulas leave out, and what they cost as much as."""
+
 
 class Operations(TorchDispatchMode):
     """Counts the multiply–adds of what is computed under it, of gradients too.
@@ -40,7 +48,7 @@ class Operations(TorchDispatchMode):
             gradient, weight, asked = args[0], args[2], args[-1]
             # Each costs what the convolution itself does.
             self.count += (asked[0] + asked[1]) * gradient.numel() * weight[0].numel()
-        elif formula := flop_registry.get(kind):
+        elif formula := flop_registry.get(AS.get(kind, kind)):
             self.count += formula(*args, **(kwargs or {}), out_val=out) // 2
         return out
 

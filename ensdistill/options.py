@@ -115,8 +115,9 @@ class Hydra(StudentOptions):
     name: Literal["hydra"] = "hydra"
     """Chooses this student."""
     cut: str = "stage"
-    """What a head is: the last stage and all behind it, or the linear layer alone (`linear`); of a
-    library's architecture, which has no `stage`, also the module of that name and all behind it."""
+    """What a head is: the last stage and all behind it, the linear layer alone (`linear`), or the
+    module of that name and all behind it, such as `blocks.2`. A library's architecture has no
+    `stage`."""
     together: Share = 0.5
     """Share of the training in which one head learns for all; the others then start as copies."""
 

@@ -102,7 +102,7 @@ def _listed(table: Path, columns: Mapping[str, str | None] | None) -> list[str]:
     """The files of a table of paths; none of anything else, or if it cannot be read."""
     if table.suffix.lower() not in TABLES:
         return []
-    from ensdistill.image_tables import listed_files
+    from ensdistill.table_readers import listed_files
 
     return listed_files(table, columns)
 

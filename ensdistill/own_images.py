@@ -211,7 +211,8 @@ def own_images(
         InputError: there are several tables, or columns are named of what has none.
     """
     from ensdistill.folders import ImageFolder
-    from ensdistill.image_tables import READERS, ImageTable, kind_of
+    from ensdistill.image_tables import ImageTable
+    from ensdistill.table_readers import READERS, kind_of
 
     paths = [path] if isinstance(path, str) else list(path)
     kinds = [kind_of(Path(it)) for it in paths]
@@ -225,4 +226,5 @@ def own_images(
     if len(paths) > 1:
         alone = next(it for it, kind in zip(paths, kinds, strict=True) if kind)
         raise InputError(f"{alone}: must be the only path")
-    return ImageTable(paths[0], READERS[kinds[0]], named, labelled=labelled)
+    table = READERS[kinds[0]](Path(paths[0]), named, labelled)
+    return ImageTable(paths[0], table, labelled=labelled)

@@ -44,6 +44,7 @@ class Student(nn.Module):
         logits = self.member_logits(x)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    @torch.no_grad()
     def check(self, x: Tensor) -> None:
         """Refuse a network that does not give what its kind promises, before it is trained.
 

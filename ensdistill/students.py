@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ensdistill.batch_ensemble import init_factors
-from ensdistill.convert import check_members
+from ensdistill.batch_ensemble import BatchEnsembleLayer, init_factors
+from ensdistill.convert import BatchEnsembleMap, check_members
 from ensdistill.flow_matching import FlowMatching
 from ensdistill.gaussian_logits import GaussianLogits
 from ensdistill.hydra import Hydra
@@ -58,9 +58,8 @@ class BatchEnsemble(Student):
         self.network = self.build(architecture, members)
         self.members = members
         if factors:
-            for name, parameter in self.named_parameters():
-                if name.rsplit(".", 1)[-1] in self.FACTORS:
-                    init_factors(parameter, **factors)
+            for parameter in self._others_and_factors()[1]:
+                init_factors(parameter, **factors)
 
     @staticmethod
     def build(architecture: Mapping[str, Any], members: int) -> nn.Module:
@@ -83,10 +82,14 @@ class BatchEnsemble(Student):
         ]
 
     def _others_and_factors(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        factors, others = [], []
-        for name, parameter in self.named_parameters():
-            (factors if name.rsplit(".", 1)[-1] in self.FACTORS else others).append(parameter)
-        return others, factors
+        factors = {  # a dictionary, for its order
+            parameter: None
+            for module in self.modules()
+            if isinstance(module, BatchEnsembleLayer | BatchEnsembleMap)
+            for name, parameter in module.named_parameters(recurse=False)
+            if name in self.FACTORS
+        }
+        return [it for it in self.parameters() if it not in factors], [*factors]
 
 
 class LatentBatchEnsemble(BatchEnsemble):

@@ -50,9 +50,9 @@ class Columns(Section):
 class Images(Section):
     """Where images come from and how many each split has."""
 
+    later: ClassVar[frozenset[str]] = frozenset({"columns", "resize"})
     source: Literal[*SOURCES] = "digits"
     """`digits` ships with scikit-learn, `folder` is your own data, the others are downloaded."""
-    later: ClassVar[frozenset[str]] = frozenset({"columns", "resize"})
     path: str | list[str] | None = None
     """For `folder`: a directory or tar/zip archives that hold train/<class>/… and
     test/<class>/…, or just <class>/…, or a directory of such archives; a table of paths and labels
@@ -70,7 +70,8 @@ class Images(Section):
     """Training images: a seeded stratified subset of this many; all that are left unless told."""
     validation: Count = 5000
     """Images taken from the training split for validation: the last ones of CIFAR (the official
-    split), otherwise a seeded stratified choice."""
+    split), otherwise a seeded stratified choice. Of own data that say which images are for
+    validation, at most so many of those."""
     held_out: Count | None = None
     """Images taken from the training split beside the validation images, on which no network is
     trained: where the perturbation `held_out` asks the teachers."""

@@ -113,3 +113,55 @@ def fails(output, **options):
     assert "<_io" not in message
     assert sorted(output.parent.rglob("*")) == before
     return message
+
+
+def message(call, *arguments, **options):
+    """The one sentence of an InputError."""
+    with pytest.raises(InputError) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+MINE = """
+from torch import nn
+import sizes
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes, channels, width):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, width, 3), nn.BatchNorm2d(width)
+        self.late, self.head = nn.Conv2d(width, width, 3), nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        return self.head(self.late(self.norm(self.conv(x)).relu()).relu().mean((2, 3)))
+
+
+def build(num_classes, in_channels, width=sizes.WIDTH):
+    return Net(num_classes, in_channels, width)
+
+
+def of_classes(num_classes):
+    return Net(num_classes, 3, 4)
+
+
+def of_all(**given):
+    return Net(given["num_classes"], given["in_channels"], given.get("width", 3))
+
+
+def fixed():
+    return Net(4, 3, 5)
+
+
+def wrong(num_classes):
+    return [num_classes]
+
+
+def fails(num_classes):
+    raise KeyError("no such thing\\nat all")
+
+
+text = "not a function"
+"""
+"""A file of own networks, which imports a package beside it."""

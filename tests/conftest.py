@@ -1,10 +1,13 @@
 """One thread per test process: as a workflow's jobs run, and kind to a shared machine."""
 
+import sys
+
 import pytest
 import torch
 from filelock import FileLock
 
 from ensdistill.batch_ensemble import SCALED
+from tests.builders import MINE
 from tests.project import Project
 
 torch.set_num_threads(1)
@@ -32,3 +35,19 @@ def form(request, monkeypatch):
     """Make layers compute in one of their two forms, whatever the size."""
     monkeypatch.setitem(SCALED, "cpu", 2**30 if request.param == "scaled" else 0)
     return request.param
+
+
+@pytest.fixture
+def own_networks(tmp_path, monkeypatch):
+    """Where snakemake runs: with own networks, and a package that they import."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "sizes").mkdir()
+    (tmp_path / "sizes/__init__.py").write_text("WIDTH = 6\n")
+    (tmp_path / "models/mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    before, path = set(sys.modules), [*sys.path]
+    yield tmp_path
+    sys.path[:] = path
+    for name in {*sys.modules} - before:
+        if name == "sizes" or name.startswith("ensdistill_architectures_"):
+            del sys.modules[name]

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ensdistill.hydra import split
+from ensdistill.inference import inference_forms
 from ensdistill.networks import build_network, fold_batch_norms
 from ensdistill.objectives import OBJECTIVES
 from ensdistill.students import Step, build_student
@@ -68,6 +69,21 @@ def test_body_and_head_are_the_network_to_the_bit(name, cut, bfloat16):
     for key in whole.state_dict():
         here = any(key.startswith(f"{it}.") for it in of_head)
         assert (key in head.state_dict(), key in body.state_dict()) == (here, not here), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_heads_may_begin_with_any_block(name):
+    student = student_of(name, "blocks.1").eval()
+    networks = [network.eval() for network in explicit(student)]
+    of_heads = {
+        key.split(".")[1] for key in student.network.heads[0].state_dict() if "blocks" in key
+    }
+    assert of_heads == {"1", "2"}
+    x = images(B)
+    expected = torch.stack([network(x) for network in networks])
+    close(student(x), expected)
+    for form in inference_forms(student):
+        torch.testing.assert_close(form(x), expected, rtol=1e-8, atol=1e-8)
 
 
 def test_there_is_no_other_cut():

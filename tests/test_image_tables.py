@@ -518,6 +518,20 @@ def test_a_damaged_dataset_is_refused(tmp_path):
     assert refused(path).startswith(f"{path}: not a dataset saved by save_to_disk (")
 
 
+def test_a_dataset_whose_images_end_outside_of_their_file_is_refused(tmp_path):
+    """Arrow would read there, and end the process."""
+    table = rows()
+    path = as_saved(tmp_path, table)
+    sizes = [len(encode(picture(int(row["path"][-7:-4])))) for row in table]
+    ends = np.cumsum(sizes, dtype=np.int32)
+    wrong = ends + np.int32(2**30) * (np.arange(COUNT) == 9)
+    (arrow,) = Path(path).glob("*.arrow")
+    content = arrow.read_bytes()
+    assert content.count(ends.tobytes()) == 1
+    arrow.write_bytes(content.replace(ends.tobytes(), wrong.tobytes()))
+    assert refused(path).startswith(f"{path}: not a dataset saved by save_to_disk (")
+
+
 @pytest.mark.parametrize(
     ("kind", "library", "extra"),
     [("parquet", "pyarrow", "parquet"), ("saved", "datasets", "huggingface")],

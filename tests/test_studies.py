@@ -340,6 +340,16 @@ TOGETHER = [
     ({"student": {"warmup_epochs": 301}}, "student: 'warmup_epochs' is larger than 'epochs'"),
     ({"images": {"source": "folder"}}, "images: 'path' and the source 'folder' need each other"),
     ({"images": {"path": "x"}}, "images: 'path' and the source 'folder' need each other"),
+    ({"images": {"columns": {"label": "x"}}}, "images: 'columns' needs a 'path'"),
+    ({"images": {"size": 8, "resize": 9}}, "images: 'resize' needs a 'path'"),
+    (
+        {"images": {"source": "folder", "path": "x", "size": 8, "resize": 7}},
+        "images: 'resize' needs a 'size' that is not larger",
+    ),
+    (
+        {"images": {"source": "folder", "path": "x", "resize": 7}},
+        "images: 'resize' needs a 'size' that is not larger",
+    ),
     ({"out_of_distribution": {"source": "folder"}}, "out_of_distribution: 'path' and the source"),
     ({"out_of_distribution": []}, "out_of_distribution: list should have at least 1 item"),
     (
