@@ -46,6 +46,7 @@ report: "report/workflow.rst"
 
 include: "rules/common.smk"
 include: "rules/images.smk"
+include: "rules/elsewhere.smk"
 include: "rules/train.smk"
 include: "rules/predict.smk"
 include: "rules/evaluate.smk"

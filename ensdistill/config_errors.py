@@ -129,12 +129,18 @@ def _place(schema: Mapping[str, Any], loc: tuple[str | int, ...]) -> tuple[list[
             node = {"$ref": node["discriminator"]["mapping"][part]}
         elif part.isdigit() and "properties" in node:  # of a list that may be one section
             path += [part] if part != "0" else []
+        elif part.isdigit() and "items" in node:
+            path.append(part)
+            node = node["items"]
         else:
             path.append(part)
             by_pattern = node.get("patternProperties", {}).values()
             node = node.get("properties", {}).get(part) or next(iter(by_pattern), {})
-        # A section may also be given by its name alone, or be null.
-        for part in (node, *node.get("anyOf", ())):
+        # A section may also be given by its name alone, or be null, and so may a list of them; a
+        # list that may be one section is taken for that.
+        choices = (node, *node.get("anyOf", ()))
+        node = next((it for it in choices if "items" in it), node)
+        for part in choices:
             if "$ref" in part or "discriminator" in part:
                 node = schema["$defs"][part["$ref"].rsplit("/", 1)[1]] if "$ref" in part else part
     return path, list(section.get("properties", {}))

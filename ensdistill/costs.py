@@ -10,8 +10,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ensdistill.inference import ensemble_forms, fastest, inference_forms, secon
 from ensdistill.networks import build_network, described, fold_batch_norms
 from ensdistill.operations import prediction_macs, training_macs
 from ensdistill.students import Student, build_student, count_parameters, unfilled
+from ensdistill.weights import read_header
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,9 @@ TURN = 0.005
 
 ROUNDS = (5, 101)
 """The least and the most."""
+
+SIZES = ("parameters", "bytes", "passes", "macs")
+"""Columns that need no timing."""
 
 BUSY = 0.95
 """Share of the time of all timings below which the log says that the processor had other work."""
@@ -54,6 +58,8 @@ def cost_table(
     pool: int,
     time_limit: float,
     device: torch.device,
+    teachers: Sequence[Mapping[str, Any]] = (),
+    judged: Mapping[str, str | os.PathLike[str]] | None = None,
 ) -> pd.DataFrame:
     """The costs of deep ensembles and of every method's student.
 
@@ -68,25 +74,39 @@ def cost_table(
         pool: teachers.
         time_limit: seconds for all timings; every system is timed 5 times nevertheless.
         device: where predictions are timed.
+        teachers: the same of every teacher of the pool, where they are not all alike or were not
+            all trained here; those have no `epochs`.
+        judged: weights files by the label of what is judged beside.
 
     Returns:
         One row per system, DE-1 … DE-pool and the methods: system, parameters, bytes (of its stored
         tensors), passes, macs (multiply–adds for an image), ms_1 and ms_128 (milliseconds for an
         image in batches of 1 and 128: the median, with quartiles `_low` and `_high`), training_macs
         (of a student without its teachers, but with the student that it starts from; of DE-m those
-        of m teachers), n (timings), threads, processor.
+        of m teachers; NaN of what was trained elsewhere), n (timings), threads, processor. Of a
+        pool of different networks DE-m has the mean over its subsets, the networks one after the
+        other.
     """
     description = read_description(images)
-    trainings = _Trainings(images, description, teacher, methods, device)
-    systems = [(f"DE-{size}", teacher, size) for size in range(1, pool + 1)]
-    systems += [(method["label"], method, 1) for method in methods.values()]
-    of_systems = [size * trainings.macs() for size in range(1, pool + 1)]
-    of_systems += [trainings.macs(name) for name in methods]
-    kinds = [_Kind.of(it["parts"], size, description) for _, it, size in systems]
+    judged, teachers = judged or {}, teachers or [teacher] * pool
+    trainings = _Trainings(images, description, teachers, methods, device)
+    of_pool = [_Kind.of(_spec(it["parts"], description)) for it in teachers]
+    # What predicts by system, and how often each part of it counts.
+    systems: dict[str, dict[_Kind, float]] = {
+        f"DE-{size}": {replace(of_pool[0], count=size): 1}
+        if len({*of_pool}) == 1
+        else {kind: size * of_pool.count(kind) / pool for kind in of_pool}
+        for size in range(1, pool + 1)
+    }
+    specs = {it["label"]: _spec(it["parts"], description) for it in methods.values()}
+    specs |= {label: read_header(path)["spec"] for label, path in judged.items()}
+    systems |= {label: {_Kind.of(spec): 1} for label, spec in specs.items()}
+    of_systems = [size * trainings.of_teacher() for size in range(1, pool + 1)]
+    of_systems += [*map(trainings.macs, methods), *[math.nan] * len(judged)]
     x = torch.rand(max(BATCH_SIZES), *description["shape"]).to(
         device, memory_format=torch.channels_last
     )
-    distinct = list(dict.fromkeys(kinds))
+    distinct = list(dict.fromkeys(kind for kinds in systems.values() for kind in kinds))
     sizes = {}
     calls = []
     for kind in distinct:
@@ -99,19 +119,23 @@ def cost_table(
     if device.type == "cpu" and computed < BUSY * taken:
         share = 100 * (1 - computed / taken)
         logger.warning("for %.0f %% of the time of all timings other work had the CPU", share)
-    times = dict(zip(distinct, _milliseconds(rounds), strict=True))
+    measured = dict(zip(distinct, np.split(rounds, len(distinct), axis=1), strict=True))
     return pd.DataFrame(
         {
             "system": system,
-            **sizes[kind],
-            **times[kind],
+            **{key: _weighted(kinds, lambda it, key=key: sizes[it][key]) for key in SIZES},
+            **_milliseconds(_weighted(kinds, measured.__getitem__)),
             "training_macs": macs,
             "n": len(rounds),
             "threads": torch.get_num_threads(),
             "processor": processor(device),
         }
-        for (system, *_), kind, macs in zip(systems, kinds, of_systems, strict=True)
+        for (system, kinds), macs in zip(systems.items(), of_systems, strict=True)
     )
+
+
+def _weighted(kinds: Mapping["_Kind", float], value: Callable[["_Kind"], Any]) -> Any:
+    return sum(share * value(kind) for kind, share in kinds.items())
 
 
 @dataclass(frozen=True)
@@ -120,12 +144,11 @@ class _Kind:
 
     spec: str
     """Arguments of `build_student`, as JSON."""
-    count: int
+    count: int = 1
 
     @classmethod
-    def of(cls, parts: Mapping[str, Any], count: int, description: Mapping[str, Any]) -> "_Kind":
-        predictor = unfilled(**_spec(parts, description)).predictor()
-        return cls(json.dumps(predictor.spec, sort_keys=True), count)
+    def of(cls, spec: Mapping[str, Any]) -> "_Kind":
+        return cls(json.dumps(unfilled(**spec).predictor().spec, sort_keys=True))
 
     def forms(self) -> list[nn.Module]:
         """See `inference_forms`; with newly drawn weights."""
@@ -143,12 +166,13 @@ class _Kind:
         stored = sum(tensor.nbytes for tensor in network.state_dict().values())
         plain = fold_batch_norms(build_network(**spec["architecture"]).eval()).to(x.device)
         macs = prediction_macs(forms[0], x[:2])
-        return {
-            "parameters": self.count * count_parameters(network),
-            "bytes": self.count * stored,
-            "passes": macs / prediction_macs(plain, x[:2]),
-            "macs": macs,
-        }
+        values = (
+            self.count * count_parameters(network),
+            self.count * stored,
+            macs / prediction_macs(plain, x[:2]),
+            macs,
+        )
+        return dict(zip(SIZES, values, strict=True))
 
 
 class _Trainings:
@@ -158,37 +182,49 @@ class _Trainings:
         self,
         images: str | os.PathLike[str],
         description: Mapping[str, Any],
-        teacher: Mapping[str, Any],
+        pool: Sequence[Mapping[str, Any]],
         methods: Mapping[str, Mapping[str, Any]],
         device: torch.device,
     ):
         with open_hdf5(images) as file:
             self.images = len(file["train/labels"])
         self.description, self.device = description, device
-        self.teacher, self.methods = teacher, methods
+        self.pool, self.methods = pool, methods
         asked = max([0, *(method["teachers"] for method in methods.values())])
         self.teachers = [
-            fold_batch_norms(self._new(teacher["parts"]).network.eval().requires_grad_(False))
-            for _ in range(asked)
+            fold_batch_norms(self._new(it["parts"]).network.eval().requires_grad_(False))
+            for it in pool[:asked]
         ]
-        self.known: dict[str | None, int] = {}
+        self.known: dict[str, int] = {}
 
-    def macs(self, method: str | None = None) -> int:
-        """Of a method's student, with that of the student that it starts from; or of a teacher."""
+    def macs(self, method: str) -> int:
+        """Of a method's student, with that of the student that it starts from."""
         if method not in self.known:
-            what = self.teacher if method is None else self.methods[method]
-            parts = what["parts"]
-            before = self.macs(parts["backbone"]) if "backbone" in parts else 0
-            self.known[method] = before + training_macs(
-                self._new(parts),
-                self.teachers[: what["teachers"]],
-                parts,
-                images=self.images,
-                shape=self.description["shape"],
-                epochs=what["epochs"],
-                batch_size=what["batch_size"],
-            )
+            what = self.methods[method]
+            before = self.macs(what["parts"]["backbone"]) if "backbone" in what["parts"] else 0
+            self.known[method] = before + self._of(what)
         return self.known[method]
+
+    def of_teacher(self) -> float:
+        """Of one teacher, the mean over the pool; NaN if one was trained elsewhere."""
+        distinct = [it for place, it in enumerate(self.pool) if it not in self.pool[:place]]
+        if any("epochs" not in it for it in distinct):
+            return math.nan
+        macs = [self._of(it) for it in distinct]
+        if len(macs) == 1:
+            return macs[0]
+        return sum(macs[distinct.index(it)] for it in self.pool) / len(self.pool)
+
+    def _of(self, what: Mapping[str, Any]) -> int:
+        return training_macs(
+            self._new(what["parts"]),
+            self.teachers[: what["teachers"]],
+            what["parts"],
+            images=self.images,
+            shape=self.description["shape"],
+            epochs=what["epochs"],
+            batch_size=what["batch_size"],
+        )
 
     def _new(self, parts: Mapping[str, Any]) -> Student:
         return build_student(**_spec(parts, self.description)).to(self.device)
@@ -226,18 +262,15 @@ def take_turns(calls: Sequence[tuple[nn.Module, Tensor]], time_limit: float) -> 
     return np.array(rounds)
 
 
-def _milliseconds(rounds: NDArray[np.float64]) -> list[dict[str, float]]:
-    """Median and quartiles of each kind, whose timings stand side by side, one per batch size."""
+def _milliseconds(rounds: NDArray[np.float64]) -> dict[str, float]:
+    """Median and quartiles over rounds (rounds, batch sizes)."""
     low, middle, high = 1000 * np.quantile(rounds, [0.25, 0.5, 0.75], axis=0)
     names = [f"ms_{size}" for size in BATCH_SIZES]
-    return [
-        {
-            f"{name}{ending}": values[start + place]
-            for place, name in enumerate(names)
-            for ending, values in (("", middle), ("_low", low), ("_high", high))
-        }
-        for start in range(0, len(middle), len(names))
-    ]
+    return {
+        f"{name}{ending}": values[place]
+        for place, name in enumerate(names)
+        for ending, values in (("", middle), ("_low", low), ("_high", high))
+    }
 
 
 def processor(device: torch.device) -> str:

@@ -118,16 +118,19 @@ def findings(
     costs: pd.DataFrame,
     families: Families,
     members: int,
+    judged: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Every answer that a study can give.
 
     Args:
         teachers: logits files of the whole pool; the first `members` teach.
         students: logits files of every seed, by label.
-        shifted_ensemble, shifted_students: their logits on shifted images.
+        shifted_ensemble, shifted_students: their logits on shifted images; students without them
+            are left out where those count.
         costs: metrics/costs.csv.
         families: methods that differ in where the teachers are asked alone.
         members: M.
+        judged: labels of those students that are methods of others.
 
     Returns:
         One row per quantity: question, quantity, system (the student, where it is about one alone),
@@ -136,11 +139,16 @@ def findings(
     """
     systems = measured(teachers, students, shifted_ensemble, shifted_students, members)
     macs = costs.set_index("system")["macs"]
-    return answers(systems, families, macs[[*systems.on_test]] <= ONE_NETWORK * macs["DE-1"])
+    # What costs nothing that is known is not said to cost what one network costs.
+    costs_one = macs.reindex([*systems.on_test]) <= ONE_NETWORK * macs["DE-1"]
+    return answers(systems, families, costs_one, judged)
 
 
 def answers(
-    systems: Systems, families: Families, costs_one: Mapping[str, bool] | pd.Series
+    systems: Systems,
+    families: Families,
+    costs_one: Mapping[str, bool] | pd.Series,
+    judged: Sequence[str] = (),
 ) -> pd.DataFrame:
     """The findings on systems that are measured.
 
@@ -148,9 +156,11 @@ def answers(
         systems: their NLL.
         families: as `findings` takes them.
         costs_one: by student, whether it costs what one network costs.
+        judged: as `findings` takes them.
     """
     rows = [
         *_near_the_ensemble(systems, costs_one),
+        *_near_by_others(systems, judged),
         *(row for contrast in CONTRASTS for row in _contrasted(systems, families, contrast)),
         *_contrasted_once(systems, families),
         *_rankings(systems),
@@ -217,7 +227,7 @@ def _near_the_ensemble(
         yield _row(question, quantity, [share], MOST, systems.images, label)
     if systems.shifted_one is None or systems.shifted_ensemble is None:
         return
-    for label in best:
+    for label in filter(systems.shifted.__contains__, best):
         sides = systems.shifted[label], systems.shifted_one, systems.shifted_ensemble
         yield _row(
             "How near do they come on corrupted images?",
@@ -227,6 +237,15 @@ def _near_the_ensemble(
             systems.shifted_images,
             label,
         )
+
+
+def _near_by_others(systems: Systems, judged: Sequence[str]) -> Iterator[_Row]:
+    """Each method of others: none is chosen here."""
+    quantity = f"share of DE-{systems.members}'s gain in NLL over DE-1"
+    for label in judged:
+        share = share_of_gain(systems.on_test[label], systems.one, systems.ensemble)
+        question = "How near do the methods that are judged beside come?"
+        yield _row(question, quantity, [share], MOST, systems.images, label)
 
 
 def _contrasted(systems: Systems, families: Families, contrast: Contrast) -> Iterator[_Row]:
@@ -277,7 +296,11 @@ def _mean(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def _rankings(systems: Systems) -> Iterator[_Row]:
-    """Whether students are in the same order elsewhere, seed by seed."""
+    """Whether students are in the same order elsewhere, seed by seed.
+
+    What is judged beside with another number of seeds is left out.
+    """
+    seeds = len(next(iter(systems.on_test.values())).measured)
     for question, others, what, images in (
         (
             "Does the ranking of the students hold under shift?",
@@ -292,7 +315,11 @@ def _rankings(systems: Systems) -> Iterator[_Row]:
             systems.images,
         ),
     ):
-        labels = [label for label in systems.on_test if label in others]
+        labels = [
+            label
+            for label, found in systems.on_test.items()
+            if label in others and len(found.measured) == seeds
+        ]
         if len(labels) > 2:
             order = rank_correlation(
                 [systems.on_test[x] for x in labels], [others[x] for x in labels]
@@ -345,6 +372,8 @@ def measured(
     )
     for label, paths in students.items():
         _add(systems, label, paths, weights)
+        if label not in shifted_students:  # its logits alone are known
+            continue
         copies = [_on_copies([path], corrupted) for path in shifted_students[label]]
         systems.shifted[label] = mean_of(np.stack(copies, axis=1), of_copies)
     return systems

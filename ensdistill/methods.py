@@ -34,11 +34,11 @@ Label = Annotated[str, AfterValidator(_one_line)]
 def _own_objective(known: Mapping[str, Any]) -> ObjectiveOptions | None:
     """The objective of a method that names none; None if its student is not valid."""
     student = known.get("student")
-    return student and _named(AnyObjective)[student.own_objective]()
+    return student and named(AnyObjective)[student.own_objective]()
 
 
 @cache
-def _named(kind: Any) -> dict[str, type[Section]]:
+def named(kind: Any) -> dict[str, type[Section]]:
     """The sections of an axis by their names."""
     sections = [it for it in kinds(kind) if isinstance(it, type) and issubclass(it, Section)]
     return {section.model_fields["name"].default: section for section in sections}
@@ -77,7 +77,7 @@ class Learner(Section):
 
 def _needs(axis: str, part: Section, need: str, learner: Learner) -> str:
     """That a part of a method needs another student."""
-    example = next(name for name, it in _named(AnyStudent).items() if need in it.offers)
+    example = next(name for name, it in named(AnyStudent).items() if need in it.offers)
     given = learner.student.name
     return f"{axis} {part.name!r} needs {need}, such as {example!r}, not {given!r}"
 

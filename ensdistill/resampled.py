@@ -23,7 +23,9 @@ class ResampledSystems:
         self.images = len(labels)
         self.weights = image_weights(self.images)
         self.members = members
-        self.ensemble_parameters = members * int(read_attributes(teachers[0])["parameters"])
+        self.ensemble_parameters = sum(
+            int(read_attributes(path)["parameters"]) for path in teachers[:members]
+        )
         sizes = ensemble_nll(pool, labels, range(1, len(pool) + 1))
         self.curve = mean_of(np.stack(sizes, axis=1), self.weights)
         """NLL of deep ensembles; its columns are not seeds but sizes."""

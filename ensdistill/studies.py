@@ -17,6 +17,15 @@ from ensdistill.downloads import OFFICIAL_CORRUPTIONS, SOURCES
 from ensdistill.methods import Grid, Method
 from ensdistill.metrics import METRICS
 from ensdistill.options import ONE, PerturbationOptions
+from ensdistill.own_networks import (
+    NONE_JUDGED,
+    OF_ENSEMBLES,
+    Judged,
+    Teacher,
+    Teachers,
+    check_judged,
+    pool_of,
+)
 from ensdistill.recipes import Augmentation, Recipe
 from ensdistill.sections import Count, Eta, Number, Positive, Section, Share
 
@@ -196,6 +205,8 @@ TEACHER = Method(label="teacher", student="single", objective="labels")
 class Study(Section):
     """One data set, one architecture, one ensemble and the students that learn from it."""
 
+    later: ClassVar[frozenset[str]] = frozenset({"teachers", "judge"})
+
     images: Images = Images()
     """The data."""
     corruptions: Corruptions = Corruptions()
@@ -216,7 +227,11 @@ class Study(Section):
     members: Annotated[int, Field(ge=2)] = 4
     """M: teachers in the ensemble, and members of a BatchEnsemble student."""
     pool: Count = 5
-    """Teachers trained; the first `members` of them teach, all make the deep-ensemble curve."""
+    """Teachers; the first `members` of them teach, all make the deep-ensemble curve."""
+    teachers: Teachers | None = None
+    """The teachers one by one, if they have different architectures or were trained elsewhere: a
+    path of weights, or {architecture, weights, …}. `pool` is their number then, and so is `members`
+    unless told."""
     student_seeds: Count = 3
     """Students trained per method, from different seeds."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -244,6 +259,8 @@ class Study(Section):
     given."""
     grid: Grid | None = None
     """More methods, behind those: all students at all perturbations that go together."""
+    judge: dict[Name, Judged] = NONE_JUDGED
+    """Methods of others, trained anywhere, whose rows stand behind those of `methods`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -269,6 +286,12 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
+    def _teachers_are_the_pool(self) -> Self:
+        given = {key: getattr(self, key) for key in {"members", "pool"} & self.model_fields_set}
+        self.__dict__.update(pool_of(given, self.teachers))
+        return self
+
+    @model_validator(mode="after")
     def _recipes_are_possible(self) -> Self:
         for name in self.methods:
             try:
@@ -284,8 +307,10 @@ class Study(Section):
             raise ValueError(f"'pool' ({self.pool}) is smaller than 'members' ({self.members})")
         labels = [method.label for method in self.methods.values()]
         for label in labels:
-            if labels.count(label) > 1 or re.fullmatch(r"DE-\d+|teachers?", label):
+            if labels.count(label) > 1 or re.fullmatch(OF_ENSEMBLES, label):
                 raise ValueError(f"the label {label!r} in 'methods' is already taken")
+        check_judged(self.judge, {name: method.label for name, method in self.methods.items()})
+        labels += [judged.label for judged in self.judge.values()]
         papers = [method.paper for method in self.methods.values() if method.paper]
         for paper in papers:
             if papers.count(paper) > 1:
@@ -347,8 +372,16 @@ class Study(Section):
         known |= changes.model_dump(exclude_none=True)
         return Recipe(**{key: known[key] for key in Recipe.model_fields if key in known})
 
-    def parts(self, method: str | None = None) -> dict[str, Any]:
-        """What is trained how: the parts of a method, or of the teachers.
+    def own(self, teacher: int) -> Teacher:
+        """What the configuration says of one teacher alone."""
+        return self.teachers[teacher] if self.teachers else Teacher()
+
+    def parts_of_pool(self) -> list[dict[str, Any]]:
+        """The parts of every teacher; just one where all are alike."""
+        return [self.parts(teacher=place) for place in range(len(self.teachers or "1"))]
+
+    def parts(self, method: str | None = None, teacher: int = 0) -> dict[str, Any]:
+        """What is trained how: the parts of a method, or of a teacher.
 
         Options that a method does not set have the study's values; options that its parts do not
         use are left out, so that a change of them changes nothing.
@@ -360,7 +393,7 @@ class Study(Section):
             held_out, whether teachers are asked at the held-out images.
         """
         if method is None:
-            chosen, architecture = TEACHER, self.architecture
+            chosen, architecture = TEACHER, self.own(teacher).architecture or self.architecture
         else:
             chosen = self.methods[method]
             architecture = (

@@ -21,9 +21,14 @@ MOST_SUBSETS = 64
 
 
 def by_label(labels: Sequence[str], paths: Sequence[str]) -> dict[str, list[str]]:
-    """Files grouped by the label that stands at the same place."""
+    """Files grouped by the label that stands at the same place.
+
+    Labels may go on: of systems that stand last there may be no such files.
+    """
+    if len(paths) > len(labels):
+        raise ValueError(f"{len(paths)} files have {len(labels)} labels")
     groups: dict[str, list[str]] = {}
-    for label, path in zip(labels, paths, strict=True):
+    for label, path in zip(labels, paths, strict=False):
         groups.setdefault(label, []).append(path)
     return groups
 

@@ -81,7 +81,9 @@ def summarize(
     means = groups[metrics].mean()
     spreads = groups[metrics].std().fillna(0.0).where(means.notna()).add_suffix("_std")
     outside = groups[[column for column in scores if column.endswith("_outside")]].mean()
-    first = [groups.size().rename("n"), means, groups["parameters"].first()]
+    # Of an ensemble of different networks the subsets differ.
+    parameters = groups["parameters"].mean().round().astype("Int64")
+    first = [groups.size().rename("n"), means, parameters]
     summary = pd.concat([*first, spreads, outside], axis=1)
     if costs is not None:
         summary = summary.join(costs.set_index("system")[["passes", "macs", "ms_1", "ms_128"]])
@@ -127,7 +129,8 @@ def _rows(summary: pd.DataFrame, columns: Mapping[str, Metric] = COLUMNS) -> Ite
         cells = [(row["system"], 0), (str(row["n"]), 0)]
         cells += [(cell_text(row, key), places[key][index]) for key in columns]
         kind = "student" if students[index] else "ensemble"
-        written = [(text(row[key]), 0) for key, (_, text) in _costs(summary).items()]
+        costs = _costs(summary).items()
+        written = [(ABSENT if pd.isna(row[key]) else text(row[key]), 0) for key, (_, text) in costs]
         yield Row(kind, [*cells, *written])
         if pd.notna(row.get("published_source")):
             for title, suffix, sign in (

@@ -11,8 +11,11 @@ from snakemake.exceptions import WorkflowError
 from ensdistill import InputError
 from ensdistill.downloads import ANSWERS, ARCHIVES, HUMAN_ANSWERS, OFFICIAL_CORRUPTIONS, SOURCES
 from ensdistill.digests import PACKAGE, code_digest, text_digest
-from ensdistill.architectures import LIBRARIES, parse_architecture
+from ensdistill.architectures import ARCHITECTURES, LIBRARIES, parse_architecture
+from ensdistill.methods import named
+from ensdistill.options import AnyStudent
 from ensdistill.own_data import known_state
+from ensdistill.predictions import PREDICTIONS
 from ensdistill.reports import results
 from ensdistill.studies import read_configuration
 
@@ -50,18 +53,29 @@ def teacher_files(study, pattern, count=None):
     return [f"results/{study}/{pattern.format(network)}" for network in networks]
 
 
-def student_files(study, pattern):
+def trained_files(study, pattern):
     """Files of a study's students, every method and seed, {} being the network."""
     seeds = range(STUDIES[study].student_seeds)
     networks = [f"students/{method}/{seed}" for method in STUDIES[study].methods for seed in seeds]
     return [f"results/{study}/{pattern.format(network)}" for network in networks]
 
 
-def student_labels(wildcards):
-    """The system of each of `student_files`."""
+def trained_labels(wildcards):
+    """The system of each of `trained_files`."""
     study = STUDIES[wildcards.study]
     labels = [method.label for method in study.methods.values()]
     return [label for label in labels for _ in range(study.student_seeds)]
+
+
+def student_files(study, pattern):
+    """Files of students, and behind them of what is judged beside, as far as it has such files."""
+    return [*trained_files(study, pattern), *judged_files(study, pattern)]
+
+
+def student_labels(wildcards):
+    """The system of each of `student_files`; where these are fewer, of the first."""
+    beside = [it.label for it in judged(STUDIES[wildcards.study]).values() for _ in it.files]
+    return [*trained_labels(wildcards), *beside]
 
 
 @cache
@@ -76,16 +90,18 @@ def code(script, files=(), **chosen):
 
 
 def training(wildcards):
-    """The arguments of `train_student` that a study's configuration decides."""
+    """The arguments of `train_student`, or of `adopt`, that a study's configuration decides."""
     study = STUDIES[wildcards.study]
     method = method_of(wildcards)
+    if elsewhere := elsewhere_of(wildcards):
+        return adopting(wildcards, elsewhere)
     recipe = study.recipe(method) if method else study.teacher
     # Seeds apart from the teachers', or a single student would start as its teacher did. The same
     # for all methods, so that they are compared from the same start.
     seed = int(wildcards.seed) + (1000 if method else 0)
     return {
         "seed": seed,
-        "parts": study.parts(method),
+        "parts": parts_of(wildcards),
         "recipe": recipe.model_dump(),
         "augmentation": study.augmentation.model_dump(),
         "precision": study.precision,
@@ -112,13 +128,17 @@ def entries(*parts):
 
 
 def training_code(wildcards):
-    """A parameter that changes when code changes that trains this student or teacher."""
+    """A parameter that changes when code changes that trains or adopts this network."""
+    if elsewhere := elsewhere_of(wildcards):
+        return code("train", MAKERS=("adopted",), **entries_of(wildcards))
     study = STUDIES[wildcards.study]
-    parts = study.parts(method_of(wildcards))
+    parts = parts_of(wildcards)
+    asked = study.parts_of_pool() if method_of(wildcards) else []
     backbone = [study.parts(parts["backbone"])] if "backbone" in parts else []
     return code(
         "train",
-        **entries(parts, study.parts(), *backbone),
+        MAKERS=("trained",),
+        **entries(parts, *asked, *backbone),
         OBJECTIVES=(parts["objective"]["name"],),
         PERTURBATIONS=(parts["perturbation"]["name"],),
         PROBS=(parts["prediction"],),
@@ -127,8 +147,7 @@ def training_code(wildcards):
 
 def network_code(wildcards):
     """A parameter that changes when code changes that computes a network's logits."""
-    parts = STUDIES[wildcards.study].parts(method_of(wildcards))
-    return code("logits", **entries(parts))
+    return code("logits", **entries_of(wildcards))
 
 
 def analysis_code(function, sized=False):
@@ -136,7 +155,7 @@ def analysis_code(function, sized=False):
 
     def digest(wildcards):
         study = STUDIES[wildcards.study]
-        used = entries(study.parts())
+        used = entries(*study.parts_of_pool())
         perturbations = ("none", *study.perturbations(sized))
         return code("analyse", analysis=(function,), PERTURBATIONS=perturbations, **used)
 
@@ -145,16 +164,16 @@ def analysis_code(function, sized=False):
 
 def distances_code(wildcards):
     """A parameter that changes when code changes that compares Jacobians of all networks."""
-    study = STUDIES[wildcards.study]
-    return code("distances", **entries(study.parts(), *map(study.parts, study.methods)))
+    return code("distances", **entries_of_all(STUDIES[wildcards.study]))
 
 
-def cost_of(study, method=None):
-    """What decides the cost of a method's students, or of the teachers.
+def cost_of(study, method=None, teacher=0):
+    """What decides the cost of a method's students, or of a teacher.
 
     Of a number such as η or τ it only matters whether it is 0: a changed one times nothing anew.
     """
-    parts, recipe = study.parts(method), study.recipe(method) if method else study.teacher
+    parts = study.parts(method, teacher)
+    recipe = study.recipe(method) if method else study.teacher
     kept = ["student", "members", "architecture", "backbone", "single_pass", "held_out"]
     axes = {
         axis: {
@@ -181,6 +200,7 @@ def systems_of(wildcards):
         "methods": {method: cost_of(study, method) for method in study.methods},
         "pool": study.pool,
         "time_limit": study.costs.seconds,
+        **costs_elsewhere(study),
     }
 
 
@@ -191,7 +211,8 @@ def costs_code(wildcards):
     objectives, perturbations = (
         tuple(sorted({it[axis]["name"] for it in parts})) for axis in ("objective", "perturbation")
     )
-    return code("costs", **entries(*parts), OBJECTIVES=objectives, PERTURBATIONS=perturbations)
+    used = entries_of_all(study)
+    return code("costs", **used, OBJECTIVES=objectives, PERTURBATIONS=perturbations)
 
 
 @cache
@@ -215,16 +236,33 @@ def on_the_page(wildcards):
     return study.model_dump(exclude={"methods", "grid", "published"}) | {"methods": labels}
 
 
-def judging_code(script, **chosen):
-    """A parameter function: it changes with code that judges the predictions of a study."""
+def judging_code(script, beside=True, **chosen):
+    """A parameter function: it changes with code that judges the predictions of a study.
+
+    Also with that of what is judged beside the students, if it reads that.
+    """
 
     def digest(wildcards):
         study = STUDIES[wildcards.study]
         systems = (study.parts(), *map(study.parts, study.methods))
         kinds = {parts["prediction"] for parts in systems}
+        kinds |= {*PREDICTIONS} if study.judge and beside else set()  # their files say which
         return code(script, PREDICTIONS=tuple(sorted(kinds)), **chosen)
 
     return digest
+
+
+def parts_of(wildcards):
+    """The parts of a job's network, as far as the configuration says them; else of a teacher."""
+    study, method = STUDIES[wildcards.study], method_of(wildcards)
+    if elsewhere := elsewhere_of(wildcards):
+        return adopted_parts(study, elsewhere)
+    return study.parts(method) if method else study.parts(teacher=place_of(wildcards))
+
+
+def place_of(wildcards):
+    """Which teacher or seed a job is about; the first, if it is about none alone."""
+    return int(Path(wildcards.get("network", wildcards.get("seed", "0"))).name)
 
 
 def method_of(wildcards):
@@ -323,6 +361,11 @@ def of_ensemble(pattern):
     )
 
 
+def of_trained(pattern):
+    """An input function: files of the students that are trained here."""
+    return lambda wildcards: trained_files(wildcards.study, pattern)
+
+
 def of_students(pattern):
     """An input function: files of all students, in the order of the results table."""
     return lambda wildcards: student_files(wildcards.study, pattern)
@@ -375,15 +418,16 @@ def settings_of(names):
             "n_bins": study.confidence_bins,
             "members": study.members,
             "sets": [others.name for others in study.out_of_distribution],
-            "labels": {name: method.label for name, method in study.methods.items()},
+            "labels": labels_of_weights(study),
             "families": study.families(),
+            **({"judged": [it.label for it in judged(study).values()]} if study.judge else {}),
             "paper": {
                 method.paper: {"name": name, "label": method.label}
                 for name, method in study.methods.items()
                 if method.paper
             },
         }
-        return {name: known[name] for name in names}
+        return {name: known[name] for name in names if name in known}
 
     return settings
 
@@ -440,7 +484,7 @@ def computing(passes):
 
     def minutes(wildcards, input, attempt):
         study = STUDIES[wildcards.study]
-        architecture = study.parts(method_of(wildcards))["architecture"]
+        architecture = parts_of(wildcards)["architecture"]
         pixels = sizes_mb(input)[0] * 2**20 / 3  # a byte per channel, hardly compressible
         flops = pixel_flops(architecture, study.images.size) * pixels * passes(wildcards)
         return math.ceil(attempt * (20 + flops / FLOPS / 60))

@@ -34,6 +34,7 @@ for result in RESULTS.values():
 rule costs:
     input:
         images="results/{study}/images.h5",
+        judged=judged_firsts,
     output:
         "results/{study}/metrics/costs.csv",
     log:
@@ -57,7 +58,7 @@ rule costs:
 rule claims:
     input:
         teachers=of_pool("logits/{}.h5"),
-        students=of_students("logits/{}.h5"),
+        students=of_trained("logits/{}.h5"),
         perturbed="results/{study}/logits/perturbed.h5",
         transferred="results/{study}/logits/transferred.h5",
         distances="results/{study}/logits/distances.h5",
@@ -80,10 +81,10 @@ rule claims:
         mem_mb=growing(2000, 0.2),
         runtime=growing(20, 0.1),
     params:
-        systems=student_labels,
+        systems=trained_labels,
         settings=settings_of(["n_bins", "members", "paper"]),
         study=lambda wildcards: STUDIES[wildcards.study].model_dump(include=IN_CAPTIONS),
-        code=judging_code("claims", METRICS=("nll", "ece", "bs", "acc", "dee")),
+        code=judging_code("claims", beside=False, METRICS=("nll", "ece", "bs", "acc", "dee")),
     script:
         "../workflow_scripts/claims.py"
 
@@ -115,9 +116,9 @@ rule findings:
         runtime=growing(20, 0.1),
     params:
         systems=student_labels,
-        settings=settings_of(["members", "families"]),
+        settings=settings_of(["members", "families", "judged"]),
         study=lambda wildcards: STUDIES[wildcards.study].model_dump(
-            include={"members", "student_seeds"}
+            include={"members", "student_seeds", "judge"}
         ),
         code=judging_code("findings"),
     script:

@@ -10,7 +10,7 @@ rule logits:
     log:
         "results/{study}/logs/logits/{network}.log",
     wildcard_constraints:
-        network=r"(teachers|students/\w+)/\d+",
+        network=r"(teachers|(students|judged)/\w+)/\d+",
     conda:
         "../envs/ensdistill.yaml"
     resources:

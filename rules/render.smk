@@ -35,7 +35,9 @@ rule table:
         runtime=growing(5),
     params:
         published=lambda wildcards: STUDIES[wildcards.study].model_dump()["published"],
-        study=lambda wildcards: STUDIES[wildcards.study].model_dump(include={"confidence_bins"}),
+        study=lambda wildcards: STUDIES[wildcards.study].model_dump(
+            include={"confidence_bins", "judge"}
+        ),
         code=code("table"),
     script:
         "../workflow_scripts/table.py"
@@ -52,6 +54,8 @@ IN_CAPTIONS = {
     "student": {"epochs"},
     "corruptions": {"source", "images"},
     "out_of_distribution": {"__all__": {"name", "source", "images"}},
+    "teachers": True,
+    "judge": True,
 }
 
 

@@ -5,6 +5,7 @@
 rule teacher:
     input:
         images="results/{study}/images.h5",
+        source=source_of,
     output:
         weights="results/{study}/teachers/{seed}/weights.safetensors",
         history="results/{study}/teachers/{seed}/history.csv",

@@ -140,7 +140,7 @@ def test_seconds_are_for_one_image_and_quartiles_are_of_the_rounds(monkeypatch):
     assert forms[0].warmed == 5
     np.testing.assert_allclose(rounds[:, 0], [0.5, 1, 1.5, 2, 4.5])
     np.testing.assert_allclose(rounds[:, 1], 2)
-    (row,) = costs._milliseconds(rounds)
+    row = costs._milliseconds(rounds)
     assert (row["ms_1_low"], row["ms_1"], row["ms_1_high"]) == (1000, 1500, 2000)
     assert (row["ms_128_low"], row["ms_128"], row["ms_128_high"]) == (2000, 2000, 2000)
 

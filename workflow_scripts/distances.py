@@ -12,9 +12,9 @@ from ensdistill.weights import load_student
 with job(snakemake):
     device = prepare(snakemake.threads, snakemake.resources)
     teachers = [load_student(path, device) for path in snakemake.input.teachers]
-    # results/<study>/students/<method>/<seed>/weights.safetensors
+    # results/<study>/students/<method>/<seed>/weights.safetensors, or judged/<name>/<seed>
     students = {
-        "/".join(path.split("/")[-4:-1]): load_student(path, device)
+        "/".join(["students", *path.split("/")[-3:-1]]): load_student(path, device)
         for path in snakemake.input.students
     }
     test = evaluation_images(snakemake.input.images, "test")

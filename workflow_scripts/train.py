@@ -1,15 +1,18 @@
+from ensdistill.adoption import MAKERS
 from ensdistill.devices import prepare
 from ensdistill.jobs import fingerprint, job
-from ensdistill.training import train_student
 
 with job(snakemake):
-    train_student(
-        snakemake.input.images,
-        snakemake.output.weights,
-        snakemake.output.history,
-        teachers=snakemake.input.get("teachers", []),
-        backbone=snakemake.input.get("backbone", []),
+    files, made = snakemake.input, snakemake.output
+    how, more = "adopted", {}
+    if "source" not in snakemake.params.training:
+        taught = {key: files.get(key, []) for key in ("teachers", "backbone")}
+        how, more = "trained", {**taught, "fingerprint": fingerprint(snakemake)}
+    MAKERS[how](
+        files.images,
+        made.weights,
+        made.get("history"),
         device=prepare(snakemake.threads, snakemake.resources),
-        fingerprint=fingerprint(snakemake),
+        **more,
         **snakemake.params.training,
     )

@@ -15,7 +15,7 @@ from typing import Any
 from ensdistill.page.answer import GLANCE, SCALE, answers, percent
 from ensdistill.page.columns import read_columns
 from ensdistill.page.figures import figures_of
-from ensdistill.page.making import how_it_was_made
+from ensdistill.page.making import architectures_of_teachers, how_it_was_made
 from ensdistill.page.numbers_table import numbers_table
 from ensdistill.page.verdicts import verdict_groups
 from ensdistill.tables import REPLICATES
@@ -81,6 +81,7 @@ def first_page(
     return looks.get_template("index.html.jinja").render(
         name=name,
         study=study,
+        architectures=architectures_of_teachers(study),
         scale=SCALE,
         answers=answers(findings, results, study["members"]),
         table=numbers_table(results),

@@ -30,15 +30,27 @@ def how_it_was_made(folder: Path, study: Mapping[str, Any]) -> dict[str, Facts]:
     """
     methods, seeds = study["methods"], range(study["student_seeds"])
     students = [f"students/{method}/{seed}" for method in methods for seed in seeds]
-    teachers = [f"teachers/{seed}" for seed in range(study["pool"])]
+    elsewhere = trained_elsewhere(study)
+    teachers = [f"teachers/{seed}" for seed in range(study["pool"]) if seed not in elsewhere]
     return {
         "The study": _configuration(study),
         "Software and hardware": _provenance(folder, [*teachers, *students]),
         "Time": {
-            "Teachers": _times(folder, teachers),
+            "Teachers": _times(folder, teachers) if teachers else "trained elsewhere",
             "Students": _times(folder, students),
         },
     }
+
+
+def architectures_of_teachers(study: Mapping[str, Any]) -> list[str]:
+    """Their names, each once."""
+    own = [it["architecture"] or study["architecture"] for it in study.get("teachers") or []]
+    return list(dict.fromkeys(it["name"] for it in own or [study["architecture"]]))
+
+
+def trained_elsewhere(study: Mapping[str, Any]) -> list[int]:
+    """Places of the teachers that were."""
+    return [seed for seed, it in enumerate(study.get("teachers") or []) if it["weights"]]
 
 
 def _configuration(study: Mapping[str, Any]) -> Facts:
@@ -47,14 +59,24 @@ def _configuration(study: Mapping[str, Any]) -> Facts:
     counts |= {"held_out": "held out"} if images["held_out"] else {}
     splits = [f"{_or_all(images[key])} {what}" for key, what in counts.items()]
     taught = study["student_architecture"] or study["architecture"]
+    names, elsewhere = architectures_of_teachers(study), len(trained_elsewhere(study))
+    trained = f"{study['pool']} trained" + (f", {elsewhere} of them elsewhere" if elsewhere else "")
+    judged = [it["label"] for it in study.get("judge", {}).values()]
     eta = f"η = {255 * distillation['eta']:.3g}/255"
     return {
         "Images": f"{images['source']}: {', '.join(splits)}",
-        "Architecture": study["architecture"]["name"]
-        + ("" if taught == study["architecture"] else f"; students {taught['name']}"),
-        "Ensemble": f"{study['members']} networks, of {study['pool']} trained",
+        "Architecture": ", ".join(names)
+        + (
+            ""
+            if [taught["name"]] == names and taught == study["architecture"]
+            else f"; students {taught['name']}"
+        ),
+        "Ensemble": f"{study['members']} networks, of {trained}",
         "Students": f"{len(study['methods'])} methods × {study['student_seeds']} seeds",
-        "Training of teachers": _recipe(study["teacher"]),
+        **({"Judged beside": ", ".join(judged)} if judged else {}),
+        **(
+            {"Training of teachers": _recipe(study["teacher"])} if elsewhere < study["pool"] else {}
+        ),
         "Training of students": f"{_recipe(study['student'])}, unless a method has its own",
         "Distillation": f"α = {distillation['alpha']:g}, τ = {distillation['temperature']:g}, "
         f"{eta}, unless a method has its own",

@@ -64,7 +64,8 @@ def draw(frame: pd.DataFrame, shifted: pd.DataFrame) -> Figure:
         shifted: metrics/corruptions.csv; of it the mean over all corrupted copies.
     """
     corrupted = shifted[shifted["severity"] > 0].groupby("system")["nll"].mean()
-    systems = frame.set_index("system").assign(shift=corrupted)
+    known = frame[[*COLUMNS]].notna().all(axis=1)
+    systems = frame[known].set_index("system").assign(shift=corrupted)
     rows = {
         "nll": (METRICS["nll"].axis, METRICS["nll"].better),
         "dee": (METRICS["dee"].axis, METRICS["dee"].better),
@@ -100,7 +101,7 @@ def draw(frame: pd.DataFrame, shifted: pd.DataFrame) -> Figure:
         axes[0].set_ylabel(title)
         _share_heights(axes[:3], logarithmic=key != "dee")
         _name(axes[3], axes[0], systems.loc[named[key], key], styles, height)
-    _add_note(figure, frame, shifted, many)
+    _add_note(figure, frame[known], shifted, many, frame["system"][~known])
     return figure
 
 
@@ -193,13 +194,23 @@ def spread_out(places: ArrayLike, gap: float) -> NDArray[np.float64]:
     return spread
 
 
-def _add_note(figure: Figure, frame: pd.DataFrame, shifted: pd.DataFrame, chosen: bool) -> None:
+def _add_note(
+    figure: Figure,
+    frame: pd.DataFrame,
+    shifted: pd.DataFrame,
+    chosen: bool,
+    without: Sequence[str] | pd.Series,
+) -> None:
     students = frame[~frame["system"].str.fullmatch(ENSEMBLE)]
     seeds = f"n = {count_of(students['n'], 'seed')} (students)" if len(students) else "subsets"
     copies = shifted[shifted["severity"] > 0].groupby(["kind", "severity"]).ngroups
     names = "Named: the best of each family, and all on a front. " if chosen else ""
+    left_out = (
+        f" Not here, as their costs are unknown: {', '.join(without)}." if len(without) else ""
+    )
     add_note(
         figure,
         f"Black: deep ensembles by size. Yellow: the Pareto front. {names}"
-        f"Means over {seeds}, and in the lowest row over {copies} corrupted sets of test images.",
+        f"Means over {seeds}, and in the lowest row over {copies} corrupted sets of test images."
+        f"{left_out}",
     )

@@ -47,7 +47,8 @@ def table(teachers: Sequence[str], students: Students) -> pd.DataFrame:
     tables = []
     for label, group in {"teacher": teachers, **students}.items():
         for replicate, path in enumerate(group):
-            tables.append(read_csv(path).assign(system=label, replicate=replicate))
+            table = read_csv(path).assign(system=label, replicate=replicate)
+            tables += [table] if len(table) else []  # none of what was trained elsewhere
     joined = pd.concat(tables, ignore_index=True)
     who = ["system", "replicate"]
     return joined[who + [column for column in joined if column not in who]]
@@ -107,7 +108,8 @@ def draw(frame: pd.DataFrame) -> Figure:
     teachers = [count_of([counts.pop(TEACHERS)], "teacher")] if TEACHERS in counts else []
     students = [count_of(counts.values(), "student") + " per method"] if counts else []
     shown = "Mean" if many else "Mean (line) and range (band)"
-    note = " A colour for all whose name begins alike, up to a + or a comma." if many else ""
+    note = "" if teachers else " The teachers were trained elsewhere."
+    note += " A colour for all whose name begins alike, up to a + or a comma." if many else ""
     add_note(figure, f"{shown} of n = {' and '.join(teachers + students)}.{note}")
     return figure
 

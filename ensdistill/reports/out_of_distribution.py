@@ -68,9 +68,10 @@ def table(
     Returns:
         One row per system, replicate, score and set of `UNCERTAINTIES` that the system has: system,
         replicate, score, set, the metrics of `DETECTION`, n_in, n_out (images). Mutual information
-        needs members or a distribution over predictions, which most single networks lack.
+        needs members or a distribution over predictions, which most single networks lack. Students
+        without logits on shifted images are left out.
     """
-    rows = []
+    rows, students = [], {label: students[label] for label in shifted_students}
     inside = read_systems(ensemble, students, "test", single=True)
     outside = [
         read_systems(shifted_ensemble, shifted_students, f"out_of_distribution/{name}", single=True)

@@ -41,12 +41,12 @@ def table(
         n_bins: of the calibration errors.
 
     Returns:
-        One row per replicate: system, replicate, parameters, every metric of `METRICS`, and for
-        each equivalent, such as dee, `dee_outside` (see `metrics.dee_outside`).
+        One row per replicate: system, replicate, parameters (where they are known), every metric of
+        `METRICS`, and for each equivalent, such as dee, `dee_outside` (see `metrics.dee_outside`).
     """
     rows = []
     pool = {split: [read_prediction(path, split) for path in teachers] for split in SPLITS}
-    one, (first, labels) = _parameters(teachers[0]), pool["test"][0]
+    sizes, (first, labels) = [_parameters(path) for path in teachers], pool["test"][0]
     answers = read_answers(human[0], labels, first.shape[2]) if human else None
     for size in range(1, len(teachers) + 1):
         chosen = subsets(len(teachers), size)
@@ -56,7 +56,7 @@ def table(
         ]
         for subset, found in zip(chosen, measured(*ensembles, n_bins, answers), strict=True):
             known = {"system": f"DE-{size}", "replicate": "+".join(map(str, subset))}
-            rows.append({**known, "parameters": size * one, **found})
+            rows.append({**known, "parameters": sum(sizes[i] for i in subset), **found})
     for label, paths in students.items():
         for replicate, path in enumerate(paths):
             known = {"system": label, "replicate": str(replicate), "parameters": _parameters(path)}
@@ -64,7 +64,7 @@ def table(
             alone = [([prediction], labels) for prediction, labels in pairs]
             (found,) = measured(*alone, n_bins, answers)
             rows.append({**known, **found})
-    return _with_equivalents(pd.DataFrame(rows))
+    return _with_equivalents(pd.DataFrame(rows).astype({"parameters": "Int64"}))
 
 
 def measured(
@@ -93,5 +93,6 @@ def _with_equivalents(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def _parameters(path: str) -> int:
-    return int(read_attributes(path)["parameters"])
+def _parameters(path: str) -> int | None:
+    """Of a network; None where logits alone are known."""
+    return read_attributes(path).get("parameters")
