@@ -13,8 +13,6 @@ import importlib.util
 import inspect
 import logging
 import math
-import os
-import pickle
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -25,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ensdistill import InputError
-from ensdistill.batch_ensemble import BatchEnsembleConv2d, BatchEnsembleLinear
 from ensdistill.convert import with_attention
 from ensdistill.graphs import replace
 from ensdistill.layers import Layers, Normalize, autocast_dtype, in_float32
+from ensdistill.pretrained import NEW_LAST, fill, first_convolution, last_layer
+from ensdistill.state_dicts import read_stored
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +36,6 @@ Pretrained = bool | str
 
 PACKAGE = Path(__file__).parent
 
-NEW_LAST = "%s: the last layer (%s) is new: it was of other classes"
-"""What the log says of it."""
 
 RESERVED = {"num_classes", "in_chans", "weights", "pretrained", "features_only", "scriptable"}
 RESERVED |= {"checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
@@ -115,7 +112,7 @@ def timm_network(
             raise _unfetched(name, f"model.safetensors of {at}", error) from error
         raise InputError(f"{name}: {_first_line(error)}") from error
     if pretrained and not offered and not _on_meta():
-        state = read_state(_existing(name, pretrained))
+        state = read_stored(_existing(name, pretrained)).tensors
         # What timm does to files of other versions, and of networks for images of other sizes.
         adapt = getattr(sys.modules[type(body).__module__], "checkpoint_filter_fn", None)
         what = f"{name}: {pretrained}"
@@ -159,7 +156,7 @@ def torchvision_network(
             except (OSError, RuntimeError) as error:
                 raise _unfetched(name, offered.url, error) from error
         else:
-            state = read_state(_existing(name, pretrained))
+            state = read_stored(_existing(name, pretrained)).tensors
         fill(body, state, f"{name}: {pretrained if pretrained is not True else offered.url}")
     return _made(body, layers, mean, std)
 
@@ -210,7 +207,7 @@ def own_network(
     if pretrained is True:
         raise InputError(f"{name}: 'pretrained' must be a file of weights")
     if pretrained and not _on_meta():
-        fill(body, read_state(_existing(name, pretrained)), f"{name}: {pretrained}")
+        fill(body, read_stored(_existing(name, pretrained)).tensors, f"{name}: {pretrained}")
     return _made(body, layers, [0.0] * in_channels, [1.0] * in_channels)
 
 
@@ -233,113 +230,6 @@ def pretrained_statistics(family: str, model: str | None, channels: int) -> dict
         return {}
     mean, std = ([*it] if channels == 3 else [sum(it) / len(it)] * channels for it in known)
     return {"mean": mean, "std": std}
-
-
-# --- weights from files -------------------------------------------------------------------------
-
-
-def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a file of weights by name: safetensors, or what `torch.save` wrote.
-
-    Nothing in it is run. Of a checkpoint the part `state_dict`, `model` or `model_state_dict`.
-
-    Raises:
-        InputError: it is missing, or holds no weights.
-    """
-    try:
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file of weights") from None
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path}: holds more than weights, and nothing in it is run: save its state_dict()"
-        ) from error
-    except Exception as error:  # of either format
-        raise InputError(f"{path}: no file of weights ({_first_line(error)})") from error
-    for key in ("state_dict", "model", "model_state_dict"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not any(isinstance(it, Tensor) for it in state.values()):
-        raise InputError(f"{path}: holds no weights by name")
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
-
-
-@torch.no_grad()
-def fill(network: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Fill a network with weights that may be of other classes, or of images with other channels.
-
-    A last layer of other classes keeps its new weights, which is told. A first convolution of other
-    channels gets the sum of the given ones, in equal parts.
-
-    Args:
-        network: all its other tensors must be there.
-        state: its tensors by name.
-        what: the weights, in messages.
-
-    Raises:
-        InputError: a name or a shape differs.
-    """
-    own, state = network.state_dict(), dict(state)
-    lacking, others = own.keys() - state.keys(), state.keys() - own.keys()
-    if lacking or others:
-        said = [f"lacks {min(lacking)!r}"] if lacking else []
-        said += [f"has {min(others)!r}, which it does not know"] if others else []
-        raise InputError(f"{what}: is not of this network: it {' and '.join(said)}")
-    differing = [key for key in own if own[key].shape != state[key].shape]
-    first, last = first_convolution(network), last_layer(network)
-    new = set()
-    for key in differing:
-        place, given = key.rpartition(".")[0], state[key]
-        if place == last or _of_classes(own[key], given, own, state, last):
-            state[key] = own[key]
-            new.add(place)
-        elif place == first and own[key][:, :1].shape == given[:, :1].shape:
-            channels = own[key].shape[1]
-            state[key] = given.sum(1, keepdim=True).expand_as(own[key]) / channels
-        else:
-            shapes = f"{tuple(given.shape)}, not {tuple(own[key].shape)}"
-            raise InputError(f"{what}: is not of this network: {key} has the shape {shapes}")
-    for place in sorted(new):
-        logger.info(NEW_LAST, what, place)
-    network.load_state_dict(state)
-
-
-def _of_classes(
-    own: Tensor,
-    given: Tensor,
-    network: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    last: str,
-) -> bool:
-    """Whether a tensor has a row for each class, as the last layer has: some have two last layers.
-
-    Args:
-        own, given: the tensor, and the one in its place.
-        network, state: where they are.
-        last: the last layer.
-    """
-    classes = [it.get(f"{last}.weight", own).shape[0] for it in (network, state)]
-    same = own.shape[1:] == given.shape[1:]
-    return same and own.ndim > 0 and [own.shape[0], given.shape[0]] == classes
-
-
-def first_convolution(network: nn.Module) -> str | None:
-    """The name of the first convolution, which sees the pixels; None if there is none."""
-    return next(iter(_names(network, nn.Conv2d, BatchEnsembleConv2d)), None)
-
-
-def last_layer(network: nn.Module) -> str | None:
-    """The name of the last linear layer, or else of the last convolution; None if there is none."""
-    linear = _names(network, nn.Linear, BatchEnsembleLinear)
-    return [None, *_names(network, nn.Conv2d, BatchEnsembleConv2d), *linear][-1]
-
-
-def _names(network: nn.Module, *kinds: type[nn.Module]) -> list[str]:
-    return [name for name, module in network.named_modules() if isinstance(module, kinds)]
 
 
 # --- parts --------------------------------------------------------------------------------------

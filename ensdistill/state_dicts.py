@@ -14,6 +14,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from ensdistill import DamagedFile, InputError
+from ensdistill.attention import Attention
 from ensdistill.files import reading
 from ensdistill.layers import Normalize
 
@@ -123,8 +124,9 @@ def fitted(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state of a network from tensors whose keys may all begin differently.
 
-    Counters of batch normalisations, and the mean and standard deviation of `Normalize`, are the
-    network's own where the tensors do not have them.
+    The names that `MultiheadAttention` gives become those of `Attention`. Counters of batch
+    normalisations, and the mean and standard deviation of `Normalize`, are the network's own where
+    the tensors do not have them.
 
     Args:
         tensors: by key.
@@ -146,6 +148,8 @@ def fitted(
     }
     optional = own | {key for key in state if key.endswith(COUNTERS)}
     theirs = {key.replace(WRAPPED, ""): tensor for key, tensor in tensors.items()}
+    if any(isinstance(module, Attention) for module in network.modules()):
+        theirs = {key.replace(".in_proj_", ".in_proj."): it for key, it in theirs.items()}
     needed = [key for key in state if key not in optional]
     pairs = [(a, b) for a in _beginnings(theirs) for b in {*_beginnings(needed), ""}]
     matched = {pair: _matches(theirs, state, *pair) for pair in sorted(pairs)}

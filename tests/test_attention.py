@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ensdistill.attention import Attention
-from ensdistill.convert import member, to_batch_ensemble
+from ensdistill.convert import member, to_batch_ensemble, with_attention
+from ensdistill.state_dicts import fitted
 
 ROWS, L, S, E, HEADS = 4, 3, 5, 6, 2
 
@@ -169,3 +170,13 @@ def test_members_of_its_layers_are_members():
     together = ensemble(*[x.repeat(3, 1, 1)] * 3)[0].chunk(3)
     for j in range(3):
         torch.testing.assert_close(member(ensemble, j)(x, x, x)[0], together[j])
+
+
+def test_weights_of_a_multihead_attention_are_found_under_their_new_names():
+    torch.manual_seed(0)
+    given, other = (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
+    network = with_attention(other)
+    keys = {f"module.{key}": tensor for key, tensor in given.state_dict().items()}
+    network.load_state_dict(fitted(keys, network)[0])
+    x = torch.randn(3, 5, 8)
+    torch.testing.assert_close(network.eval()(x), given.eval()(x))

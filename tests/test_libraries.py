@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from torchvision import models
 
-from ensdistill.libraries import fill, read_state
 from ensdistill.networks import build_network, described
+from ensdistill.pretrained import fill
+from ensdistill.state_dicts import read_stored
 from ensdistill.students import build_student
 from ensdistill.weights import load_student, read_header, save_student
 from tests.builders import MINE, message
@@ -223,10 +224,10 @@ def test_grey_images_through_colour_weights_are_grey_colour_images(own_networks,
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda s: s.pop("bn1.bias"), "is not of this network: it lacks 'bn1.bias'"),
+        (lambda s: s.pop("bn1.bias"), "is not of this network: missing: 'bn1.bias'"),
         (
             lambda s: s.update(more=torch.ones(1)),
-            "is not of this network: it has 'more', which it does not know",
+            "is not of this network: unexpected: 'more'",
         ),
         (
             lambda s: s.update({"bn1.bias": torch.ones(5)}),
@@ -270,7 +271,7 @@ def test_code_in_a_file_of_weights_is_not_run(own_networks, name, kind):
     found = message(build_network, name, K, pretrained=str(path))
     assert str(path) in found
     assert not (own_networks / "canary").exists()
-    message(read_state, path)
+    message(read_stored, path)
     assert not (own_networks / "canary").exists()
 
 
@@ -286,13 +287,13 @@ def test_a_missing_file_is_named(own_networks, name):
 def test_what_holds_no_weights_is_told(own_networks, content, ending):
     path = own_networks / f"a.{ending}"
     path.write_bytes(content)
-    assert message(read_state, path).startswith(f"{path}: ")
+    assert message(read_stored, path).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("given", [{"epoch": 3}, [torch.ones(2)], {}, {"state_dict": {"a": 1}}])
 def test_what_holds_no_weights_by_name_is_told(own_networks, given):
     torch.save(given, own_networks / "a.pth")
-    assert "holds no weights by name" in message(read_state, own_networks / "a.pth")
+    assert "no state dict, " in message(read_stored, own_networks / "a.pth")
 
 
 # --- weights of the libraries -----------------------------------------------------------------
