@@ -45,6 +45,7 @@ report: "report/workflow.rst"
 
 
 include: "rules/common.smk"
+include: "rules/common_elsewhere.smk"
 include: "rules/images.smk"
 include: "rules/elsewhere.smk"
 include: "rules/train.smk"
