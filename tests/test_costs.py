@@ -275,7 +275,8 @@ def method(label, kind, objective="labels", **more):
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     path = tmp_path_factory.mktemp("costs") / "images.h5"
-    arrays = {"train/images": np.zeros((IMAGES, 2, SIDE, SIDE), np.uint8)}
+    pixels = np.zeros((IMAGES, 2, SIDE, SIDE), np.uint8)
+    arrays = {"train/images": pixels, "val/images": pixels, "val/labels": np.zeros(IMAGES, int)}
     attributes = {"classes": ["a"] * K, "mean": [0.4, 0.5], "std": [0.2, 0.3]}
     write_hdf5(path, {**arrays, "train/labels": np.zeros(IMAGES, int)}, attributes)
     methods = {
