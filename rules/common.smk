@@ -132,6 +132,7 @@ def training_code(wildcards):
     if elsewhere := elsewhere_of(wildcards):
         return code("train", MAKERS=("adopted",), **entries_of(wildcards))
     study = STUDIES[wildcards.study]
+    check_sources(study)
     parts = parts_of(wildcards)
     asked = study.parts_of_pool() if method_of(wildcards) else []
     backbone = [study.parts(parts["backbone"])] if "backbone" in parts else []
@@ -244,6 +245,7 @@ def judging_code(script, beside=True, **chosen):
 
     def digest(wildcards):
         study = STUDIES[wildcards.study]
+        check_sources(study)
         systems = (study.parts(), *map(study.parts, study.methods))
         kinds = {parts["prediction"] for parts in systems}
         kinds |= {*PREDICTIONS} if study.judge and beside else set()  # their files say which
