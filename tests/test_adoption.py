@@ -159,9 +159,8 @@ def test_the_pixels_are_normalised_as_the_network_expects(images, adopted, tmp_p
     pixels = read_images(images, "train")[0] / 255
     np.testing.assert_allclose([known["mean"], known["std"]], [[pixels.mean()], [pixels.std()]])
     own = {"normalize.mean": torch.full((1, 1, 1), 0.25), "normalize.std": torch.ones(1, 1, 1)}
-    student = adopted(
-        stored(tmp_path / "b.pt", {**network.state_dict(), **own}), mean=None, std=None
-    )
+    path = stored(tmp_path / "b.pt", {**network.state_dict(), **own})
+    student = adopted(path, mean=None, std=None)
     expected = logits_of(network, images, mean=0.25, std=1.0)
     np.testing.assert_allclose(logits_here(student, images), expected, rtol=1e-4, atol=1e-4)
     student = adopted(path, mean=[0.0], std=[1 / 255])  # what is told counts
