@@ -132,6 +132,7 @@ def training_code(wildcards):
     if elsewhere := elsewhere_of(wildcards):
         return code("train", MAKERS=("adopted",), **entries_of(wildcards))
     study = STUDIES[wildcards.study]
+    check_sources(study)
     parts = parts_of(wildcards)
     asked = study.parts_of_pool() if method_of(wildcards) else []
     backbone = [study.parts(parts["backbone"])] if "backbone" in parts else []
@@ -244,6 +245,7 @@ def judging_code(script, beside=True, **chosen):
 
     def digest(wildcards):
         study = STUDIES[wildcards.study]
+        check_sources(study)
         systems = (study.parts(), *map(study.parts, study.methods))
         kinds = {parts["prediction"] for parts in systems}
         kinds |= {*PREDICTIONS} if study.judge and beside else set()  # their files say which
@@ -467,11 +469,16 @@ def sizes_mb(input):
     return input.size_files_mb
 
 
+MOST_MB = 32_000
+"""Memory that a job asks for at first: more images than fit there are read in the background."""
+
+
 def growing(base, per_mb=0):
     """A resource function: `base`, and `per_mb` for each MB of input, times the attempt."""
 
     def amount(wildcards, input, attempt):
-        return math.ceil(attempt * (base + (per_mb * sum(sizes_mb(input)) if per_mb else 0)))
+        growth = per_mb * sum(sizes_mb(input)) if per_mb else 0
+        return math.ceil(attempt * min(base + growth, MOST_MB))
 
     return amount
 

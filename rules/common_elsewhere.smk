@@ -40,6 +40,18 @@ def source_of(wildcards):
     return elsewhere.source(place_of(wildcards)) if elsewhere else []
 
 
+def check_sources(study):
+    """Refuse files from elsewhere that are not there.
+
+    Snakemake takes what was made of such a file for a source, and says nothing.
+    """
+    files = [it.weights for it in study.teachers or []]
+    files += [path for it in study.judge.values() for path in (*it.files, *(it.shifted or []))]
+    for path in filter(None, files):
+        if not os.path.exists(path):
+            raise WorkflowError(f"config.yaml: {path} does not exist")
+
+
 def adopted_parts(study, elsewhere):
     """What is known of a network that was trained elsewhere, if its file does not say more."""
     parts, architecture = study.parts(), elsewhere.architecture or study.architecture

@@ -284,7 +284,7 @@ def test_a_changed_file_reruns_what_is_made_of_it(own, tmp_path):
     planned = own.planned()
     made = {"judged mine mine 0", "logits mine judged/mine/0", "costs mine", "scores mine"}
     assert made <= planned
-    kept = ("teacher", "student", "logits mine teachers", "logits mine students", "claims")
+    kept = ("teacher", "student", "logits mine teachers", "logits mine students")
     assert not any(job.startswith(kept) for job in planned)
     (theirs / "mine.pt").write_bytes(before)
     shutil.copy(theirs / "mine.pt", theirs / "0.pt")
@@ -298,4 +298,4 @@ def test_a_file_that_is_not_there_is_named_before_anything_runs(own, tmp_path):
     own.change("studies", "mine", "teachers", 0, "weights", value="theirs/nosuch.pt")
     done = own.snakemake("--dry-run")
     assert done.returncode != 0
-    assert "theirs/nosuch.pt" in done.stderr
+    assert "config.yaml: theirs/nosuch.pt does not exist" in done.stderr + done.stdout
