@@ -84,7 +84,7 @@ def sentence(error: ValidationError, schema: Mapping[str, Any]) -> str:
     if path[:1] == ["studies"] and len(path) > 1:
         place, path = f"{place}, study {path[1]!r}", path[2:]
     # Which of several types did not fit is pydantic's affair.
-    key = re.sub(r"\.?(str|list\[str\](\.\d+)?|\[key\])$", "", ".".join(path))
+    key = re.sub(r"\.?(str|bool|list\[str\](\.\d+)?|\[key\])$", "", ".".join(path))
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"

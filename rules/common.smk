@@ -134,7 +134,8 @@ def training_code(wildcards):
     study = STUDIES[wildcards.study]
     check_sources(study)
     parts = parts_of(wildcards)
-    asked = study.parts_of_pool() if method_of(wildcards) else []
+    method = study.methods.get(method_of(wildcards))
+    asked = study.parts_of_pool() if method and method.objective.needs_teachers else []
     backbone = [study.parts(parts["backbone"])] if "backbone" in parts else []
     return code(
         "train",

@@ -856,7 +856,7 @@ OF_LIBRARIES = [
     ({"name": "wrn10x2", "options": {"a": 1}}, "'options' is no option of 'wrn10x2'"),
     (
         {"name": "timm:resnet18", "pretrained": 1},
-        "input should be a valid boolean, not 1",
+        "architecture.pretrained: input should be a valid boolean, not 1",
     ),
     ({"name": "timm:resnet18", "options": [1]}, "architecture.options: input should be"),
     (
