@@ -36,7 +36,6 @@ Pretrained = bool | str
 
 PACKAGE = Path(__file__).parent
 
-
 RESERVED = {"num_classes", "in_chans", "weights", "pretrained", "features_only", "scriptable"}
 RESERVED |= {"checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
 """Arguments of the libraries that are decided here: some of them load files."""

@@ -40,6 +40,16 @@ def source_of(wildcards):
     return elsewhere.source(place_of(wildcards)) if elsewhere else []
 
 
+def pretrained_of(wildcards):
+    """The file of weights that a network's training begins with, if it does."""
+    path = parts_of(wildcards)["architecture"].get("pretrained")
+    if not isinstance(path, str) or elsewhere_of(wildcards):
+        return []
+    if not os.path.exists(path):
+        raise WorkflowError(f"config.yaml: {path} does not exist")
+    return path
+
+
 def check_sources(study):
     """Refuse files from elsewhere that are not there.
 

@@ -6,6 +6,7 @@ rule teacher:
     input:
         images="results/{study}/images.h5",
         source=source_of,
+        pretrained=pretrained_of,
     output:
         weights="results/{study}/teachers/{seed}/weights.safetensors",
         history="results/{study}/teachers/{seed}/history.csv",
@@ -32,6 +33,7 @@ rule student:
         images="results/{study}/images.h5",
         teachers=teachers_of_student,
         backbone=backbone_of_student,
+        pretrained=pretrained_of,
     output:
         weights="results/{study}/students/{method}/{seed}/weights.safetensors",
         history="results/{study}/students/{method}/{seed}/history.csv",

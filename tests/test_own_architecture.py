@@ -88,3 +88,21 @@ def test_a_missing_file_is_named_before_anything_runs(project):
     assert done.returncode != 0
     output = done.stdout + done.stderr
     assert "config.yaml: the architecture file models/mine.py does not exist" in output
+
+
+def test_a_file_of_weights_to_begin_with_is_an_input_of_its_networks(project):
+    architecture = {"name": "timm:resnet18", "pretrained": "theirs.pth"}
+    methods = {"kd": {"label": "KD", "student": {"name": "single", "architecture": "resnet8"}}}
+    study = {**TINY, "architecture": architecture, "methods": methods}
+    project.configure({"run": ["begun"], "studies": {"begun": study}})
+    done = project.snakemake("--dry-run")
+    assert done.returncode != 0
+    assert "config.yaml: theirs.pth does not exist" in done.stdout + done.stderr
+    (project.folder / "theirs.pth").touch()
+    plan = project.run("--dry-run", "students").stdout
+    taken = {
+        block.split(":")[0]: "theirs.pth" in block.partition("input:")[2].partition("\n")[0]
+        for block in plan.split("\nrule ")[1:]
+    }
+    expected = {"images": False, "teacher": True, "student": False}
+    assert expected.items() <= taken.items()
