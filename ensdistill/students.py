@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ensdistill.batch_ensemble import BatchEnsembleLayer, init_factors
+from ensdistill.batch_ensemble import BatchEnsembleLayer, Init, init_factors
 from ensdistill.convert import BatchEnsembleMap, check_members
 from ensdistill.flow_matching import FlowMatching
 from ensdistill.gaussian_logits import GaussianLogits
@@ -48,18 +48,24 @@ class BatchEnsemble(Student):
     Rows jB … (j+1)B−1 of the network belong to member j.
 
     Args:
-        **factors: `init` and `std` of r and s, as of `init_factors`.
+        init, std: of r and s, as of `init_factors`.
     """
 
     FACTORS = ("r", "s")
 
-    def __init__(self, architecture: Mapping[str, Any], members: int, **factors: Any):
+    def __init__(
+        self,
+        architecture: Mapping[str, Any],
+        members: int,
+        init: Init = "normal",
+        std: float = 0.5,
+    ):
         super().__init__()
         self.network = self.build(architecture, members)
         self.members = members
-        if factors:
+        if (init, std) != ("normal", 0.5):  # which the layers have drawn
             for parameter in self._others_and_factors()[1]:
-                init_factors(parameter, **factors)
+                init_factors(parameter, init, std)
 
     @staticmethod
     def build(architecture: Mapping[str, Any], members: int) -> nn.Module:
@@ -104,6 +110,9 @@ class LatentBatchEnsemble(BatchEnsemble):
     """
 
     FACTORS = ("dr", "ds")
+
+    def __init__(self, architecture: Mapping[str, Any], members: int):
+        super().__init__(architecture, members)
 
     @staticmethod
     def build(architecture: Mapping[str, Any], members: int) -> nn.Module:

@@ -401,11 +401,20 @@ def test_what_failed_is_planned_again(changed):
     assert changed.planned() == with_pages(EVERYTHING)
 
 
+ELSEWHERE = (
+    "the file of an architecture (`file:models/mine.py:build`), or one that `pretrained` names",
+    "a file of `teachers`, or how it is read",
+    "a file of `judge`, or how it is read",
+)
+"""Rows that test_own_architecture.py and test_own_ensemble.py show."""
+
+
 def test_the_table_has_these_rows_and_says_where_nothing_runs():
     lines = (REPOSITORY / "docs/reruns.md").read_text().splitlines()
     table = [re.split(r" *\| *", line)[1:-1] for line in lines if line.startswith("|")]
     reruns = {cells[0]: cells[1] for cells in table[2:]}
-    assert list(reruns) == list(ROWS)
+    assert [row for row in reruns if row not in ELSEWHERE] == list(ROWS)
+    assert {*ELSEWHERE} <= reruns.keys()
     assert [row for row, what in reruns.items() if what.startswith("nothing")] == WITHOUT
 
 

@@ -19,6 +19,7 @@ from ensdistill.images import read_description, read_images
 from ensdistill.pictures import centre, decode, mode_of, pixels
 from ensdistill.shift import write_shifted
 from ensdistill.sources import folder
+from ensdistill.stored_images import StoredImages
 from tests.builders import encode, fails, make, noise, write_tar, write_tree, write_zip
 
 SPLITS = ("train", "val", "held_out", "test")
@@ -178,7 +179,8 @@ def test_files_are_stored_as_they_are(tmp_path, encoded):
             found = [stored[start:end].tobytes() for start, end in pairwise(offsets)]
             seen |= set(found)
             side = crop.get("crop", 11)
-            assert read_images(path, split)[0].shape == (len(found), 3, side, side)
+            assert StoredImages(path, split).shape == (len(found), 3, side, side)
+            assert read_images(path, split)[0].shape == (len(found), 3, 8, 8)
     assert len(seen) == 32
     assert seen <= set(files.values())
     assert read_description(path)["shape"] == (3, 8, 8)

@@ -1,5 +1,6 @@
 """Training and prediction from images that stay in their file, against the same in memory."""
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -346,6 +347,9 @@ def test_training_from_the_file_goes_on_within_an_epoch_to_the_same_bits(
         assert state.load()["epoch"] == fatal // 4 + 1
         threads(2)
         assert_same(trained(path, monkeypatch, True, state, **CHANGES[changes]), whole)
+    gc.collect()  # the traceback of an interruption may still hold its readers
+    for reader in multiprocessing.active_children():
+        reader.join(60)
     assert multiprocessing.active_children() == []
 
 
