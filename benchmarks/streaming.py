@@ -123,7 +123,7 @@ def epoch_of_ours(images: StoredImages | torch.Tensor, augmentation: dict) -> Ca
 
 def against_memory(bench: Bench, form: str, stored: StoredImages, device: torch.device) -> None:
     """Of a network that takes far longer than its images."""
-    count, size = 48, 16
+    count, size = 192, 16
     few = stored.choose(np.random.default_rng(0).permutation(len(stored))[:count])
     torch.manual_seed(0)
     network = models.resnet18(num_classes=CLASSES).to(device)
