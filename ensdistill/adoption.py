@@ -84,16 +84,7 @@ def adopt(
     said = _said(stored, parts)
     spec = _spec(source, stored, parts, description, is_told=is_told, teaches=teaches)
     if mean is not None:
-        channels = spec["architecture"]["in_channels"]
-        if spec["architecture"]["name"].startswith("file:"):
-            raise InputError(
-                f"{source}: a network of your own file normalises by itself, without 'mean'"
-            )
-        if len(mean) != channels:
-            raise InputError(
-                f"{source}: 'mean' has {counted(len(mean), 'number')}, and images have "
-                f"{counted(channels, 'channel')}"
-            )
+        _check_mean(source, spec["architecture"], mean)
         spec["architecture"] |= {"mean": mean, "std": std}
     try:
         student = build_student(**spec)
@@ -118,10 +109,27 @@ def adopt(
         "outputs": order if order != [*range(len(order))] else None,
     }
     found = _validated(student.to(device).eval(), images, said, source)
-    made = attributes(**{**said, **origin}, adopted=known, validation=found)
+    sized = {key: description[key] for key in ("evaluation",) if key in description}
+    made = attributes(**{**said, **origin, **sized}, adopted=known, validation=found)
     if history is not None:
         write_csv(history, pd.DataFrame(columns=HISTORY))
     save_student(weights, student.cpu(), made)
+
+
+def _check_mean(
+    source: str | os.PathLike[str], architecture: Mapping[str, Any], mean: Sequence[float]
+) -> None:
+    """Refuse a mean that the network has no use for, or of other channels."""
+    channels = architecture["in_channels"]
+    if architecture["name"].startswith("file:"):
+        raise InputError(
+            f"{source}: a network of your own file normalises by itself, without 'mean'"
+        )
+    if len(mean) != channels:
+        raise InputError(
+            f"{source}: 'mean' has {counted(len(mean), 'number')}, and images have "
+            f"{counted(channels, 'channel')}"
+        )
 
 
 def _said(stored: Stored, parts: Mapping[str, Any]) -> dict[str, Any]:

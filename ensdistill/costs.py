@@ -90,16 +90,9 @@ def cost_table(
     description = read_description(images)
     judged, teachers = judged or {}, teachers or [teacher] * pool
     trainings = _Trainings(images, description, teachers, methods, device)
-    of_pool = [_Kind.of(_spec(it["parts"], description)) for it in teachers]
-    # What predicts by system, and how often each part of it counts.
-    systems: dict[str, dict[_Kind, float]] = {
-        f"DE-{size}": {replace(of_pool[0], count=size): 1}
-        if len({*of_pool}) == 1
-        else {kind: size * of_pool.count(kind) / pool for kind in of_pool}
-        for size in range(1, pool + 1)
-    }
     specs = {it["label"]: _spec(it["parts"], description) for it in methods.values()}
     specs |= {label: read_header(path)["spec"] for label, path in judged.items()}
+    systems = _ensembles([_Kind.of(_spec(it["parts"], description)) for it in teachers])
     systems |= {label: {_Kind.of(spec): 1} for label, spec in specs.items()}
     of_systems = [size * trainings.of_teacher() for size in range(1, pool + 1)]
     of_systems += [*map(trainings.macs, methods), *[math.nan] * len(judged)]
@@ -113,12 +106,7 @@ def cost_table(
         forms = [form.to(device) for form in kind.forms()]
         sizes[kind] = kind.sizes(forms, x)
         calls += [(fastest(forms, x[:size]), x[:size]) for size in BATCH_SIZES]
-    before = time.perf_counter(), time.process_time()
-    rounds = take_turns(calls, time_limit)
-    taken, computed = time.perf_counter() - before[0], time.process_time() - before[1]
-    if device.type == "cpu" and computed < BUSY * taken:
-        share = 100 * (1 - computed / taken)
-        logger.warning("for %.0f %% of the time of all timings other work had the CPU", share)
+    rounds = _watched(calls, time_limit, device)
     measured = dict(zip(distinct, np.split(rounds, len(distinct), axis=1), strict=True))
     return pd.DataFrame(
         {
@@ -132,6 +120,30 @@ def cost_table(
         }
         for (system, kinds), macs in zip(systems.items(), of_systems, strict=True)
     )
+
+
+def _ensembles(of_pool: Sequence["_Kind"]) -> dict[str, dict["_Kind", float]]:
+    """What predicts as DE-1, DE-2 …, and how often each part of it counts."""
+    alike, pool = len({*of_pool}) == 1, len(of_pool)
+    return {
+        f"DE-{size}": {replace(of_pool[0], count=size): 1}
+        if alike
+        else {kind: size * of_pool.count(kind) / pool for kind in of_pool}
+        for size in range(1, pool + 1)
+    }
+
+
+def _watched(
+    calls: Sequence[tuple[nn.Module, Tensor]], time_limit: float, device: torch.device
+) -> NDArray[np.float64]:
+    """`take_turns`, with a warning if the processor had other work."""
+    before = time.perf_counter(), time.process_time()
+    rounds = take_turns(calls, time_limit)
+    taken, computed = time.perf_counter() - before[0], time.process_time() - before[1]
+    if device.type == "cpu" and computed < BUSY * taken:
+        share = 100 * (1 - computed / taken)
+        logger.warning("for %.0f %% of the time of all timings other work had the CPU", share)
+    return rounds
 
 
 def _weighted(kinds: Mapping["_Kind", float], value: Callable[["_Kind"], Any]) -> Any:

@@ -239,13 +239,6 @@ def read_images(path: str | os.PathLike[str], split: str) -> Split:
     return stored.read(np.arange(len(stored))), stored.labels
 
 
-def read_part(
-    path: str | os.PathLike[str], split: str, places: NDArray[np.int64]
-) -> NDArray[np.uint8]:
-    """Images (n, C, H, W) at these places; errors as of `read_images`."""
-    return evaluation_images(path, split).read(places)
-
-
 def evaluation_images(path: str | os.PathLike[str], split: str) -> StoredImages:
     """Images of one split as networks see them when they do not learn: of larger ones the centre.
 

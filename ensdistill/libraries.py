@@ -14,7 +14,7 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -110,16 +110,10 @@ def timm_network(
             at = f"{cfg.hf_hub_id or ''} on huggingface.co" if cfg.hf_hub_id else cfg.url
             raise _unfetched(name, f"model.safetensors of {at}", error) from error
         raise InputError(f"{name}: {_first_line(error)}") from error
-    if pretrained and not offered and not _on_meta():
-        state = read_stored(_existing(name, pretrained)).tensors
+    if not offered:
         # What timm does to files of other versions, and of networks for images of other sizes.
         adapt = getattr(sys.modules[type(body).__module__], "checkpoint_filter_fn", None)
-        what = f"{name}: {pretrained}"
-        try:
-            state = adapt(state, body) if adapt else state
-        except Exception as error:  # it is not of this network
-            raise InputError(f"{what}: {_first_line(error)}") from error
-        fill(body, state, what)
+        _fill_from_file(body, name, pretrained, adapt)
     return _made(body, layers, mean, std)
 
 
@@ -148,15 +142,13 @@ def torchvision_network(
         raise InputError(f"{name}: {_first_line(error)}") from error
     if in_channels != 3:
         _replace_first_convolution(body, in_channels)
-    if pretrained and not _on_meta():
-        if pretrained is True:
-            try:
-                state = offered.get_state_dict(check_hash=True)
-            except (OSError, RuntimeError) as error:
-                raise _unfetched(name, offered.url, error) from error
-        else:
-            state = read_stored(_existing(name, pretrained)).tensors
-        fill(body, state, f"{name}: {pretrained if pretrained is not True else offered.url}")
+    if pretrained is True and not _on_meta():
+        try:
+            state = offered.get_state_dict(check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise _unfetched(name, offered.url, error) from error
+        fill(body, state, f"{name}: {offered.url}")
+    _fill_from_file(body, name, pretrained)
     return _made(body, layers, mean, std)
 
 
@@ -205,8 +197,7 @@ def own_network(
         raise InputError(f"{name}: returned {type(body).__name__}, not a torch.nn.Module")
     if pretrained is True:
         raise InputError(f"{name}: 'pretrained' must be a file of weights")
-    if pretrained and not _on_meta():
-        fill(body, read_stored(_existing(name, pretrained)).tensors, f"{name}: {pretrained}")
+    _fill_from_file(body, name, pretrained)
     return _made(body, layers, [0.0] * in_channels, [1.0] * in_channels)
 
 
@@ -366,10 +357,23 @@ def _checked(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     return given
 
 
-def _existing(name: str, path: str) -> str:
-    if not Path(path).is_file():
-        raise InputError(f"{name}: no such file of weights: {path}")
-    return path
+def _fill_from_file(
+    body: nn.Module,
+    name: str,
+    pretrained: Pretrained,
+    adapt: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
+) -> None:
+    """Fill a network from a file of weights, if `pretrained` names one and numbers are wanted."""
+    if not isinstance(pretrained, str) or _on_meta():
+        return
+    if not Path(pretrained).is_file():
+        raise InputError(f"{name}: no such file of weights: {pretrained}")
+    state, what = read_stored(pretrained).tensors, f"{name}: {pretrained}"
+    try:
+        state = adapt(state, body) if adapt else state
+    except Exception as error:  # it is not of this network
+        raise InputError(f"{what}: {_first_line(error)}") from error
+    fill(body, state, what)
 
 
 def _close(model: str, known: Sequence[str]) -> str:

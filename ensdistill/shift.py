@@ -23,10 +23,11 @@ from ensdistill import InputError
 from ensdistill.corruptions import KINDS, SEVERITIES, corrupt, corrupt_parts
 from ensdistill.downloads import SOURCES, verify
 from ensdistill.files import Streamed, open_hdf5, write_hdf5
-from ensdistill.images import read_part, read_source
+from ensdistill.images import evaluation_images, read_source
 from ensdistill.own_images import FileImages
 from ensdistill.pictures import as_array
 from ensdistill.sources import KEPT
+from ensdistill.stored_images import StoredImages
 
 PIECES = 2000
 """How many pieces of photographs there are."""
@@ -63,9 +64,9 @@ def write_shifted(
     """
     with open_hdf5(images) as file:
         checksums: dict[str, Any] = {"images": str(file.attrs["sha256"])}
-        labels = file["test/labels"][:]
+    test = evaluation_images(images, "test")
+    labels, shape = test.labels, test.shape[1:]
     chosen = _choice(labels, corruptions["images"], seed)
-    shape = read_part(images, "test", chosen[:1]).shape[1:]
     sets = {
         section["name"]: _others(section, shape=shape, seed=seed, archives=archives)
         for section in out_of_distribution
@@ -77,10 +78,10 @@ def write_shifted(
         checksums["corruptions"] = verify(archive)
         corrupted = _official(archive, labels, chosen)
     else:
-        corrupted = _copies(images, chosen, shape, seed)
+        corrupted = _copies(test.choose(chosen), seed)
 
     def arrays() -> Iterator[tuple[str, NDArray[Any] | Streamed]]:
-        yield from _named("corrupted/clean/0", _clean(images, chosen, shape), labels[chosen])
+        yield from _named("corrupted/clean/0", _clean(test.choose(chosen)), labels[chosen])
         for kind, severity, copies in corrupted:
             yield from _named(f"corrupted/{kind}/{severity}", copies, labels[chosen])
         for name, (others, *_) in sets.items():
@@ -121,31 +122,30 @@ def _is_large(count: int, shape: Sequence[int]) -> bool:
     return count * prod(shape) > KEPT
 
 
-def _clean(
-    path: str | os.PathLike[str], chosen: NDArray[np.int64], shape: Sequence[int]
-) -> NDArray[np.uint8] | Streamed:
+def _clean(chosen: StoredImages) -> NDArray[np.uint8] | Streamed:
     """The chosen test images."""
-    if not _is_large(len(chosen), shape):
-        return read_part(path, "test", chosen)
-    parts = ((place, read_part(path, "test", chosen[[place]])) for place in range(len(chosen)))
-    return Streamed((len(chosen), *shape), lambda: parts)
+    places = np.arange(len(chosen))
+    if not _is_large(len(chosen), chosen.shape[1:]):
+        return chosen.read(places)
+    parts = ((place, chosen.read([place])) for place in places)
+    return Streamed(chosen.shape, lambda: parts)
 
 
 def _copies(
-    path: str | os.PathLike[str], chosen: NDArray[np.int64], shape: Sequence[int], seed: int
+    chosen: StoredImages, seed: int
 ) -> Iterator[tuple[str, int, NDArray[np.uint8] | Streamed]]:
     """Corrupted copies of the chosen test images, by kind and severity."""
-    whole, large = (len(chosen), *shape), _is_large(len(chosen), shape)
-    images = None if large else read_part(path, "test", chosen)
+    places, large = np.arange(len(chosen)), _is_large(len(chosen), chosen.shape[1:])
+    images = None if large else chosen.read(places)
 
     def read(part: slice) -> NDArray[np.uint8]:
-        return read_part(path, "test", chosen[part])
+        return chosen.read(places[part])
 
     for kind in KINDS:
         for severity in SEVERITIES:
             if large:
-                parts = partial(corrupt_parts, read, whole, kind, severity, seed)
-                yield kind, severity, Streamed(whole, parts)
+                parts = partial(corrupt_parts, read, chosen.shape, kind, severity, seed)
+                yield kind, severity, Streamed(chosen.shape, parts)
             else:
                 yield kind, severity, corrupt(images, kind, severity, seed)
 

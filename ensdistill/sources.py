@@ -178,20 +178,7 @@ def folder(
         labelled: whether to read training images and classes too, not only test images.
     """
     found, side = own_images(path, labelled=labelled, columns=columns), resize or size
-    kept: dict[Key, Image.Image] | None = {}
-    modes, shapes, taken = set(), {(side, side)} if side else set(), 0
-    for place, key, content in found.read():
-        if kept is None and side:
-            modes.add(mode_of(place, content))
-            continue
-        picture = squared(decode(place, content), side)
-        modes.add(picture.mode)
-        shapes.add(picture.size[::-1])
-        taken += 4 * picture.width * picture.height  # as Pillow keeps colours
-        if kept is not None and taken <= KEPT:
-            kept[key] = picture
-        else:
-            kept = None
+    kept, modes, shapes = _first_reading(found, side)
     if len(shapes) > 1:
         some = ", ".join(f"{w}×{h}" for w, h in sorted(shape[::-1] for shape in shapes)[:3])
         raise InputError(f"{found.where}: images differ in size ({some} …): set images.size")
@@ -222,6 +209,27 @@ def folder(
         chosen=chosen,
         evaluation={"resize": side, "crop": size, "interpolation": "bicubic"} if size else None,
     )
+
+
+def _first_reading(
+    found: OwnImages, side: int | None
+) -> tuple[dict[Key, Image.Image] | None, set[str], set[tuple[int, int]]]:
+    """All pictures, if they are few, else None; their modes and their shapes (H, W)."""
+    kept: dict[Key, Image.Image] | None = {}
+    modes, shapes, taken = set(), {(side, side)} if side else set(), 0
+    for place, key, content in found.read():
+        if kept is None and side:
+            modes.add(mode_of(place, content))
+            continue
+        picture = squared(decode(place, content), side)
+        modes.add(picture.mode)
+        shapes.add(picture.size[::-1])
+        taken += 4 * picture.width * picture.height  # as Pillow keeps colours
+        if kept is not None and taken <= KEPT:
+            kept[key] = picture
+        else:
+            kept = None
+    return kept, modes, shapes
 
 
 def _choose_test(
