@@ -415,8 +415,20 @@ def pictures(tmp_path_factory):
         for name in ("cat", "dog", "emu")
         for i in range(count)
     }
-    make(folder / "images.h5", path=write_tree(folder / "tree", files), validation=9)
+    make(folder / "images.h5", path=write_tree(folder / "tree", files), size=32, validation=9)
     return folder / "images.h5"
+
+
+def test_a_header_says_how_images_are_brought_to_size(pictures, images, network, adopted, tmp_path):
+    model = "torchvision:shufflenet_v2_x0_5"
+    other = torchvision.models.get_model(model.partition(":")[2], num_classes=3)
+    parts = {**PARTS, "architecture": {"name": model}}
+    normal = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    adopted(stored(tmp_path / "a.pt", other.state_dict()), pictures, parts=parts, **normal)
+    expected = {"resize": 32, "crop": 32, "interpolation": "bicubic"}
+    assert adopted.header()["evaluation"] == expected
+    adopted(stored(tmp_path / "b.pt", network.state_dict()))
+    assert "evaluation" not in adopted.header()
 
 
 def of_timm(model, **options):
