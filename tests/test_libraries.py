@@ -210,15 +210,17 @@ def test_weights_for_images_of_another_size_are_adapted_as_timm_does(own_network
 
 
 @pytest.mark.parametrize("name", ["timm:test_resnet", "torchvision:shufflenet_v2_x0_5"])
-def test_grey_images_through_colour_weights_are_grey_colour_images(own_networks, name):
+@pytest.mark.parametrize("channels", [1, 6])
+def test_grey_images_through_colour_weights_are_grey_colour_images(own_networks, name, channels):
     family, _, model = name.partition(":")
     library = {"timm": timm.create_model, "torchvision": models.get_model}[family]
     given = shaken(library(model, num_classes=K)).eval()
     path = written(given, own_networks / "a.safetensors")
-    grey = build_network(name, K, in_channels=1, pretrained=path).eval()
+    grey = build_network(name, K, in_channels=channels, pretrained=path).eval()
     x = torch.rand(2, 1, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(grey(x), given(x.expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-4)
+        ours, theirs = (net(x.expand(-1, c, -1, -1)) for net, c in ((grey, channels), (given, 3)))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
