@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import math
+import multiprocessing
 import os
 import resource
 import signal
@@ -173,10 +174,19 @@ def read_ahead(
         prefetch_factor=max(2, math.ceil(2 * ahead / of_read / workers)),
         generator=torch.Generator(),  # or it would draw from the global one
     )
-    for found in loader:
-        if isinstance(found, Exception):
-            raise found
-        yield found
+    others = multiprocessing.active_children()
+    incoming = iter(loader)
+    own = [it for it in multiprocessing.active_children() if it not in others]
+    try:
+        for found in incoming:
+            if isinstance(found, Exception):
+                raise found
+            yield found
+    finally:
+        del incoming  # asks them to end, and waits for some seconds
+        for reader in own:  # SIGTERM, which it sends then, is nothing to them
+            reader.kill()
+            reader.join()
 
 
 def readers() -> int:

@@ -205,6 +205,24 @@ def test_a_reader_that_is_killed_is_one_sentence(tmp_path):
     assert _sentence(caught.value).startswith("a process that reads images was killed")
 
 
+def test_a_reader_that_does_not_end_by_itself_is_ended(tmp_path, monkeypatch):
+    """A reader that hangs when nothing more is wanted of it would stay as long as this process."""
+    stored = numbered(tmp_path / "images.h5", 40, 4)
+    read = loading._Reads.__getitem__
+
+    def hanging(self, places):
+        if places[0] == 5:
+            time.sleep(1000)
+        return read(self, places)
+
+    monkeypatch.setattr(loading._Reads, "__getitem__", hanging)
+    before = _children(os.getpid())
+    reading = read_ahead(stored, [np.arange(4), np.arange(5, 9)], 4)
+    next(reading)
+    reading.close()
+    assert [it for it in _children(os.getpid()) if it not in before] == []
+
+
 # --- the order -------------------------------------------------------------------------------
 
 
@@ -348,8 +366,6 @@ def test_training_from_the_file_goes_on_within_an_epoch_to_the_same_bits(
         threads(2)
         assert_same(trained(path, monkeypatch, True, state, **CHANGES[changes]), whole)
     gc.collect()  # the traceback of an interruption may still hold its readers
-    for reader in multiprocessing.active_children():
-        reader.join(60)
     assert multiprocessing.active_children() == []
 
 
