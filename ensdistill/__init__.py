@@ -5,7 +5,7 @@ Reproduces "Diversity Matters When Learning From Ensembles" (Nam et al., NeurIPS
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 class InputError(Exception):

@@ -79,6 +79,10 @@ class Prediction(ABC):
     def probs(self) -> Array:
         """The predicted distribution p̄ over the classes, (N, K)."""
 
+    def member_probs(self) -> Array:
+        """What each member predicts, (N, M, K); their mean is p̄."""
+        raise NotImplementedError
+
     def entropy(self) -> Array:
         """Entropy of p̄, (N,)."""
         return metrics.entropy(self.probs(), "none")
@@ -143,6 +147,9 @@ class Mixture(Prediction):
     def probs(self) -> Array:
         return self._probs
 
+    def member_probs(self) -> Array:
+        return self._members
+
     def mean_logits(self) -> Array:
         return self.logits.mean(axis=1, dtype=np.float64)
 
@@ -187,6 +194,10 @@ class Dirichlet(Prediction):
 
     def probs(self) -> Array:
         return self._means.mean(1)
+
+    def member_probs(self) -> Array:
+        """Of each network the expected π."""
+        return self._means
 
     def mean_logits(self) -> Array:
         """Of log α, so that the energy of one network is −log α₀."""

@@ -1,0 +1,46 @@
+"""`ensdistill`, the command: what surrounds the workflow, and what uses its students.
+
+Each subcommand is a module of this package with one function, registered here. Heavy libraries are
+imported by the functions that need them, so that `--help` and `predict` of an exported file need
+few.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ensdistill import InputError, __version__
+
+app = typer.Typer(
+    name="ensdistill",
+    help="Distil deep ensembles into compact networks that keep their uncertainty.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ensdistill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of all subcommands."""
+
+
+def main() -> None:
+    """Run the command; what is wrong with its input is one sentence, and exit status 1."""
+    try:
+        app()
+    except InputError as error:
+        print(f"ensdistill: error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,234 @@
+"""A student with all that predictions on images of one's own need.
+
+Weights know their network, not what its classes are called, how pictures become the images that it
+was trained on, which temperature calibrates it, or which sets of classes hold the label of nine
+images in ten. A study knows these things; a `Deployment` takes them along, and an exported file
+carries it. This module imports no PyTorch: exported files predict without.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensdistill import InputError, metrics
+from ensdistill.calibration import apply_temperature, optimal_temperature
+from ensdistill.conformal import calibration_half, label_scores, lac_scores, threshold
+from ensdistill.predictions import PREDICTIONS, Mixture, Prediction, read_prediction
+
+logger = logging.getLogger(__name__)
+
+Array = NDArray[np.float64]
+
+MOST_SCORES = 1000
+"""Calibration scores that are taken along; of more a random choice, which is as valid."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What must be known of a student beside its weights."""
+
+    classes: list[str]
+    """Names of the K classes, in the order of its outputs."""
+    channels: int
+    """C: 1 for grey images, 3 for colour."""
+    size: tuple[int, int] | None = None
+    """(H, W) of its images; None if that is not known, where pictures are taken as they are."""
+    resize: int | None = None
+    """Side of the centre square that pictures are resized to; None if they must have `size`."""
+    crop: int | None = None
+    """Side of the centre that is cut from that square; None for all of it."""
+    members: int = 1
+    """M: members of which it gives logits."""
+    prediction: Mapping[str, Any] = field(default_factory=lambda: {"prediction": "mixture"})
+    """What its logits mean: the attributes of a file of predictions."""
+    temperature: float | None = None
+    """T*, from the study's validation images; None if it is not known."""
+    scores: list[float] = field(default_factory=list)
+    """Sorted scores 1 − p of labels, of validation images, p after temperature scaling; empty if
+    they are not known."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """What made it: study, method, replicate, digest of the weights' header, versions."""
+
+    def to_json(self) -> str:
+        """As an exported file has it."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """From what `to_json` gave."""
+        known = json.loads(text)
+        size = known.pop("size")
+        return cls(**known, size=size and tuple(size))
+
+    @property
+    def mode(self) -> str:
+        """Of pictures, as Pillow calls it: L or RGB."""
+        return "L" if self.channels == 1 else "RGB"
+
+    def threshold(self, coverage: float) -> float:
+        """The probability that a class of a conformal set has at least.
+
+        Sets of all classes with at least this probability hold the label of at least the share
+        `coverage` of images that are drawn as the study's validation images were
+        [Sadinle et al. 2019]; also with the most probable class added to each, so that none is
+        empty. T* has been fitted to the same images, a single number.
+
+        Raises:
+            InputError: nothing is known of validation images.
+        """
+        if not self.scores:
+            raise InputError(
+                "nothing is known of validation images, so no coverage can be promised"
+            )
+        return 1 - float(threshold(np.array(self.scores), coverage))
+
+
+class Answers(NamedTuple):
+    """What a student says of B images: after temperature scaling, in nats."""
+
+    probabilities: Array
+    """(B, K), softmax(log p̄ / T) of its mean prediction p̄."""
+    member_probabilities: Array
+    """(B, M, K), the same of every member; of a Dirichlet its mean."""
+    entropy: Array
+    """(B,), of `probabilities`."""
+    mutual_information: Array | None
+    """(B,): what members disagree about, the entropy of the mean of `member_probabilities` minus
+    the mean of their entropies; of a Dirichlet that of its own, which knows no temperature. None
+    for one network with a softmax."""
+
+
+class Predictor(Protocol):
+    """A student that can be asked."""
+
+    deployment: Deployment
+
+    def __call__(self, images: NDArray[np.uint8]) -> Answers:
+        """What it says of images uint8 (B, C, H, W)."""
+        ...
+
+
+def answers(prediction: Prediction, temperature: float) -> Answers:
+    """What stored logits (B, M, K) say."""
+    probabilities = apply_temperature(prediction.probs(), temperature)
+    entropy = metrics.entropy(probabilities, "none")
+    if not isinstance(prediction, Mixture):
+        members = prediction.member_probs()
+        scaled = apply_temperature(members.reshape(-1, members.shape[-1]), temperature)
+        found = prediction.mutual_information()
+        return Answers(probabilities, scaled.reshape(members.shape), entropy, found)
+    scaled = type(prediction)(prediction.logits / temperature)
+    members = scaled.member_probs()
+    return Answers(probabilities, members, entropy, scaled.mutual_information())
+
+
+class StudentWeights:
+    """A student of a weights file, computed by PyTorch.
+
+    Args:
+        path: weights, where a study has them, or elsewhere; there classes have numbers, and no
+            temperature is known.
+        device: where it computes.
+
+    Raises:
+        InputError: as of `weights.load_student`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], device: str = "cpu"):
+        from ensdistill.weights import load_student
+
+        self.student = load_student(path, device)
+        self.device = device
+        self.deployment = deployment_of(path)
+
+    def __call__(self, images: NDArray[np.uint8]) -> Answers:
+        import torch
+
+        from ensdistill.students import predict
+
+        logits = predict(self.student, torch.from_numpy(images).to(self.device))
+        known = self.deployment.prediction
+        prediction = PREDICTIONS[known["prediction"]].stored(logits, known)
+        return answers(prediction, self.deployment.temperature or 1.0)
+
+
+def open_student(path: str | os.PathLike[str], device: str = "cpu") -> Predictor:
+    """A student that can be asked, from a weights file or an exported one.
+
+    Raises:
+        InputError: there is no such file, or it holds no student.
+    """
+    return StudentWeights(path, device)
+
+
+def deployment_of(path: str | os.PathLike[str]) -> Deployment:
+    """What is known of a student by its weights, and by the study in whose folder they lie.
+
+    Raises:
+        InputError: as of `weights.read_header`, or a file of the study is damaged.
+    """
+    from ensdistill.images import read_description
+    from ensdistill.weights import read_header
+
+    header = read_header(path)
+    spec = header["spec"]
+    architecture = spec["architecture"]
+    keys = {"prediction", "concentration_offset"} & header.keys()
+    prediction = {"prediction": "mixture"} | {key: header[key] for key in sorted(keys)}
+    kept = ("study", "method", "replicate", "digest", "ensdistill", "torch")
+    known: dict[str, Any] = {
+        "classes": [str(number) for number in range(architecture["num_classes"])],
+        "channels": architecture["in_channels"],
+        "members": spec["members"],
+        "prediction": prediction,
+        "origin": {key: header[key] for key in kept if key in header},
+    }
+    folder = study_folder(path)
+    if folder is None:
+        logger.warning(
+            "%s: lies in no study's folder: its classes have numbers, no temperature is known, and "
+            "pictures are taken as they are",
+            path,
+        )
+        return Deployment(**known)
+    images = read_description(folder / "images.h5")
+    known |= {"classes": images["classes"], "size": tuple(images["shape"][1:])}
+    evaluation = images.get("evaluation")
+    if evaluation:
+        known |= {"resize": evaluation["resize"], "crop": evaluation["crop"]}
+    logits = folder / "logits" / Path(path).absolute().parent.relative_to(folder)
+    calibration = _calibration(logits.with_suffix(".h5"), header["digest"])
+    return Deployment(**known, **calibration)
+
+
+def study_folder(path: str | os.PathLike[str]) -> Path | None:
+    """The folder of the study that weights lie in: `<study>/teachers/0/weights.safetensors` or
+    `<study>/students/kd/0/weights.safetensors`; None if they lie elsewhere."""
+    for folder in Path(path).absolute().parents[2:4]:
+        if (folder / "images.h5").exists():
+            return folder
+    return None
+
+
+def _calibration(path: Path, digest: str) -> dict[str, Any]:
+    """Temperature and scores, by the logits of validation images, if they are of these weights."""
+    from ensdistill.predictions import read_attributes
+
+    if not path.exists() or read_attributes(path).get("weights") != digest:
+        logger.warning("%s: no logits of these weights: no temperature is known", path)
+        return {}
+    prediction, labels = read_prediction(path, "val")
+    probs = prediction.probs()
+    temperature = optimal_temperature(probs, labels)
+    half = calibration_half(len(labels))
+    scores = label_scores(lac_scores, apply_temperature(probs[half], temperature), labels[half])
+    if len(scores) > MOST_SCORES:
+        scores = np.random.default_rng(0).choice(scores, MOST_SCORES, replace=False)
+    return {"temperature": temperature, "scores": np.sort(scores).tolist()}
