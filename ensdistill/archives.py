@@ -10,7 +10,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -174,8 +174,7 @@ def _in_zip(root: Path) -> Iterator[Entry]:
 
         def opened(member: zipfile.ZipInfo) -> IO[bytes]:
             if (kind := member.compress_type) not in UNPACKED_BY_THE_PIECE:
-                names: Mapping[int, str] = vars(zipfile)["compressor_names"]
-                method = names.get(kind, "otherwise")
+                method = zipfile.compressor_names.get(kind, "otherwise")  # type: ignore[attr-defined]
                 raise zipfile.BadZipFile(f"{member.filename} is not deflated, but {method}")
             return archive.open(member)
 
@@ -194,7 +193,8 @@ def _in_tar(root: Path) -> Iterator[Entry]:
     with tarfile.open(root, tarinfo=_Member) as archive:
         while True:
             while member := archive.next():
-                vars(archive)["members"], archive.pax_headers = [], {}  # tarfile keeps them all
+                # tarfile keeps them all.
+                archive.members, archive.pax_headers = [], {}  # type: ignore[attr-defined]
                 if archive.offset <= member.offset:
                     raise tarfile.ReadError("a member ends before it begins")
                 place, parts = f"{root}/{member.name}", path_parts(member.name)

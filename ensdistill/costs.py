@@ -12,7 +12,6 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -113,7 +112,8 @@ def cost_table(
         {
             "system": system,
             **{
-                key: _weighted(kinds, partial(lambda key, it: sizes[it][key], key)) for key in SIZES
+                key: _weighted(kinds, {k: it[key] for k, it in sizes.items()}.__getitem__)
+                for key in SIZES
             },
             **_milliseconds(_weighted(kinds, measured.__getitem__)),
             "training_macs": macs,

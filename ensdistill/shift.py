@@ -136,14 +136,14 @@ def _copies(
 ) -> Iterator[tuple[str, int, NDArray[np.uint8] | Streamed]]:
     """Corrupted copies of the chosen test images, by kind and severity."""
     places, large = np.arange(len(chosen)), _is_large(len(chosen), chosen.shape[1:])
-    images = chosen.read(places[:0] if large else places)
+    images = None if large else chosen.read(places)
 
     def read(part: slice) -> NDArray[np.uint8]:
         return chosen.read(places[part])
 
     for kind in KINDS:
         for severity in SEVERITIES:
-            if large:
+            if images is None:
                 parts = partial(corrupt_parts, read, chosen.shape, kind, severity, seed)
                 yield kind, severity, Streamed(chosen.shape, parts)
             else:
