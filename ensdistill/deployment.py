@@ -37,7 +37,13 @@ MOST_SCORES = 1000
 
 @dataclass(frozen=True)
 class Deployment:
-    """What must be known of a student beside its weights."""
+    """What must be known of a student beside its weights.
+
+    Example:
+        >>> known = Deployment(["cat", "dog"], channels=3, size=(8, 8), scores=[0.1] * 9 + [0.4])
+        >>> known.mode, known.threshold(0.8), Deployment.from_json(known.to_json()) == known
+        ('RGB', 0.9, True)
+    """
 
     classes: list[str]
     """Names of the K classes, in the order of its outputs."""
@@ -121,7 +127,14 @@ class Predictor(Protocol):
 
 
 def answers(prediction: Prediction, temperature: float) -> Answers:
-    """What stored logits (B, M, K) say."""
+    """What stored logits (B, M, K) say.
+
+    >>> said = answers(Mixture(np.log([[[0.9, 0.1], [0.5, 0.5]]])), temperature=1.0)
+    >>> said.probabilities.round(4).tolist(), said.entropy.round(4).tolist()
+    ([[0.7, 0.3]], [0.6109])
+    >>> said.mutual_information.round(4).tolist()
+    [0.1017]
+    """
     probabilities = apply_temperature(prediction.probs(), temperature)
     entropy = metrics.entropy(probabilities, "none")
     if isinstance(prediction, Mixture):
@@ -251,7 +264,11 @@ def deployment_of(path: str | os.PathLike[str]) -> Deployment:
 
 def study_folder(path: str | os.PathLike[str]) -> Path | None:
     """The folder of the study that weights lie in: `<study>/teachers/0/weights.safetensors` or
-    `<study>/students/kd/0/weights.safetensors`; None if they lie elsewhere."""
+    `<study>/students/kd/0/weights.safetensors`; None if they lie elsewhere.
+
+    >>> study_folder("elsewhere/weights.safetensors") is None
+    True
+    """
     for folder in Path(path).absolute().parents[2:4]:
         if (folder / "images.h5").exists():
             return folder
