@@ -28,6 +28,7 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check .
+	$(BIN)/mypy
 	$(BIN)/snakemake --lint
 
 format: .venv/installed-test
