@@ -48,3 +48,10 @@ def main() -> None:
     except InputError as error:
         print(f"ensdistill: error: {error}", file=sys.stderr)
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        if (error.name or "ensdistill").startswith("ensdistill"):
+            raise
+        # As of `ensdistill-predict`, which brings what predictions need alone.
+        lacks = f"{error.name} is not installed: `pip install ensdistill` brings it"
+        print(f"ensdistill: error: {lacks}", file=sys.stderr)
+        sys.exit(1)
