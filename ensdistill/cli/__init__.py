@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ensdistill import InputError, __version__
+from ensdistill.cli.init import init
 
 app = typer.Typer(
     name="ensdistill",
@@ -37,10 +38,20 @@ def _options(
     """Options of all subcommands."""
 
 
+app.command()(init)
+
+
 def main() -> None:
     """Run the command; what is wrong with its input is one sentence, and exit status 1."""
     try:
         app()
     except InputError as error:
         print(f"ensdistill: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if (error.name or "ensdistill").startswith("ensdistill"):
+            raise
+        # As of `ensdistill-predict`, which brings what predictions need alone.
+        lacks = f"{error.name} is not installed: `pip install ensdistill` brings it"
+        print(f"ensdistill: error: {lacks}", file=sys.stderr)
         sys.exit(1)
