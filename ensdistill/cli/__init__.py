@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ensdistill import InputError, __version__
+from ensdistill.cli.card import card
 
 app = typer.Typer(
     name="ensdistill",
@@ -35,6 +36,9 @@ def _options(
     ] = False,
 ) -> None:
     """Options of all subcommands."""
+
+
+app.command()(card)
 
 
 def main() -> None:
