@@ -193,7 +193,7 @@ def deployment_of(path: str | os.PathLike[str]) -> Deployment:
     known: dict[str, Any] = {
         "classes": [str(number) for number in range(architecture["num_classes"])],
         "channels": architecture["in_channels"],
-        "members": spec["members"],
+        "members": spec.get("samples", spec["members"]),
         "prediction": prediction,
         "origin": {key: header[key] for key in kept if key in header},
     }
