@@ -164,12 +164,19 @@ class StudentWeights:
 
 
 def open_student(path: str | os.PathLike[str], device: str = "cpu") -> Predictor:
-    """A student that can be asked, from a weights file or an exported one.
+    """A student that can be asked, from a weights file or, by its ending, an exported one.
+
+    `.onnx` is computed without PyTorch, on the CPU; a `.pt2` file must be trusted.
 
     Raises:
         InputError: there is no such file, or it holds no student.
     """
-    return StudentWeights(path, device)
+    from ensdistill.exported import OnnxStudent, TorchExported
+
+    ending = Path(path).suffix.lower()
+    if ending == ".onnx":
+        return OnnxStudent(path)
+    return TorchExported(path, device) if ending == ".pt2" else StudentWeights(path, device)
 
 
 def deployment_of(path: str | os.PathLike[str]) -> Deployment:
@@ -193,7 +200,7 @@ def deployment_of(path: str | os.PathLike[str]) -> Deployment:
     known: dict[str, Any] = {
         "classes": [str(number) for number in range(architecture["num_classes"])],
         "channels": architecture["in_channels"],
-        "members": spec.get("samples", spec["members"]),
+        "members": spec.get("samples", spec["members"]),  # samples, of students that have some
         "prediction": prediction,
         "origin": {key: header[key] for key in kept if key in header},
     }

@@ -12,6 +12,7 @@ import typer
 
 from ensdistill import InputError, __version__
 from ensdistill.cli.card import card
+from ensdistill.cli.export import export
 
 app = typer.Typer(
     name="ensdistill",
@@ -39,6 +40,7 @@ def _options(
 
 
 app.command()(card)
+app.command()(export)
 
 
 def main() -> None:
