@@ -11,11 +11,9 @@ from typing import Annotated
 import typer
 
 from ensdistill import InputError, __version__
-<<<<<<< HEAD
-from ensdistill.cli.init import init
-=======
+from ensdistill.cli.card import card
 from ensdistill.cli.export import export
->>>>>>> fd37ad2fe13485ed06fb8ec8b6a3c2305541d5be
+from ensdistill.cli.init import init
 
 app = typer.Typer(
     name="ensdistill",
@@ -42,11 +40,9 @@ def _options(
     """Options of all subcommands."""
 
 
-<<<<<<< HEAD
 app.command()(init)
-=======
+app.command()(card)
 app.command()(export)
->>>>>>> fd37ad2fe13485ed06fb8ec8b6a3c2305541d5be
 
 
 def main() -> None:
