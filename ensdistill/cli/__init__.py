@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ensdistill import InputError, __version__
+from ensdistill.cli.predict import predict
 
 app = typer.Typer(
     name="ensdistill",
@@ -37,10 +38,22 @@ def _options(
     """Options of all subcommands."""
 
 
+app.command()(predict)
+
+
 def main() -> None:
     """Run the command; what is wrong with its input is one sentence, and exit status 1."""
     try:
         app()
     except InputError as error:
-        print(f"ensdistill: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sentence = str(error)
+    except OSError as error:
+        if not error.filename:
+            raise
+        from ensdistill.files import explain
+
+        sentence = explain(error)
+    else:
+        return
+    print(f"ensdistill: error: {sentence}", file=sys.stderr)
+    sys.exit(1)
