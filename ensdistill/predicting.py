@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ensdistill import InputError
 from ensdistill.asking import BATCH, Picture, answered, image_files
-from ensdistill.deployment import Answers, Deployment, Predictor
+from ensdistill.deployment import Answers, Deployment, Predictor, conformal_sets
 from ensdistill.files import atomic
 from ensdistill.folders import TREATMENTS
 
@@ -27,17 +26,6 @@ ROW_GROUP = 4096
 
 
 # --- rows ------------------------------------------------------------------------------------
-
-
-def conformal_sets(probabilities: NDArray[np.float64], limit: float) -> NDArray[np.bool_]:
-    """Which classes are in the sets, (B, K): of at least a probability, and the most probable.
-
-    >>> conformal_sets(np.array([[0.5, 0.3, 0.2], [0.4, 0.3, 0.3]]), 0.45).tolist()
-    [[True, False, False], [True, False, False]]
-    """
-    inside = probabilities >= limit
-    inside[np.arange(len(inside)), probabilities.argmax(1)] = True
-    return inside
 
 
 def columns(known: Deployment, coverage: float | None) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ensdistill import InputError, __version__
+from ensdistill.cli.evaluate import evaluate
 from ensdistill.cli.predict import predict
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ def _options(
 
 
 app.command()(predict)
+app.command()(evaluate)
 
 
 def main() -> None:
