@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,11 @@ def write_predictions(
             raise InputError(f"the coverage must be between 0 and 1, and is {coverage}")
         limit = known.threshold(coverage)
     found = image_files(paths, skipped)
+    first = next(found, None)
+    if first is None:
+        where = ", ".join(map(str, paths))
+        raise InputError(f"{where}: no image was found{said_of(skipped)}")
+    found = chain([first], found)
     with atomic(output) as temporary:
         with WRITERS[Path(output).suffix.lower()](temporary, columns(known, coverage)) as write:
             for pictures, answers in answered(predictor, found, batch_size):
@@ -208,9 +214,6 @@ def write_predictions(
                 for picture in pictures:
                     counts.update(broken=picture.image is None, resized=picture.resized, images=1)
                 tell(len(pictures))
-        if not counts["images"]:
-            where = ", ".join(map(str, paths))
-            raise InputError(f"{where}: no image was found{said_of(skipped)}")
     names = ("images", "broken", "resized")
     return {**{name: int(counts[name]) for name in names}, "skipped": dict(skipped)}
 
