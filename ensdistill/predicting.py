@@ -207,13 +207,13 @@ def write_predictions(
         where = ", ".join(map(str, paths))
         raise InputError(f"{where}: no image was found{said_of(skipped)}")
     found = chain([first], found)
-    with atomic(output) as temporary:
-        with WRITERS[Path(output).suffix.lower()](temporary, columns(known, coverage)) as write:
-            for pictures, answers in answered(predictor, found, batch_size):
-                write(rows(pictures, answers, known.classes, limit))
-                for picture in pictures:
-                    counts.update(broken=picture.image is None, resized=picture.resized, images=1)
-                tell(len(pictures))
+    writer, heads = WRITERS[Path(output).suffix.lower()], columns(known, coverage)
+    with atomic(output) as temporary, writer(temporary, heads) as write:
+        for pictures, answers in answered(predictor, found, batch_size):
+            write(rows(pictures, answers, known.classes, limit))
+            for picture in pictures:
+                counts.update(broken=picture.image is None, resized=picture.resized, images=1)
+            tell(len(pictures))
     names = ("images", "broken", "resized")
     return {**{name: int(counts[name]) for name in names}, "skipped": dict(skipped)}
 
