@@ -23,6 +23,7 @@ from ensdistill.deployment import (
     Predictor,
     StudentWeights,
     TorchStudent,
+    joined,
     open_student,
 )
 from ensdistill.files import explain
@@ -60,11 +61,12 @@ def load(path: PathLike, device: str = "cpu", network: "nn.Module | None" = None
 
     Example:
         >>> import tempfile, ensdistill
+        >>> from ensdistill.digests import attributes
         >>> from ensdistill.students import build_student
         >>> from ensdistill.weights import save_student
         >>> path = Path(tempfile.mkdtemp(), "weights.safetensors")
         >>> resnet = {"name": "resnet8", "width": 2, "num_classes": 3, "in_channels": 1}
-        >>> save_student(path, build_student("batch_ensemble", resnet, members=4), {})
+        >>> save_student(path, build_student("batch_ensemble", resnet, members=4), attributes())
         >>> student = ensdistill.load(path)
         >>> student.deployment.classes, student.deployment.members
         (['0', '1', '2'], 4)
@@ -111,9 +113,7 @@ def predict(
         part = given[start : start + AT_ONCE]
         pixels = _read(part, student.deployment) if are_paths else part
         parts.append(student(_checked(pixels, student.deployment)))
-    columns: Any = zip(*parts, strict=True)
-    joined: Any = [None if it[0] is None else np.concatenate(it) for it in columns]
-    return Answers(*joined)
+    return joined(parts)
 
 
 def convert(
@@ -272,13 +272,15 @@ def save(student: "TorchStudent", path: PathLike) -> None:
         >>> ensdistill.load(path).deployment.classes, ensdistill.load(path).deployment.temperature
         (['cat', 'dog'], 1.5)
     """
+    from ensdistill.digests import attributes
     from ensdistill.weights import save_student
 
     if not isinstance(student, TorchStudent):
         raise InputError(f"{path}: only a student with weights can be saved, not an exported file")
     known = asdict(student.deployment)
     del known["origin"]  # the header has it
-    save_student(path, student.student, {**student.made, "deployment": known})
+    made = student.made if "digest" in student.made else attributes(**student.made)
+    save_student(path, student.student, {**made, "deployment": known})
 
 
 def _study(members: int, method: Mapping[str, Any], others: Mapping[str, Any]) -> "Study":

@@ -163,6 +163,18 @@ def conformal_sets(probabilities: Array, limit: float) -> NDArray[np.bool_]:
     return inside
 
 
+def joined(parts: Sequence[Answers]) -> Answers:
+    """The answers of several batches as one.
+
+    >>> said = answers(Mixture(np.zeros((2, 1, 3))), temperature=1.0)
+    >>> joined([said, said]).entropy.shape
+    (4,)
+    """
+    columns: Any = zip(*parts, strict=True)
+    each: Any = [None if it[0] is None else np.concatenate(it) for it in columns]
+    return Answers(*each)
+
+
 class TorchStudent:
     """A student in memory, computed by PyTorch where its weights are.
 
