@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 
-from ensdistill import InputError, pictures
+from ensdistill import InputError
+from ensdistill.asking import as_trained
 from ensdistill.config_errors import sentence
 from ensdistill.deployment import (
     Answers,
@@ -82,7 +83,8 @@ def predict(
     Args:
         student: as `load` or `distil` returns it.
         images: uint8 (N, C, H, W), N ≥ 1, as large as those that it was trained on; or a path of a
-            picture, or a list of paths, which are brought to that size as `deployment` says.
+            picture, or a list of paths, which are brought to that size as `ensdistill predict`
+            brings them.
 
     Returns:
         `probabilities` (N, K), `member_probabilities` (N, M, K), `entropy` (N,) in nats and
@@ -305,17 +307,15 @@ def _study(members: int, method: Mapping[str, Any], others: Mapping[str, Any]) -
 
 def _read(paths: Sequence[PathLike], known: Deployment) -> NDArray[np.uint8]:
     """Pictures (n, C, H, W) as the student wants them."""
-    how: dict[str, Any] = {"resize": known.resize, "crop": known.crop, "mode": known.mode}
     found: list[NDArray[np.uint8]] = []
     for path in paths:
         try:
-            found.append(pictures.pixels(Path(path).read_bytes(), **how, name=os.fspath(path)))
+            found.append(as_trained(Path(path).read_bytes(), known, os.fspath(path))[0])
         except OSError as error:
             raise InputError(explain(error)) from error
-        size = known.size or found[0].shape[1:]
-        if found[-1].shape[1:] != size:
-            own, wanted = ("×".join(map(str, it)) for it in (found[-1].shape[1:], size))
-            raise InputError(f"{path}: has {own} pixels, not {wanted}")
+        if found[-1].shape != found[0].shape:  # of a student whose size is not known
+            sizes = ("×".join(map(str, it.shape[:0:-1])) for it in (found[-1], found[0]))
+            raise InputError("{}: has {} pixels, the first {}".format(path, *sizes))
     return np.stack(found)
 
 

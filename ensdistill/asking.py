@@ -138,8 +138,9 @@ def as_trained(content: bytes, known: Deployment, place: str) -> tuple[NDArray[n
         InputError: it cannot be read, or it has another size, which is no square.
     """
     picture, side = decode(place, content), known.resize
-    other = not side and known.size not in (None, picture.size[::-1])
-    if other:
+    other = False
+    if not side and known.size is not None and known.size != picture.size[::-1]:
+        other = True
         height, side = known.size
         if height != side:
             raise InputError(

@@ -222,6 +222,7 @@ def _onnx_model(name: str, program: ExportedProgram, precision: Precision) -> An
             )
     except Exception as error:
         raise _impossible(name, error) from error
+    assert exported is not None, "of torch.onnx.export with dynamo"
     most = MOST_BYTES if precision == "int8" else MOST_CONSTANT
     optimizer.optimize(exported.model, input_size_limit=most, output_size_limit=most)
     DeduplicateInitializersPass(size_limit=MOST_BYTES)(exported.model)
@@ -257,9 +258,10 @@ def _quantised(model: Any, images: NDArray[np.uint8] | None, uint8: bool) -> Any
     if images is None:
         raise InputError("--int8 needs images of a study's validation split, and there is no study")
 
+    parts = np.array_split(images, math.ceil(len(images) / 50))
+
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            parts = np.array_split(images, math.ceil(len(images) / 50))
             self.batches: Iterator[NDArray[Any]] = iter(parts)
 
         def get_next(self) -> dict[str, NDArray[Any]] | None:

@@ -16,10 +16,10 @@ BASE = PROJECT["dependencies"]
 EXTRAS = PROJECT["optional-dependencies"]
 TOOLS = {"docs", "test"}
 """Extras of what is run, not imported."""
-NOT_IMPORTED = {"pygments", "onnxscript", "snakemake-executor-plugin-slurm"}
-"""Others ask for them."""
-OF_OTHERS = {"urllib3"}
-"""Parts of a declared one: what requests is made of, for its exceptions."""
+NOT_IMPORTED = {"pygments"}
+"""Others ask for it."""
+OF_OTHERS = {"onnx-ir", "urllib3"}
+"""Parts of declared ones: of onnxscript, and of requests for its exceptions."""
 
 
 def names(requirements):
