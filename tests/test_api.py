@@ -231,7 +231,7 @@ def test_batches_pictures_and_tensors_give_the_same(own, splits, tmp_path, monke
             np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-7)
     larger = tmp_path / "larger.png"
     Image.fromarray(test[3][0].repeat(4, 0).repeat(4, 1)).save(larger)
-    square = np.asarray(Image.open(larger).resize((8, 8), Image.Resampling.BICUBIC))[None, None]
+    square = np.array(Image.open(larger).resize((8, 8), Image.Resampling.BICUBIC))[None, None]
     resized = [ensdistill.predict(student, it).probabilities for it in (larger, square)]
     np.testing.assert_array_equal(*resized)
     one = ensdistill.predict(student, paths[3])
