@@ -29,7 +29,7 @@ def test_the_default_study_has_a_card_and_exports_nothing():
 
 @pytest.fixture(scope="module")
 def carded(finished, tmp_path_factory):
-    """A project whose study has the card of one method, made; the tests change it in their order."""
+    """A project whose study has the card of one method, made; tests change it in their order."""
     project = finished.copy(tmp_path_factory.mktemp("carded") / "project")
     setting("deploy", value={"methods": ["kd"]})(project)
     project.run()
