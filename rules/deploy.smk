@@ -1,7 +1,8 @@
-# What leaves the study: a student's model card and the files beside it, as the Hugging Face Hub takes
-# them. `deploy` says of which methods; of any student on demand:
+# What leaves the study: a student's model card, the files beside it as the Hugging Face Hub takes them,
+# and the student as an ONNX file. `deploy` says of which methods; of any student on demand:
 #
 #     snakemake --cores all results/digits/deployed/kd_ods/0/README.md
+#     snakemake --cores all results/digits/deployed/kd_ods/0/model.onnx
 def cards(study):
     """The cards that a study's configuration asks for: of the first student of each method."""
     methods = STUDIES[study].deploy.methods
@@ -18,6 +19,33 @@ def of_teachers_of_student(pattern):
     return files
 
 
+def exported(wildcards):
+    """The exported file that a card tells of: if the study asks for it, or if there is one."""
+    path = "results/{study}/deployed/{method}/{seed}/model.onnx".format(**wildcards)
+    return [path] if STUDIES[wildcards.study].deploy.export or os.path.exists(path) else []
+
+
+# Needs ensdistill[onnx].
+rule export:
+    input:
+        weights="results/{study}/students/{method}/{seed}/weights.safetensors",
+        images="results/{study}/images.h5",
+        logits="results/{study}/logits/students/{method}/{seed}.h5",
+    output:
+        "results/{study}/deployed/{method}/{seed}/model.onnx",
+    log:
+        "results/{study}/logs/deployed/{method}/{seed}_onnx.log",
+    conda:
+        "../envs/ensdistill.yaml"
+    resources:
+        mem_mb=growing(4000, 0.2),
+        runtime=growing(20),
+    params:
+        code=lambda wildcards: code("export", **entries_of(wildcards)),
+    script:
+        "../workflow_scripts/export.py"
+
+
 rule card:
     input:
         weights="results/{study}/students/{method}/{seed}/weights.safetensors",
@@ -29,6 +57,7 @@ rule card:
             for name in ("scores", "costs", "corruptions", "out_of_distribution")
         ],
         figure="results/{study}/figures/reliability.png",
+        exported=exported,
     output:
         "results/{study}/deployed/{method}/{seed}/README.md",
         "results/{study}/deployed/{method}/{seed}/config.json",
