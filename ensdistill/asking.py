@@ -80,8 +80,8 @@ def image_files(paths: Iterable[str | os.PathLike[str]], skipped: Counter[str]) 
 
 def _below(root: Path, skipped: Counter[str]) -> Iterator[Found]:
     if not root.is_dir() and not root.name.lower().endswith(PACKED):
-        opened = partial(open, root, "rb")
-        entry = Entry(root.parent, str(root), (root.name,), "file", root.stat().st_size, 0, opened)
+        size, opened = root.stat().st_size, lambda: root.open("rb")
+        entry = Entry(root.parent, str(root), (root.name,), "file", size, open=opened)
         yield Found(entry.place, entry.parts, entry.read)
         return
     try:
@@ -138,9 +138,9 @@ def as_trained(content: bytes, known: Deployment, place: str) -> tuple[NDArray[n
         InputError: it cannot be read, or it has another size, which is no square.
     """
     picture, side = decode(place, content), known.resize
-    other = not side and known.size not in (None, picture.size[::-1])
-    if other:
-        height, side = known.size
+    other = False
+    if not side and known.size and known.size != picture.size[::-1]:
+        (height, side), other = known.size, True
         if height != side:
             raise InputError(
                 f"{place}: has {picture.width}×{picture.height} pixels, and the student takes "

@@ -110,7 +110,12 @@ def _answer(
             f"the calibration error is {100 * excess:.1f} points larger than if the probabilities "
             f"were right ({_p(p_ece)}), confidence − accuracy {100 * gap.estimate:+.1f} points"
         )
-    if coverage is not None and found[1] and WANTED - coverage.estimate > TOLERANCE:
+    if (
+        coverage is not None
+        and p_coverage is not None
+        and found[1]
+        and WANTED - coverage.estimate > TOLERANCE
+    ):
         wrong.append(
             f"sets for {WANTED:.0%} of labels hold {coverage.estimate:.1%} ({_p(p_coverage)})"
         )
