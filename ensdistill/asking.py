@@ -80,8 +80,8 @@ def image_files(paths: Iterable[str | os.PathLike[str]], skipped: Counter[str]) 
 
 def _below(root: Path, skipped: Counter[str]) -> Iterator[Found]:
     if not root.is_dir() and not root.name.lower().endswith(PACKED):
-        opened = partial(open, root, "rb")
-        entry = Entry(root.parent, str(root), (root.name,), "file", root.stat().st_size, 0, opened)
+        size, opened = root.stat().st_size, lambda: root.open("rb")
+        entry = Entry(root.parent, str(root), (root.name,), "file", size, open=opened)
         yield Found(entry.place, entry.parts, entry.read)
         return
     try:
@@ -139,9 +139,8 @@ def as_trained(content: bytes, known: Deployment, place: str) -> tuple[NDArray[n
     """
     picture, side = decode(place, content), known.resize
     other = False
-    if not side and known.size is not None and known.size != picture.size[::-1]:
-        other = True
-        height, side = known.size
+    if not side and known.size and known.size != picture.size[::-1]:
+        (height, side), other = known.size, True
         if height != side:
             raise InputError(
                 f"{place}: has {picture.width}×{picture.height} pixels, and the student takes "
