@@ -133,7 +133,7 @@ def convert(
         std: standard deviation of normal factors.
 
     Returns:
-        (M·B, …) → (M·B, …): rows jB … (j+1)B−1 belong to member j.
+        A module (M·B, …) → (M·B, …), whose rows jB … (j+1)B−1 belong to member j.
 
     Raises:
         ValueError: a layer cannot be converted; the sentence names it.

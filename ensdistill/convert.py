@@ -125,7 +125,7 @@ def to_batch_ensemble(
         conv, linear: the kinds of layers.
 
     Returns:
-        (M·B, …) → (M·B, …), member-major: rows jB … (j+1)B−1 belong to member j.
+        A module (M·B, …) → (M·B, …), whose rows jB … (j+1)B−1 belong to member j.
 
     Raises:
         ValueError: a layer cannot be converted; the sentence names it.
