@@ -12,10 +12,13 @@ converted, and is refused by name. `check_members` compares a converted network 
 import ast
 import copy
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache, partial
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -334,3 +337,15 @@ def _of_shape(
     sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
     how = {"dilation": layer.dilation, "groups": layer.groups, "padding_mode": layer.padding_mode}
     return kind(*sizes, ensemble_size, layer.stride, layer.padding, bias, **how)
+
+
+class _Callable(ModuleType):
+    """This module, which can be called as well: `ensdistill.convert` is a function of the API."""
+
+    def __call__(self, *given: Any, **options: Any) -> nn.Module:
+        from ensdistill import api
+
+        return api.convert(*given, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

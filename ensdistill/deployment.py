@@ -9,10 +9,10 @@ carries it. This module imports no PyTorch: exported files predict without.
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,11 @@ from ensdistill import InputError, metrics
 from ensdistill.calibration import apply_temperature, optimal_temperature
 from ensdistill.conformal import calibration_half, label_scores, lac_scores, threshold
 from ensdistill.predictions import PREDICTIONS, Mixture, Prediction, read_prediction
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ensdistill.student import Student
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +50,7 @@ class Deployment:
     crop: int | None = None
     """Side of the centre that is cut from that square; None for all of it."""
     members: int = 1
-    """M: members of which it gives logits."""
+    """M: members of which it gives logits; samples, of a student that predicts by these."""
     prediction: Mapping[str, Any] = field(default_factory=lambda: {"prediction": "mixture"})
     """What its logits mean: the attributes of a file of predictions."""
     temperature: float | None = None
@@ -129,34 +134,62 @@ def answers(prediction: Prediction, temperature: float) -> Answers:
     return Answers(probabilities, members, entropy, scaled.mutual_information())
 
 
-class StudentWeights:
-    """A student of a weights file, computed by PyTorch.
+class TorchStudent:
+    """A student in memory, computed by PyTorch where its weights are.
 
     Args:
-        path: weights, where a study has them, or elsewhere; there classes have numbers, and no
-            temperature is known.
-        device: where it computes.
-
-    Raises:
-        InputError: as of `weights.load_student`.
+        student: trained.
+        deployment: what is known of it.
+        made: what made its weights, as their file's header says it.
+        history: of its training, as of `training.fit`; none of a student that was loaded.
     """
 
-    def __init__(self, path: str | os.PathLike[str], device: str = "cpu"):
-        from ensdistill.weights import load_student
-
-        self.student = load_student(path, device)
-        self.device = device
-        self.deployment = deployment_of(path)
+    def __init__(
+        self,
+        student: "Student",
+        deployment: Deployment,
+        made: Mapping[str, Any],
+        history: Sequence[Mapping[str, float]] = (),
+    ):
+        self.student, self.deployment = student, deployment
+        self.made, self.history = made, history
 
     def __call__(self, images: NDArray[np.uint8]) -> Answers:
         import torch
 
         from ensdistill.students import predict
 
-        logits = predict(self.student, torch.from_numpy(images).to(self.device))
+        device = next(self.student.parameters()).device
+        logits = predict(self.student, torch.from_numpy(images).to(device))
         known = self.deployment.prediction
         prediction = PREDICTIONS[known["prediction"]].stored(logits, known)
         return answers(prediction, self.deployment.temperature or 1.0)
+
+
+class StudentWeights(TorchStudent):
+    """A student of a weights file.
+
+    Args:
+        path: weights, where a study has them, or elsewhere; there classes have numbers, and no
+            temperature is known, unless the file says so itself.
+        device: where it computes.
+        network: what it is made of, if that was a module in memory.
+
+    Raises:
+        InputError: as of `weights.load_student`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        device: str = "cpu",
+        network: "nn.Module | None" = None,
+    ):
+        from ensdistill.weights import load_student, read_header
+
+        student, header = load_student(path, device, network), read_header(path)
+        made = {key: value for key, value in header.items() if key not in ("spec", "deployment")}
+        super().__init__(student, deployment_of(path), made)
 
 
 def open_student(path: str | os.PathLike[str], device: str = "cpu") -> Predictor:
@@ -171,6 +204,8 @@ def open_student(path: str | os.PathLike[str], device: str = "cpu") -> Predictor
 def deployment_of(path: str | os.PathLike[str]) -> Deployment:
     """What is known of a student by its weights, and by the study in whose folder they lie.
 
+    A file that `ensdistill.save` wrote says all of it itself.
+
     Raises:
         InputError: as of `weights.read_header`, or a file of the study is damaged.
     """
@@ -180,15 +215,21 @@ def deployment_of(path: str | os.PathLike[str]) -> Deployment:
     header = read_header(path)
     spec = header["spec"]
     architecture = spec["architecture"]
+    kept = ("study", "method", "replicate", "digest", "ensdistill", "torch")
+    origin = {key: header[key] for key in kept if key in header}
+    if "deployment" in header:
+        try:
+            return Deployment.from_json(json.dumps({**header["deployment"], "origin": origin}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: its header is not of this version ({error})") from error
     keys = {"prediction", "concentration_offset"} & header.keys()
     prediction = {"prediction": "mixture"} | {key: header[key] for key in sorted(keys)}
-    kept = ("study", "method", "replicate", "digest", "ensdistill", "torch")
     known: dict[str, Any] = {
         "classes": [str(number) for number in range(architecture["num_classes"])],
         "channels": architecture["in_channels"],
-        "members": spec["members"],
+        "members": spec.get("samples", spec["members"]),
         "prediction": prediction,
-        "origin": {key: header[key] for key in kept if key in header},
+        "origin": origin,
     }
     folder = study_folder(path)
     if folder is None:
@@ -224,7 +265,11 @@ def _calibration(path: Path, digest: str) -> dict[str, Any]:
     if not path.exists() or read_attributes(path).get("weights") != digest:
         logger.warning("%s: no logits of these weights: no temperature is known", path)
         return {}
-    prediction, labels = read_prediction(path, "val")
+    return calibrated(*read_prediction(path, "val"))
+
+
+def calibrated(prediction: Prediction, labels: NDArray[np.int64]) -> dict[str, Any]:
+    """`temperature` and `scores` of a `Deployment`, by what a student says of validation images."""
     probs = prediction.probs()
     temperature = optimal_temperature(probs, labels)
     half = calibration_half(len(labels))

@@ -276,6 +276,17 @@ def _subset(
     return images, places, labels[places]
 
 
+def pixel_statistics(images: NDArray[np.uint8]) -> dict[str, list[float]]:
+    """`mean` and `std` of each channel of images (N, C, H, W), in [0, 1], as images.h5 has them.
+
+    >>> pixel_statistics(np.array([[[[0, 255]]]], np.uint8))
+    {'mean': [0.5], 'std': [0.5]}
+    """
+    counts = np.zeros((256, images.shape[1]), np.int64)
+    _count_values(counts, images)
+    return _mean_and_std(counts)
+
+
 def _mean_and_std(counts: NDArray[np.int64]) -> dict[str, list[float]]:
     """Of each channel, in [0, 1]; the standard deviation is at least a step of 1/255.
 

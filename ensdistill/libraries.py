@@ -201,6 +201,36 @@ def own_network(
     return _made(body, layers, [0.0] * in_channels, [1.0] * in_channels)
 
 
+def given_network(
+    kind: str,
+    num_classes: int,
+    in_channels: int,
+    layers: Layers,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    module: nn.Module | None = None,
+) -> nn.Module:
+    """A network that is given in memory, with its weights; it stays as it is.
+
+    Args:
+        kind: the name of its class.
+        num_classes, in_channels: K and C.
+        layers: of which kind.
+        mean, std: not used; the module normalises by itself.
+        module: maps (rows, C, H, W) in [0, 1] to (rows, K).
+
+    Raises:
+        InputError: it is not there.
+    """
+    if not isinstance(module, nn.Module):  # a header of a weights file may say anything
+        raise InputError(
+            f"its network is a module of your own ({kind}), which no file of weights holds: give "
+            "it too, as in ensdistill.load(path, network=module)"
+        )
+    return _made(module, layers, [0.0] * in_channels, [1.0] * in_channels)
+
+
 def pretrained_statistics(family: str, model: str | None, channels: int) -> dict[str, list[float]]:
     """Mean and std of the pixels that the weights a library offers were trained on.
 

@@ -19,6 +19,7 @@ from ensdistill.graphs import norms_behind_convolutions, replace
 from ensdistill.layers import Layers, Normalize, autocast_dtype, in_float32, plain_layers
 from ensdistill.libraries import (
     LibraryNetwork,
+    given_network,
     own_network,
     pretrained_statistics,
     timm_network,
@@ -170,6 +171,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "timm": timm_network,
     "torchvision": torchvision_network,
     "file": own_network,
+    "module": given_network,
 }
 """Builders by family; architectures.ARCHITECTURES says how their names are written.
 
