@@ -26,8 +26,10 @@ if os.path.exists(sys.executable):  # not quoted yet
     sys.executable = shlex.quote(sys.executable)
 
 if workflow.is_main_process:
+    # A workflow that uses this one as a module gives it a configuration of its own.
+    own_config = [] if workflow.modifier.skip_configfile else ["config.yaml"]
     try:
-        check_files([*workflow.configfiles, "config.yaml"])
+        check_files([*workflow.configfiles, *own_config])
     except InputError as error:
         raise WorkflowError(str(error)) from None
 
@@ -90,8 +92,9 @@ rule made:
         [path for study in STUDIES for path in reported(study)],
 
 
+# A workflow that uses this one as a module calls these three itself: `onstart: study.onstart()`.
 onstart:
-    results = Path("results")
+    results = Path(placed("results/"))
     if not os.access(results if results.exists() else ".", os.W_OK):
         raise WorkflowError(f"{results.absolute()}: this folder cannot be written to")
     if workflow.local_exec and not visible_cards():
@@ -111,6 +114,6 @@ onerror:
 
 # What unfinished training would have gone on from; see ensdistill.state.
 onsuccess:
-    for state in glob("results/**/state.pt", recursive=True):
+    for state in glob(placed("results/**/state.pt"), recursive=True):
         if Path(state).with_name("weights.safetensors").exists():
             Path(state).unlink()

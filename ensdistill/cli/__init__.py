@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ensdistill import InputError, __version__
+from ensdistill.cli.init import init
 
 app = typer.Typer(
     name="ensdistill",
@@ -35,6 +36,9 @@ def _options(
     ] = False,
 ) -> None:
     """Options of all subcommands."""
+
+
+app.command()(init)
 
 
 def main() -> None:
