@@ -12,6 +12,7 @@ import typer
 
 from ensdistill import InputError, __version__
 from ensdistill.cli.init import init
+from ensdistill.cli.predict import predict
 
 app = typer.Typer(
     name="ensdistill",
@@ -39,6 +40,7 @@ def _options(
 
 
 app.command()(init)
+app.command()(predict)
 
 
 def main() -> None:
@@ -46,5 +48,14 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        print(f"ensdistill: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sentence = str(error)
+    except OSError as error:
+        if not error.filename:
+            raise
+        from ensdistill.files import explain
+
+        sentence = explain(error)
+    else:
+        return
+    print(f"ensdistill: error: {sentence}", file=sys.stderr)
+    sys.exit(1)
