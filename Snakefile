@@ -53,6 +53,7 @@ include: "rules/elsewhere.smk"
 include: "rules/train.smk"
 include: "rules/predict.smk"
 include: "rules/evaluate.smk"
+include: "rules/deploy.smk"
 include: "rules/render.smk"
 
 
@@ -63,6 +64,7 @@ rule all:
         expand("results/{study}/figures/{figure}.png", study=RUN, figure=FIGURES),
         expand("results/{study}/{page}.md", study=RUN, page=["claims", "findings"]),
         expand("results/{study}/index.html", study=RUN),
+        [card for study in RUN for card in cards(study)],
 
 
 # snakemake --cores all teachers | students | tables | figures

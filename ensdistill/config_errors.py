@@ -71,9 +71,7 @@ def _check_keys(path: str | os.PathLike[str], document: yaml.Node | None) -> Non
             lines[key.value] = line
 
 
-def sentence(
-    error: ValidationError, schema: Mapping[str, Any], place: str = "config.yaml"
-) -> str:
+def sentence(error: ValidationError, schema: Mapping[str, Any], place: str = "config.yaml") -> str:
     """The first of pydantic's complaints, in the user's words; a misspelt key comes first.
 
     Args:

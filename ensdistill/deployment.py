@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ensdistill import InputError, metrics
 from ensdistill.calibration import apply_temperature, optimal_temperature
 from ensdistill.conformal import calibration_half, label_scores, lac_scores, threshold
+from ensdistill.files import reading
 from ensdistill.predictions import PREDICTIONS, Mixture, Prediction, read_prediction
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
 
+FACTS = "config.json"
+"""What stands beside weights that have left their study, as `Deployment.to_json` writes it. The
+Hugging Face Hub counts downloads by a file of this name."""
 MOST_SCORES = 1000
 """Calibration scores that are taken along; of more a random choice, which is as valid."""
 
@@ -205,14 +209,16 @@ def deployment_of(path: str | os.PathLike[str]) -> Deployment:
     """What is known of a student by its weights, and by the study in whose folder they lie.
 
     A file that `ensdistill.save` wrote says all of it itself.
+    Where `FACTS` that are about these weights lie beside them, they say it instead.
 
     Raises:
-        InputError: as of `weights.read_header`, or a file of the study is damaged.
+        InputError: as of `stored_header`, or a file of the study is damaged.
     """
     from ensdistill.images import read_description
-    from ensdistill.weights import read_header
 
-    header = read_header(path)
+    header = stored_header(path)
+    if known_beside := _beside(path, header["digest"]):
+        return known_beside
     spec = header["spec"]
     architecture = spec["architecture"]
     kept = ("study", "method", "replicate", "digest", "ensdistill", "torch")
@@ -247,6 +253,29 @@ def deployment_of(path: str | os.PathLike[str]) -> Deployment:
     logits = folder / "logits" / Path(path).absolute().parent.relative_to(folder)
     calibration = _calibration(logits.with_suffix(".h5"), header["digest"])
     return Deployment(**known, **calibration)
+
+
+def stored_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a weights file says of itself: as `weights.read_header`, but without reading tensors.
+
+    Raises:
+        InputError: there is no such file.
+        DamagedFile: it is damaged, or holds no weights of this package.
+    """
+    from safetensors import safe_open
+
+    with reading(path, "weights of this package"), safe_open(path, "numpy") as file:
+        header = json.loads(file.metadata()["ensdistill"])
+        return {**header, "spec": header["spec"], "digest": header["digest"]}
+
+
+def _beside(path: str | os.PathLike[str], digest: str) -> Deployment | None:
+    """The facts that lie beside weights, if they are about these weights."""
+    try:
+        found = Deployment.from_json(Path(path).with_name(FACTS).read_text(encoding="utf-8"))
+        return found if found.origin.get("digest") == digest else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # nothing, or another program's
 
 
 def study_folder(path: str | os.PathLike[str]) -> Path | None:

@@ -133,6 +133,7 @@ class OutOfDistribution(Section):
 
 
 PHOTOGRAPHS = [OutOfDistribution()]
+NONE_DEPLOYED: list[str] = []
 
 
 def _several(value: Any) -> Any:
@@ -179,6 +180,15 @@ class Costs(Section):
     """What all timings of the study take together, unless few of them already take longer."""
 
 
+class Deploy(Section):
+    """Which students leave the study: with a model card, and all that the Hugging Face Hub takes
+    beside it."""
+
+    methods: list[Name] = NONE_DEPLOYED
+    """Methods of whose first student there is a card when the study is made; of any other on
+    demand."""
+
+
 class Published(Section):
     """Results that others published for the same study, shown beside ours."""
 
@@ -205,7 +215,7 @@ TEACHER = Method(label="teacher", student="single", objective="labels")
 class Study(Section):
     """One data set, one architecture, one ensemble and the students that learn from it."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"teachers", "judge"})
+    later: ClassVar[frozenset[str]] = frozenset({"teachers", "judge", "deploy"})
 
     images: Images = Images()
     """The data."""
@@ -252,6 +262,8 @@ class Study(Section):
     """What systems cost."""
     confidence_bins: Count = 15
     """Equal-width bins of calibration errors, reliability diagrams and diversity figures."""
+    deploy: Deploy = Deploy()
+    """Which students get a model card."""
     published: Published | None = None
     """Published results, for the tables."""
     methods: Annotated[dict[Name, Method], Field(min_length=1)] = PAPERS_METHODS
@@ -315,6 +327,9 @@ class Study(Section):
         for paper in papers:
             if papers.count(paper) > 1:
                 raise ValueError(f"two of 'methods' have paper: {paper}")
+        for name in self.deploy.methods:
+            if name not in self.methods:
+                raise ValueError(f"'deploy' names the method {name!r}, which 'methods' lacks")
         self._images_and_backbones_exist()
         systems = [*labels, *(f"DE-{size}" for size in range(1, self.pool + 1))]
         for system in self.published.scores if self.published else ():

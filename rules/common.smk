@@ -241,7 +241,8 @@ def on_the_page(wildcards):
     """What the first page says of a study's configuration."""
     study = STUDIES[wildcards.study]
     labels = {name: method.label for name, method in study.methods.items()}
-    return study.model_dump(exclude={"methods", "grid", "published"}) | {"methods": labels}
+    unused = {"methods", "grid", "published", "deploy"}
+    return study.model_dump(exclude=unused) | {"methods": labels}
 
 
 def judging_code(script, beside=True, **chosen):

@@ -13,6 +13,7 @@ import typer
 from ensdistill import InputError, __version__
 from ensdistill.cli.init import init
 from ensdistill.cli.predict import predict
+from ensdistill.cli.card import card
 
 app = typer.Typer(
     name="ensdistill",
@@ -41,6 +42,7 @@ def _options(
 
 app.command()(init)
 app.command()(predict)
+app.command()(card)
 
 
 def main() -> None:
