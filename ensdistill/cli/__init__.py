@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 
 from ensdistill import InputError, __version__
+from ensdistill.cli.card import card
 from ensdistill.cli.init import init
 from ensdistill.cli.predict import predict
-from ensdistill.cli.card import card
 
 app = typer.Typer(
     name="ensdistill",
