@@ -111,8 +111,9 @@ def predict(
         part = given[start : start + AT_ONCE]
         pixels = _read(part, student.deployment) if are_paths else part
         parts.append(student(_checked(pixels, student.deployment)))
-    joined = zip(*parts, strict=True)
-    return Answers(*(None if it[0] is None else np.concatenate(it) for it in joined))
+    columns: Any = zip(*parts, strict=True)
+    joined: Any = [None if it[0] is None else np.concatenate(it) for it in columns]
+    return Answers(*joined)
 
 
 def convert(
@@ -224,17 +225,23 @@ def distil(
     """
     from ensdistill.distilling import distilled
 
-    method = {"student": student, "perturbation": perturbation, "recipe": recipe or {}}
+    method: dict[str, Any] = {
+        "student": student,
+        "perturbation": perturbation,
+        "recipe": recipe or {},
+    }
     if objective is not None:
         method["objective"] = objective
-    given = {"precision": precision, "augmentation": augmentation or {}}
-    named = architecture if isinstance(architecture, str | Mapping) else None
+    given: dict[str, Any] = {"precision": precision, "augmentation": augmentation or {}}
+    network = None if isinstance(architecture, str | Mapping) else architecture
+    if network is None:
+        given["architecture"] = architecture
     return distilled(
         teachers,
-        _study(len(teachers), method, given if named is None else given | {"architecture": named}),
+        _study(len(teachers), method, given),
         (images, labels),
         validation,
-        network=None if named is not None else architecture,
+        network=network,
         classes=classes,
         seed=seed,
         device=device,
@@ -298,9 +305,9 @@ def _read(paths: Sequence[PathLike], known: Deployment) -> NDArray[np.uint8]:
     """Pictures (n, C, H, W) as the student wants them."""
     how: dict[str, Any] = {"resize": known.resize, "crop": known.crop, "mode": known.mode}
     found: list[NDArray[np.uint8]] = []
-    for path in map(os.fspath, paths):
+    for path in paths:
         try:
-            found.append(pictures.pixels(Path(path).read_bytes(), **how, name=path))
+            found.append(pictures.pixels(Path(path).read_bytes(), **how, name=os.fspath(path)))
         except OSError as error:
             raise InputError(explain(error)) from error
         size = known.size or found[0].shape[1:]

@@ -114,7 +114,8 @@ def classwise_gaps(probs: ArrayLike, labels: ArrayLike, n_bins: int = 15) -> Arr
     gaps, classes = probs.copy(), probs.shape[1]
     gaps[np.arange(len(labels)), labels] -= 1
     places = confidence_bins(probs, n_bins) + n_bins * np.arange(classes)
-    return np.bincount(places.ravel(), gaps.ravel(), n_bins * classes).reshape(classes, n_bins)
+    sums = np.bincount(places.ravel(), gaps.ravel(), n_bins * classes)
+    return np.asarray(sums, np.float64).reshape(classes, n_bins)
 
 
 def mean_gap(gaps: Array, images: int) -> float:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache, partial
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from ensdistill.batch_ensemble import (
     BatchEnsembleLayer,
     BatchEnsembleLinear,
     Init,
+    Plain,
     init_factors,
 )
 from ensdistill.layers import Layers, WithoutRandomNumbers
@@ -44,6 +45,8 @@ IMPOSSIBLE = (nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 """Linear maps that have no such factors here."""
 DESCRIBING = {"device", "dtype", "ndim", "shape"}
 """What a module may ask of another's weight: its numbers are not used."""
+LinearMap = nn.Linear | _ConvNd
+"""What gets factors."""
 TOLERANCE = 1e-3
 """By how much members' logits may differ from those of the converted network, relatively."""
 
@@ -64,7 +67,7 @@ class BatchEnsembleMap(nn.Module):
     """
 
     def __init__(
-        self, inner: nn.Module, ensemble_size: int, init: Init = "normal", std: float = 0.5
+        self, inner: LinearMap, ensemble_size: int, init: Init = "normal", std: float = 0.5
     ):
         super().__init__()
         self.ensemble_size, self.channels_last = ensemble_size, isinstance(inner, nn.Linear)
@@ -136,7 +139,7 @@ def to_batch_ensemble(
         True
     """
 
-    def converted(layer: nn.Module) -> nn.Module:
+    def converted(layer: Any) -> nn.Module:
         exact = computes_as_known(layer)
         if exact is None:
             if (conv, linear) != (BatchEnsembleConv2d, BatchEnsembleLinear):
@@ -167,7 +170,7 @@ def with_attention(module: nn.Module) -> nn.Module:
     network = _replaced(
         copy.deepcopy(module),
         lambda it: type(it).forward is nn.MultiheadAttention.forward,
-        Attention,
+        Attention,  # type: ignore[arg-type]  # of those alone
     )
     for it in network.modules():
         if isinstance(it, nn.TransformerEncoder):
@@ -179,7 +182,7 @@ def with_attention(module: nn.Module) -> nn.Module:
 def member(network: nn.Module, j: int) -> nn.Module:
     """Member j of a BatchEnsemble as an ordinary network, by equation 1; nothing is shared."""
 
-    def ordinary(layer: nn.Module) -> nn.Module:
+    def ordinary(layer: Any) -> nn.Module:
         if isinstance(layer, BatchEnsembleMap):
             one = BatchEnsembleMap(copy.deepcopy(layer.inner), 1)
             one.r, one.s = (nn.Parameter(it[j : j + 1].clone()) for it in (layer.r, layer.s))
@@ -275,14 +278,14 @@ def _readers(network: nn.Module) -> dict[nn.Module, str]:
     """Modules whose weight or bias others read past their forward, and the class of these."""
     found = {}
     for module in network.modules():
-        for path in _read_past_forward(type(module)):
+        for path in _read_past_forward(cast(Any, type(module))):
             with suppress(AttributeError):
                 found[module.get_submodule(path)] = type(module).__name__
     return found
 
 
 @cache
-def _read_past_forward(kind: type[nn.Module]) -> frozenset[str]:
+def _read_past_forward(kind: Any) -> frozenset[str]:
     """Modules inside whose weight or bias the class reads in its forward: `self.<path>.weight`.
 
     Or in methods that its forward calls, and they call.
@@ -328,9 +331,7 @@ def computes_as_known(layer: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-def _of_shape(
-    layer: nn.Module, ensemble_size: int, kind: type[BatchEnsembleLayer]
-) -> BatchEnsembleLayer:
+def _of_shape(layer: Plain, ensemble_size: int, kind: Callable[..., Any]) -> BatchEnsembleLayer:
     bias = layer.bias is not None
     if isinstance(layer, nn.Linear):
         return kind(layer.in_features, layer.out_features, ensemble_size, bias)

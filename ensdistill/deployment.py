@@ -128,14 +128,14 @@ def answers(prediction: Prediction, temperature: float) -> Answers:
     """What stored logits (B, M, K) say."""
     probabilities = apply_temperature(prediction.probs(), temperature)
     entropy = metrics.entropy(probabilities, "none")
-    if not isinstance(prediction, Mixture):
-        members = prediction.member_probs()
-        scaled = apply_temperature(members.reshape(-1, members.shape[-1]), temperature)
-        found = prediction.mutual_information()
-        return Answers(probabilities, scaled.reshape(members.shape), entropy, found)
-    scaled = type(prediction)(prediction.logits / temperature)
-    members = scaled.member_probs()
-    return Answers(probabilities, members, entropy, scaled.mutual_information())
+    if isinstance(prediction, Mixture):
+        scaled = Mixture(prediction.logits / temperature)
+        found = scaled.mutual_information()
+        return Answers(probabilities, scaled.member_probs(), entropy, found)
+    members = prediction.member_probs()
+    flat = apply_temperature(members.reshape(-1, members.shape[-1]), temperature)
+    found = prediction.mutual_information()
+    return Answers(probabilities, flat.reshape(members.shape), entropy, found)
 
 
 class TorchStudent:

@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +78,9 @@ class SharedWeights(nn.Module):
     def __init__(self, network: nn.Module, members: int, stem: nn.Module | None):
         super().__init__()
         for module, layer, norm in norms_to_fold(network):
-            _fold_into_factors(module.get_submodule(layer), module.get_submodule(norm))
-            replace(module, norm, without_norm(module.get_submodule(norm)))
+            statistics = cast(nn.BatchNorm2d, module.get_submodule(norm))
+            _fold_into_factors(cast(BatchEnsembleLayer, module.get_submodule(layer)), statistics)
+            replace(module, norm, without_norm(statistics))
         self.members, self.network = members, network
         self.repeats = members if stem is None else 1
         if stem is not None:
@@ -113,11 +114,11 @@ class HeadsSideBySide(nn.Module):
     def __init__(self, network: HydraNetwork, architecture: Mapping[str, Any]):
         super().__init__()
         self.members, self.body = len(network.heads), network.body
-        first = len(network.body.blocks)
-        cut = f"blocks.{first}" if len(network.heads[0].blocks) else "linear"
+        first, behind = (len(cast(Any, it).blocks) for it in (network.body, network.heads[0]))
+        cut = f"blocks.{first}" if behind else "linear"
         with torch.device("meta"):
             head = split(_wide(architecture, self.members), cut)[1]
-        self.heads = _filled_beside(head, network.heads)
+        self.heads = _filled_beside(head, [*network.heads])
 
     def forward(self, x: Tensor) -> Tensor:
         return _by_member(self.heads(self.body(x).repeat(1, self.members, 1, 1)), self.members)
@@ -125,6 +126,8 @@ class HeadsSideBySide(nn.Module):
 
 class Sampled(nn.Module):
     """μ + L Z_s φ of a `LatentFactorNetwork` with L Z_s multiplied once: S·K·q multiplications."""
+
+    directions: Tensor
 
     def __init__(self, network: LatentFactorNetwork):
         super().__init__()
@@ -150,7 +153,7 @@ def inference_forms(student: Student) -> list[nn.Module]:
         networks = [fold_batch_norms(member(student.network, j)) for j in range(student.members)]
         forms = ensemble_forms(networks, architecture)
         beside = [form.network.stem for form in forms if isinstance(form, SideBySide)]
-        stem = copy.deepcopy(beside[0]) if beside else None
+        stem = cast(nn.Module, copy.deepcopy(beside[0])) if beside else None
         forms.append(SharedWeights(student.network, student.members, stem))
     else:
         fold_batch_norms(student.network)
@@ -232,6 +235,8 @@ def _filled_beside(wide: nn.Module, networks: Sequence[nn.Module]) -> nn.Module:
 
 @torch.no_grad()
 def _fold_into_factors(layer: BatchEnsembleLayer, norm: nn.BatchNorm2d) -> None:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     gain, shift = (1, 0) if norm.weight is None else (norm.weight, norm.bias)
     scale = gain * (norm.running_var + norm.eps).rsqrt()
     bias = 0 if layer.bias is None else layer.bias

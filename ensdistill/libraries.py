@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -231,7 +231,7 @@ def given_network(
     return _made(module, layers, [0.0] * in_channels, [1.0] * in_channels)
 
 
-def pretrained_statistics(family: str, model: str | None, channels: int) -> dict[str, list[float]]:
+def pretrained_statistics(family: str, model: str, channels: int) -> dict[str, list[float]]:
     """Mean and std of the pixels that the weights a library offers were trained on.
 
     Returns:
@@ -274,7 +274,7 @@ def _made(
     for find, kind in ((first_convolution, _StemInFloat32), (last_layer, _InFloat32)):
         if name := find(body):
             layer = body.get_submodule(name)
-            layer.__class__ = _exact(kind, type(layer))
+            layer.__class__ = _exact(kind, cast(Any, type(layer)))
     return LibraryNetwork(body, mean, std)
 
 
@@ -293,15 +293,15 @@ class _StemInFloat32(nn.Module):
 
 
 @cache
-def _exact(how: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+def _exact(how: Any, kind: Any) -> type[nn.Module]:
     return type(kind.__name__, (how, kind), {"kind": kind})
 
 
 def _replace_first_convolution(network: nn.Module, channels: int) -> None:
     """By one that takes images of other channels, with new weights."""
-    name = first_convolution(network)
-    old = network.get_submodule(name)
-    how = {"padding_mode": old.padding_mode, "bias": old.bias is not None}
+    name = first_convolution(network) or ""
+    old: Any = network.get_submodule(name)
+    how: Any = {"padding_mode": old.padding_mode, "bias": old.bias is not None}
     sizes = (channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation)
     new = nn.Conv2d(*sizes, **how)
     fan_out = old.out_channels * math.prod(old.kernel_size)
@@ -356,6 +356,8 @@ def _module(path: str) -> Any:
         if (here := str(Path.cwd())) not in sys.path:
             sys.path.append(here)
         spec = importlib.util.spec_from_file_location(name, place)
+        assert spec
+        assert spec.loader
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)

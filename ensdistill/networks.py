@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -244,7 +244,7 @@ def described(architecture: Mapping[str, Any], images: Mapping[str, Any]) -> dic
     channels = images["shape"][0]
     statistics = {key: images[key] for key in ("mean", "std")}
     if architecture.get("pretrained"):
-        statistics |= pretrained_statistics(family, given.get("model"), channels)
+        statistics |= pretrained_statistics(family, given.get("model", ""), channels)
     sizes = {"num_classes": len(images["classes"]), "in_channels": channels}
     return {**architecture, **sizes, **statistics}
 
@@ -260,8 +260,8 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
         network: in eval mode; it is changed.
     """
     for module, conv, norm in norms_to_fold(network):
-        statistics = module.get_submodule(norm)
-        replace(module, conv, fuse_conv_bn_eval(module.get_submodule(conv), statistics))
+        statistics: Any = module.get_submodule(norm)
+        replace(module, conv, fuse_conv_bn_eval(cast(Any, module.get_submodule(conv)), statistics))
         replace(module, norm, without_norm(statistics))
     return network.to(memory_format=torch.channels_last)
 
@@ -274,7 +274,7 @@ def norms_to_fold(network: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
             pairs = norms_behind_convolutions(module)
             others |= {*module.modules()}
         elif module not in others:
-            pairs = getattr(module, "normalized", ())
+            pairs = [*getattr(module, "normalized", ())]
         else:
             continue
         for conv, norm in pairs:

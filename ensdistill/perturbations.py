@@ -75,7 +75,8 @@ def _ods(
     """
     # One network after the other: graphs of several at once were measured to be slower on a CPU,
     # where they do not fit the caches.
-    gradients, every = [], []
+    gradients: list[Tensor] = []
+    every = []
     for network in networks:
         leaf, logits = _answer(network, x)
         probs = (logits.detach().to(x.dtype) / temperature).softmax(1)
@@ -210,8 +211,8 @@ def tdiv_sdiv(step: Step, *, eta: float, sdiv: bool) -> Tensor:
 
     Without `sdiv`, or where no student is asked, by the teachers' part alone.
     """
-    pair = torch.randperm(len(step.teachers), generator=step.host)[:2].tolist()
-    student = step.student if sdiv else None
+    first, second = torch.randperm(len(step.teachers), generator=step.host)[:2].tolist()
+    student, pair = step.student if sdiv else None, (first, second)
     return _moved(step, eta, lambda x: tdiv_sdiv_direction(step.teachers, student, x, pair))
 
 
@@ -225,6 +226,7 @@ def mixup(step: Step, *, beta: float) -> Tensor:
 
 def held_out(step: Step) -> Tensor:
     """Images that no network was trained on, instead of x; as many as the step has of them."""
+    assert step.held_out is not None
     return step.held_out
 
 

@@ -265,7 +265,7 @@ Apart from the classes, so that networks need no training anew if an uncertainty
 """
 
 
-def _by_block(name: str) -> Callable[["Joined"], Array | None]:
+def _by_block(name: str) -> Callable[["Joined"], Any]:
     return lambda joined: joined.per_image(lambda part: getattr(part, name)())
 
 
@@ -286,7 +286,7 @@ class Joined(Prediction):
         return images, sum(part.shape[1] for part in self.parts), classes
 
     @property
-    def logits(self) -> NDArray:
+    def logits(self) -> NDArray:  # type: ignore[override]  # read when they are asked for
         return self.per_image(lambda part: part.logits)
 
     def part(self, images: slice) -> Prediction:

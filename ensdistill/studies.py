@@ -6,7 +6,7 @@
 import json
 import re
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -51,7 +51,7 @@ class Images(Section):
     """Where images come from and how many each split has."""
 
     later: ClassVar[frozenset[str]] = frozenset({"columns", "resize"})
-    source: Literal[*SOURCES] = "digits"
+    source: Literal[*SOURCES] = "digits"  # type: ignore[valid-type]  # known when it runs
     """`digits` ships with scikit-learn, `folder` is your own data, the others are downloaded."""
     path: str | list[str] | None = None
     """For `folder`: a directory or tar/zip archives that hold train/<class>/… and
@@ -110,7 +110,7 @@ class OutOfDistribution(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_ -]*$")] = "photographs"
     """What files and figures call them; the source's name unless told."""
-    source: Literal["photographs", *SOURCES] = "photographs"
+    source: Literal["photographs", *SOURCES] = "photographs"  # type: ignore[valid-type]
     """`photographs`: pieces of the two photographs that ship with scikit-learn; else the test
     split of a source. Brought to the size and channels of the study's images."""
     path: str | list[str] | None = None
@@ -194,7 +194,10 @@ class Published(Section):
 
     source: str
     """Where they stand."""
-    scores: Annotated[dict[str, dict[Literal[*METRICS], Number]], Field(min_length=1)]
+    scores: Annotated[
+        dict[str, dict[Literal[*METRICS], Number]],  # type: ignore[valid-type]
+        Field(min_length=1),
+    ]
     """By system (DE-m or a method's label) and metric."""
 
 
@@ -441,7 +444,9 @@ class Study(Section):
             Options by name, with the study's η and τ.
         """
         known = self.distillation.model_dump()
-        return {name: _filled(kind(), known) for name, kind in self._kinds(sized).items()}
+        return {
+            name: _filled(cast(Any, kind)(), known) for name, kind in self._kinds(sized).items()
+        }
 
     def perturbation_titles(self, sized: bool = False) -> dict[str, str]:
         """What figures call these perturbations, by name."""
@@ -455,7 +460,8 @@ class Study(Section):
             has the study's η and τ; by `<name>_single_pass` where a student passes once a step
             instead of twice.
         """
-        known, found = self.distillation.model_dump(), {}
+        known = self.distillation.model_dump()
+        found: dict[str, dict[str, str]] = {}
         for name, method in self.methods.items():
             parts, perturbation = self.parts(name), method.perturbation
             asked = {

@@ -7,9 +7,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -243,8 +242,8 @@ def _train_epoch(
     for number, (x, y) in enumerate(batches.epoch(generator, done), done + 1):
         own = seeds(seed, run.epoch, number, 3)
         # The global generator is for dropout and the like.
-        for draws, its_seed in zip((generator, host, torch), own, strict=True):
-            draws.manual_seed(its_seed)
+        for draw, its_seed in zip((generator, host, torch), own, strict=True):
+            cast(Any, draw).manual_seed(its_seed)
         step = Step(run.student, learning.teachers, x, y, progress, generator, host)
         measured = train_step(step, learning, run.optimizer, precision, recipe.clip_norm)
         for name, value in measured.items():
@@ -393,7 +392,8 @@ def _first(
     centre = StoredImages(stored.path, stored.split, size)
     places = np.arange(min(count, len(centre)))
     pair = centre.read(places), centre.labels[places]
-    return tuple(torch.from_numpy(it).to(device) for it in pair)
+    first, labels = (torch.from_numpy(it).to(device) for it in pair)
+    return first, labels
 
 
 def _held_out(
@@ -418,7 +418,7 @@ def learning_of(
         teachers,
         parts["objective"],
         parts["perturbation"],
-        probs=partial(PROBS[parts["prediction"]], attributes=parts),
+        probs=lambda logits: PROBS[parts["prediction"]](logits, parts),
         single_pass=parts.get("single_pass", False),
         held_out=held_out,
     )

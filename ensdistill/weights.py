@@ -88,7 +88,9 @@ class _Bounded(WithoutRandomNumbers):
         super().__init__()
         self.left = 100 * tensors  # up to 20 for each are needed
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.left -= 1
         if self.left < 0:
             raise ValueError("it has more tensors than are stored")

@@ -104,7 +104,9 @@ def _provenance(folder: Path, networks: list[str]) -> Facts:
         ("ensdistill", "ensdistill"), ("torch", "PyTorch")
     )}  # fmt: skip
     costs = read_columns(folder / "metrics/costs.csv", ["processor", "threads"])
-    timed = [] if costs is None else costs[["processor", "threads"]].drop_duplicates().to_numpy()
+    timed: Any = []
+    if costs is not None:
+        timed = costs[["processor", "threads"]].drop_duplicates().to_numpy()
     return {
         "Trained": "; ".join(f"{counted(count, 'network')} {how}" for how, count in trained.items())
         or "the weights, which would tell, are not here",
