@@ -197,12 +197,19 @@ class StudentWeights(TorchStudent):
 
 
 def open_student(path: str | os.PathLike[str], device: str = "cpu") -> Predictor:
-    """A student that can be asked, from a weights file or an exported one.
+    """A student that can be asked, from a weights file or, by its ending, an exported one.
+
+    `.onnx` is computed without PyTorch, on the CPU; a `.pt2` file must be trusted.
 
     Raises:
         InputError: there is no such file, or it holds no student.
     """
-    return StudentWeights(path, device)
+    from ensdistill.exported import OnnxStudent, TorchExported
+
+    ending = Path(path).suffix.lower()
+    if ending == ".onnx":
+        return OnnxStudent(path)
+    return TorchExported(path, device) if ending == ".pt2" else StudentWeights(path, device)
 
 
 def deployment_of(path: str | os.PathLike[str]) -> Deployment:

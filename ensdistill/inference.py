@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ensdistill.batch_ensemble import BatchEnsembleLayer
-from ensdistill.convert import member
+from ensdistill.batch_ensemble import BatchEnsembleLayer, outer, subsample
+from ensdistill.convert import BatchEnsembleMap, member
 from ensdistill.gaussian_logits import GaussianLogits, LatentFactorNetwork
 from ensdistill.graphs import replace
 from ensdistill.hydra import Hydra, HydraNetwork, split
@@ -89,6 +89,59 @@ class SharedWeights(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.repeat(self.repeats, 1, 1, 1) if self.repeats > 1 else x
         return self.network(rows).unflatten(0, (self.members, len(x)))
+
+
+class MemberByMember(nn.Module):
+    """A BatchEnsemble of one weight whose members are computed one after the other.
+
+    Whoever can multiply constants before the first image, such as ONNX Runtime, has M plain
+    networks; normalisations are in the factors, as in `SharedWeights`.
+
+    Args:
+        network: of a `BatchEnsemble`, in eval mode; it is changed.
+        members: M.
+    """
+
+    def __init__(self, network: nn.Module, members: int):
+        super().__init__()
+        self.network = SharedWeights(network, members, None).network
+        self.members = members
+        made: dict[nn.Module, _OfMember] = {}
+        for name, layer in list(network.named_modules(remove_duplicate=False)):
+            if isinstance(layer, BatchEnsembleLayer | BatchEnsembleMap):
+                replace(network, name, made.setdefault(layer, _OfMember(layer)))
+        self.layers = list(made.values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = []
+        for j in range(self.members):
+            for layer in self.layers:
+                layer.member = j
+            logits.append(self.network(x))
+        return torch.stack(logits)
+
+
+class _OfMember(nn.Module):
+    """A layer of a BatchEnsemble as one of its members has it, of B rows."""
+
+    def __init__(self, layer: BatchEnsembleLayer | BatchEnsembleMap):
+        super().__init__()
+        self.layer, self.member = layer, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, j = self.layer, self.member
+        bias = None if layer.bias is None else layer.bias[j]
+        if isinstance(layer, BatchEnsembleLayer):
+            if getattr(layer, "subsamples", False):
+                x = subsample(x, layer.stride[0])
+            factors = outer(layer.s[j], layer.r[j], layer.groups, layer.weight.ndim)
+            return layer._map(x, layer.weight * factors, bias)
+
+        def of_channels(factors: Tensor) -> Tensor:
+            return factors if layer.channels_last else factors.view(-1, *[1] * (x.ndim - 2))
+
+        out = layer.inner(x * of_channels(layer.r[j])) * of_channels(layer.s[j])
+        return out if bias is None else out + of_channels(bias)
 
 
 class _StemOfRows(nn.Module):

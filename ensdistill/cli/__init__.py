@@ -12,6 +12,7 @@ import typer
 
 from ensdistill import InputError, __version__
 from ensdistill.cli.card import card
+from ensdistill.cli.export import export
 from ensdistill.cli.init import init
 from ensdistill.cli.predict import predict
 
@@ -43,6 +44,7 @@ def _options(
 app.command()(init)
 app.command()(predict)
 app.command()(card)
+app.command()(export)
 
 
 def main() -> None:
