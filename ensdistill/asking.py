@@ -86,7 +86,7 @@ def _below(root: Path, skipped: Counter[str]) -> Iterator[Found]:
         return
     try:
         for entry in entries(root):
-            if treatment := _treatment(entry):
+            if treatment := treatment_in(entry):
                 if treatment == "read":
                     yield Found(entry.place, entry.parts, _reader(entry))
                 else:
@@ -95,8 +95,8 @@ def _below(root: Path, skipped: Counter[str]) -> Iterator[Found]:
         yield Found(str(root), (), partial(_fail, error))
 
 
-def _treatment(entry: Entry) -> str:
-    """A key of `folders.TREATMENTS`; nothing of a folder."""
+def treatment_in(entry: Entry) -> str:
+    """What is done with an entry, a key of `folders.TREATMENTS`; nothing of a folder."""
     if entry.kind == "folder" or not entry.parts:
         return ""
     if any(map(is_hidden, entry.parts)):

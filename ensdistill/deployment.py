@@ -138,6 +138,18 @@ def answers(prediction: Prediction, temperature: float) -> Answers:
     return Answers(probabilities, flat.reshape(members.shape), entropy, found)
 
 
+def conformal_sets(probabilities: Array, limit: float) -> NDArray[np.bool_]:
+    """Which classes are in the sets of `Deployment.threshold`, (B, K): those with at least that
+    probability, and the most probable one.
+
+    >>> conformal_sets(np.array([[0.5, 0.3, 0.2], [0.4, 0.3, 0.3]]), 0.45).tolist()
+    [[True, False, False], [True, False, False]]
+    """
+    inside = probabilities >= limit
+    inside[np.arange(len(inside)), probabilities.argmax(1)] = True
+    return inside
+
+
 class TorchStudent:
     """A student in memory, computed by PyTorch where its weights are.
 

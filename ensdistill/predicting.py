@@ -10,15 +10,15 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ensdistill import InputError
 from ensdistill.asking import BATCH, Picture, answered, image_files
-from ensdistill.deployment import Answers, Deployment, Predictor
+from ensdistill.deployment import Answers, Deployment, Predictor, conformal_sets
 from ensdistill.files import atomic
 from ensdistill.folders import TREATMENTS
 
@@ -27,17 +27,6 @@ ROW_GROUP = 4096
 
 
 # --- rows ------------------------------------------------------------------------------------
-
-
-def conformal_sets(probabilities: NDArray[np.float64], limit: float) -> NDArray[np.bool_]:
-    """Which classes are in the sets, (B, K): of at least a probability, and the most probable.
-
-    >>> conformal_sets(np.array([[0.5, 0.3, 0.2], [0.4, 0.3, 0.3]]), 0.45).tolist()
-    [[True, False, False], [True, False, False]]
-    """
-    inside = probabilities >= limit
-    inside[np.arange(len(inside)), probabilities.argmax(1)] = True
-    return inside
 
 
 def columns(known: Deployment, coverage: float | None) -> list[str]:
@@ -213,16 +202,18 @@ def write_predictions(
             raise InputError(f"the coverage must be between 0 and 1, and is {coverage}")
         limit = known.threshold(coverage)
     found = image_files(paths, skipped)
-    with atomic(output) as temporary:
-        with WRITERS[Path(output).suffix.lower()](temporary, columns(known, coverage)) as write:
-            for pictures, answers in answered(predictor, found, batch_size):
-                write(rows(pictures, answers, known.classes, limit))
-                for picture in pictures:
-                    counts.update(broken=picture.image is None, resized=picture.resized, images=1)
-                tell(len(pictures))
-        if not counts["images"]:
-            where = ", ".join(map(str, paths))
-            raise InputError(f"{where}: no image was found{said_of(skipped)}")
+    first = next(found, None)
+    if first is None:
+        where = ", ".join(map(str, paths))
+        raise InputError(f"{where}: no image was found{said_of(skipped)}")
+    found = chain([first], found)
+    writer, heads = WRITERS[Path(output).suffix.lower()], columns(known, coverage)
+    with atomic(output) as temporary, writer(temporary, heads) as write:
+        for pictures, answers in answered(predictor, found, batch_size):
+            write(rows(pictures, answers, known.classes, limit))
+            for picture in pictures:
+                counts.update(broken=picture.image is None, resized=picture.resized, images=1)
+            tell(len(pictures))
     names = ("images", "broken", "resized")
     return {**{name: int(counts[name]) for name in names}, "skipped": dict(skipped)}
 

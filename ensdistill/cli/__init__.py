@@ -12,6 +12,7 @@ import typer
 
 from ensdistill import InputError, __version__
 from ensdistill.cli.card import card
+from ensdistill.cli.evaluate import evaluate
 from ensdistill.cli.export import export
 from ensdistill.cli.init import init
 from ensdistill.cli.predict import predict
@@ -45,6 +46,7 @@ app.command()(init)
 app.command()(predict)
 app.command()(card)
 app.command()(export)
+app.command()(evaluate)
 
 
 def main() -> None:
