@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ensdistill import InputError
 from ensdistill.card.citations import citations
@@ -30,6 +30,9 @@ from ensdistill.files import atomic, write_text
 from ensdistill.markup import markdown
 from ensdistill.metrics import METRICS
 from ensdistill.page.columns import read_columns
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 WEIGHTS, EXPORTED, FIGURE, CARD = (
     "weights.safetensors",
@@ -188,11 +191,9 @@ class Raw(str):
 def _told(student: Student, card: Card) -> dict[str, Any]:
     """The facts of the card, by name; what is absent is None."""
     folder, header, deployment = student.folder, student.header, student.deployment
-    told: dict[str, Any] = dict.fromkeys(
-        ("coverage", "costs", "shift", "unknown", "spread", "ensemble"), None
-    )
-    told |= {"systems": [], "label": header.get("method", "judged")}
-    told["data"] = data_of(folder / "images.h5", deployment.size, deployment.channels)
+    absent = "coverage", "costs", "shift", "unknown", "spread"
+    told = {**dict.fromkeys(absent), "systems": [], "label": header.get("method", "network")}
+    told["data"] = data_of(folder / "images.h5")
     time = folder / "benchmarks" / student.place.with_name(f"{student.place.name}.tsv")
     told["training"] = training_of(header, time)
     if deployment.temperature is None:
@@ -201,21 +202,20 @@ def _told(student: Student, card: Card) -> dict[str, Any]:
     teachers = teachers_of(folder, header)
     if teachers is None:
         card.left_out["its teachers"] = "there are no logits of their weights in the study"
-    told["ensemble"] = len(teachers or {})
     told["systems"], told["coverage"] = measured(student.logits, deployment, teachers or {})
     card.systems = told["systems"]
     needed = ["system", "replicate", "nll", "acc", "ece"]
     scores = read_columns(folder / "metrics/scores.csv", needed)
     row = row_of(scores, told["systems"][0].metrics["nll"].estimate)
-    if row is None:
+    if scores is None or row is None:
         for part in ("cost", "shifted images", "other images", "other seeds"):
             card.left_out[part] = "no row of metrics/scores.csv, or more than one, has its NLL"
         return told
-    return told | _of_tables(student, card, row, scores, told["ensemble"])
+    return told | _of_tables(student, card, row, scores, len(teachers or {}))
 
 
 def _of_tables(
-    student: Student, card: Card, row: Mapping[str, Any], scores: Any, ensemble: int
+    student: Student, card: Card, row: "pd.Series", scores: "pd.DataFrame", ensemble: int
 ) -> dict[str, Any]:
     """What the study's tables know of the student whose row of scores this is."""
     folder, system, replicate = student.folder, row["system"], int(row["replicate"])

@@ -3,6 +3,7 @@
 Nothing is computed here but means over rows. What is not there is None.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ensdistill.files import open_hdf5
+from ensdistill.images import read_description
 from ensdistill.markup import counted, number
 from ensdistill.page.columns import read_columns
 from ensdistill.page.making import benchmark, duration
@@ -20,9 +22,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SPLITS = {"train": "train", "val": "validate", "held_out": "are held out", "test": "test"}
+AUGMENTATION = ("crop_padding", "flip", "random_resized_crop", "policy")
+"""What a header has of it."""
 SHOWN = (1, 3, 5)
 """Severities of corruption that are told of."""
-COSTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+COSTS: dict[str, tuple[str, Callable[["pd.Series"], str]]] = {
     "parameters": ("Parameters", lambda row: f"{row['parameters']:,.0f}"),
     "bytes": ("Bytes", lambda row: f"{row['bytes']:,.0f}"),
     "macs": ("Multiply–adds", lambda row: f"{row['macs']:,.0f}"),
@@ -39,7 +43,6 @@ class Data:
     """The images of a study."""
 
     source: str
-    classes: list[str]
     shape: str
     """As "8 × 8 pixels, grey"."""
     counts: dict[str, int]
@@ -51,30 +54,27 @@ class Data:
     is_chosen: bool
     """Whether the test images are some of those that there are."""
     interpolation: str | None
+    """By which pictures of other sizes are resized, if they were."""
 
 
-def data_of(images: Path, size: tuple[int, ...], channels: int) -> Data:
+def data_of(images: Path) -> Data:
     """What images.h5 says of itself.
 
     Where own images were on the disk of whoever ran the study is left out.
     """
-    import json
-
+    known = read_description(images)
+    channels, height, width = known["shape"]
     with open_hdf5(images) as file:
-        said = {key: json.loads(file.attrs[key]) for key in ("classes", "images")}
-        evaluation = json.loads(file.attrs.get("evaluation", "{}"))
-        sha256 = file.attrs.get("sha256")
+        said, sha256 = json.loads(file.attrs["images"]), file.attrs.get("sha256")
         labels = {split: file[f"{split}/labels"][:] for split in SPLITS if split in file}
-    height, width = size
     return Data(
-        source=said["images"]["source"],
-        classes=said["classes"],
+        source=said["source"],
         shape=f"{height} × {width} pixels, {'grey' if channels == 1 else 'colour'}",
         counts={what: len(labels[split]) for split, what in SPLITS.items() if split in labels},
-        smallest=int(np.bincount(labels["test"], minlength=len(said["classes"])).min()),
+        smallest=int(np.bincount(labels["test"], minlength=len(known["classes"])).min()),
         sha256=sha256 if isinstance(sha256, str) else None,
-        is_chosen=said["images"]["test"] is not None,
-        interpolation=evaluation.get("interpolation"),
+        is_chosen=said["test"] is not None,
+        interpolation=known.get("evaluation", {}).get("interpolation"),
     )
 
 
@@ -100,7 +100,7 @@ def training_of(header: Mapping[str, Any], time: Path) -> dict[str, str]:
         facts["Teachers are asked at"] = _with_options(header["perturbation"])
     facts["Epochs"] = f"{recipe.pop('epochs'):,}"
     facts["Recipe"] = _options(recipe)
-    facts["Augmentation"] = _options({key: header.get(key) for key in ("crop_padding", "flip")})
+    facts["Augmentation"] = _options({key: header[key] for key in AUGMENTATION if key in header})
     facts["Seed"] = str(header["seed"])
     facts["Arithmetic"] = f"{header['precision_reason']}, on {header['device']}"
     facts["Software"] = f"ensdistill {header['ensdistill']}, PyTorch {header['torch']}"
@@ -132,18 +132,19 @@ def costs_of(folder: Path, systems: Mapping[str, str]) -> "tuple[list[list[str]]
     """
     needed = ["system", "n", "processor", "threads", *COSTS]
     frame = read_columns(folder / "metrics/costs.csv", needed)
-    rows = {} if frame is None else frame.set_index("system").to_dict("index")
+    rows = {} if frame is None else {row["system"]: row for _, row in frame.iterrows()}
     if next(iter(systems)) not in rows:
         return None
     table = [["System", *(head for head, _ in COSTS.values())]]
     for system, name in systems.items():
-        if row := rows.get(system):
+        row = rows.get(system)
+        if row is not None:
             table.append([name, *(show(row) for _, show in COSTS.values())])
     row = rows[next(iter(systems))]
     return table, f"{row['processor']}; threads: {row['threads']}; n = {row['n']} timings"
 
 
-def _milliseconds(row: Mapping[str, Any], key: str) -> str:
+def _milliseconds(row: "pd.Series", key: str) -> str:
     """The median and the quartiles."""
     return f"{row[key]:.3g} ({row[f'{key}_low']:.3g} to {row[f'{key}_high']:.3g})"
 

@@ -126,7 +126,7 @@ def teachers_of(folder: Path, header: Mapping[str, Any]) -> dict[str, Path] | No
     return {f"Teacher {known[digest].stem}": known[digest] for digest in wanted}
 
 
-def row_of(scores: "pd.DataFrame | None", score: float) -> Mapping[str, Any] | None:
+def row_of(scores: "pd.DataFrame | None", score: float) -> "pd.Series | None":
     """The one row of the study's scores that is this student's: the one with its NLL, exactly.
 
     Headers know the method's name, tables its label. None if no row has it, as where the tables
@@ -135,4 +135,4 @@ def row_of(scores: "pd.DataFrame | None", score: float) -> Mapping[str, Any] | N
     if scores is None:
         return None
     same = scores[np.isclose(scores["nll"], score, rtol=1e-9, atol=0)]
-    return same.iloc[0].to_dict() if len(same) == 1 else None
+    return same.iloc[0] if len(same) == 1 else None
