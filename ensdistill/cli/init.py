@@ -14,9 +14,9 @@ def init(
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Images by class: a folder or archive of `CLASS/IMAGE`, or of `train/` and `test/`, "
-            "a table of paths and labels, or a saved dataset. Without it: the digits that ship "
-            "with scikit-learn."
+            help="Images by class: a folder or archive of `CLASS/IMAGE`, or of `train/` and "
+            "`test/`; a table of paths and labels; or a saved dataset. Without it: the digits "
+            "that ship with scikit-learn."
         ),
     ] = None,
     as_json: Annotated[
