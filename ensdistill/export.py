@@ -138,6 +138,7 @@ def _form(student: Student, precision: Precision) -> nn.Module:
     Members of a BatchEnsemble share their weights but in int8, where each has its own: products of
     int8 weights are not int8.
     """
+    student = student.predictor()
     if isinstance(student, BatchEnsemble) and precision != "int8":
         student = copy.deepcopy(student).eval().requires_grad_(False)
         form: nn.Module = MemberByMember(student.network, student.members)
