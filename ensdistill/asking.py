@@ -99,8 +99,8 @@ def _content(path: Path) -> bytes:
         size = path.stat().st_size
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    opened = partial(path.open, "rb")
-    return Entry(path.parent, str(path), (path.name,), "file", size, open=opened).read()
+    parts, opened = (path.name,), lambda: path.open("rb")
+    return Entry(path.parent, str(path), parts, "file", size, open=opened).read()
 
 
 def treatment_in(entry: Entry) -> str:
