@@ -80,9 +80,7 @@ def image_files(paths: Iterable[str | os.PathLike[str]], skipped: Counter[str]) 
 
 def _below(root: Path, skipped: Counter[str]) -> Iterator[Found]:
     if not root.is_dir() and not root.name.lower().endswith(PACKED):
-        opened = partial(open, root, "rb")
-        entry = Entry(root.parent, str(root), (root.name,), "file", root.stat().st_size, 0, opened)
-        yield Found(entry.place, entry.parts, entry.read)
+        yield Found(str(root), (root.name,), partial(_content, root))
         return
     try:
         for entry in entries(root):
@@ -93,6 +91,16 @@ def _below(root: Path, skipped: Counter[str]) -> Iterator[Found]:
                     skipped[treatment] += 1
     except InputError as error:
         yield Found(str(root), (), partial(_fail, error))
+
+
+def _content(path: Path) -> bytes:
+    """Of a file that was named, and may be gone by now."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    parts, opened = (path.name,), lambda: path.open("rb")
+    return Entry(path.parent, str(path), parts, "file", size, open=opened).read()
 
 
 def treatment_in(entry: Entry) -> str:
@@ -138,9 +146,9 @@ def as_trained(content: bytes, known: Deployment, place: str) -> tuple[NDArray[n
         InputError: it cannot be read, or it has another size, which is no square.
     """
     picture, side = decode(place, content), known.resize
-    other = not side and known.size not in (None, picture.size[::-1])
-    if other:
-        height, side = known.size
+    other = False
+    if not side and known.size and known.size != picture.size[::-1]:
+        (height, side), other = known.size, True
         if height != side:
             raise InputError(
                 f"{place}: has {picture.width}×{picture.height} pixels, and the student takes "

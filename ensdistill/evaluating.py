@@ -96,7 +96,7 @@ def _of_folders(root: Path, classes: Sequence[str], skipped: Counter[str]) -> It
 
 def _of_table(path: Path, kind: str, classes: Sequence[str]) -> Iterator[Found]:
     table = READERS[kind](path, {}, True)
-    chosen = range(len(table.names))
+    chosen: Sequence[int] = range(len(table.names))
     splits = [SPELLINGS.get(it.strip().lower()) for it in table.splits or []]
     if "test" in splits:
         chosen = [row for row in chosen if splits[row] == "test"]

@@ -195,7 +195,7 @@ def write_predictions(
         InputError: a path does not exist, no image is found, no coverage can be promised, or as
             of `answered`.
     """
-    known, counts, skipped = predictor.deployment, Counter(), Counter[str]()
+    known, counts, skipped = predictor.deployment, Counter[str](), Counter[str]()
     limit = None
     if coverage is not None:
         if not 0 < coverage < 1:

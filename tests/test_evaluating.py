@@ -293,7 +293,7 @@ def test_the_answer():
     known = known_of(generator, 6, 1.5)
     for _ in range(3):
         found = check(*world(generator, 6000, 6, 1.5), known)
-        assert found.answer.startswith("calibration holds: confidence − accuracy is between ")
+        assert found.answer.startswith("calibration holds to within 3 points: confidence − acc")
         assert found.p_ece > 0.001
         assert found.refitted.low < 1.5 < found.refitted.high or abs(found.gain.estimate) < 1e-3
     found = check(*world(generator, 6000, 6, 1.5, sharper=2.0), known)

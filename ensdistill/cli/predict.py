@@ -17,7 +17,7 @@ StudentFile = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where weights are computed: cpu, cuda, cuda:1, mps.")]
 BatchSize = Annotated[
-    int, typer.Option(min=1, help="Images that the student is asked for at once.")
+    int, typer.Option(min=1, help="Images that the student is asked about at once.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 
