@@ -133,8 +133,10 @@ class _OfMember(nn.Module):
         if isinstance(layer, BatchEnsembleLayer):
             if getattr(layer, "subsamples", False):
                 x = subsample(x, layer.stride[0])
-            factors = outer(layer.s[j], layer.r[j], layer.groups, layer.weight.ndim)
-            return layer._map(x, layer.weight * factors, bias)
+            # Products of float16 are left to every call by ONNX Runtime.
+            weight, r, s = (it.float() for it in (layer.weight, layer.r[j], layer.s[j]))
+            weight = weight * outer(s, r, layer.groups, weight.ndim)
+            return layer._map(x, weight.to(x.dtype), bias)
 
         def of_channels(factors: Tensor) -> Tensor:
             return factors if layer.channels_last else factors.view(-1, *[1] * (x.ndim - 2))
