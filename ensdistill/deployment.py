@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -150,7 +150,7 @@ class StudentWeights:
 
         self.student = load_student(path, device)
         self.device = device
-        self.deployment = deployment_of(path)
+        self.deployment = replace(deployment_of(path), members=self.student.members)
 
     def __call__(self, images: NDArray[np.uint8]) -> Answers:
         import torch
