@@ -187,6 +187,9 @@ class Deploy(Section):
     methods: list[Name] = NONE_DEPLOYED
     """Methods of whose first student there is a card when the study is made; of any other on
     demand."""
+    export: bool = False
+    """Whether these students are exported, too: each to one ONNX file, which takes some 15 seconds
+    and `ensdistill[onnx]`."""
 
 
 class Published(Section):

@@ -92,8 +92,8 @@ def make_card(
     Raises:
         InputError: the weights lie in no study, or a file is damaged.
     """
-    _check("--repo-name", repository, r"[\w-][\w.-]*(/[\w-][\w.-]*)?", "someone/digits")
-    _check("--license", licence, r"[a-z0-9.+-]+", "mit")
+    _check("--repo-name", repository, r"\w[\w.-]*(/\w[\w.-]*)?", "someone/digits")
+    _check("--license", licence, r"[a-z0-9][a-z0-9.+-]*", "mit")
     student = _student(weights)
     card = Card(Path(folder or student.folder / "deployed" / Path(*student.place.parts[-2:])))
     files = _files(student, card)

@@ -44,9 +44,9 @@ def _options(
 
 app.command()(init)
 app.command()(predict)
-app.command()(card)
-app.command()(export)
 app.command()(evaluate)
+app.command()(export)
+app.command()(card)
 
 
 def main() -> None:
