@@ -18,7 +18,7 @@ from ensdistill import InputError
 from ensdistill.config_errors import check_files
 from ensdistill.devices import visible_cards
 
-min_version("9.0")
+min_version("9.19")
 
 # Snakemake writes the path of its Python into shell commands as it is: a space in it, or another
 # sign that shells take for something else, would fail every job.

@@ -181,31 +181,31 @@ def command() -> str:
     from ensdistill.cli import app
 
     root = typer.main.get_command(app)
-    lines = ["# The command `ensdistill`", "", root.help or "", ""]
-    lines += [
+    lines = [
+        "# The command `ensdistill`",
+        "",
+        root.help or "",
+        "",
         "Exit status: 0 done; 1 an input is wrong, one sentence says which; 2 wrong usage; 3 done, "
-        "but some of the images could not be read.",
+        "but some of the images could not be read. `ensdistill --install-completion` lets the "
+        "shell complete all of it.",
         "",
     ]
     for name, sub in getattr(root, "commands", {}).items():
-        lines += [f"## `ensdistill {name}`", "", _plain(sub.help), ""]
-        arguments = [it for it in sub.params if it.param_type_name == "argument"]
-        shown = " ".join(
-            it.human_readable_name + ("…" if it.nargs == -1 else "") for it in arguments
-        )
-        lines += ["```sh", f"ensdistill {name} {shown} [OPTIONS]".replace("  ", " "), "```", ""]
-        lines += ["| option | what | default |", "|:--|:--|:--|"]
-        for it in sub.params:
-            names = ", ".join(f"`{o}`" for o in [*it.opts, *it.secondary_opts])
-            if it in arguments:
-                names = f"`{it.human_readable_name}`"
-            default = it.default if it.default not in (None, False, ()) else ""
-            default = f"`{default}`" if default != "" and not callable(default) else ""
-            what = _plain(getattr(it, "help", "") or "").replace("|", "\\|")
-            lines.append(f"| {names} | {' '.join(what.split())} | {default} |")
+        arguments = [it.metavar for it in sub.params if it.param_type_name == "argument"]
+        usage = " ".join(["ensdistill", name, *arguments, "[OPTIONS]"])
+        lines += [f"## {name}", "", "```sh", usage, "```", "", sub.help, ""]
+        lines += ["| | what | default |", "|:--|:--|:--|"]
+        lines += [_parameter(it) for it in sub.params]
         lines.append("")
     return "\n".join(lines)
 
 
-def _plain(text: str | None) -> str:
-    return (text or "").replace("\b", "").replace("\f", "").strip()
+def _parameter(it: Any) -> str:
+    """A row of an argument or an option."""
+    named = [it.metavar] if it.param_type_name == "argument" else it.opts
+    value = "" if it.default in (None, False, "", ()) else f"`{it.default}`"
+    cells = ", ".join(f"`{name}`" for name in named), it.help or "", "" if it.required else value
+    if it.required and it.param_type_name == "option":
+        cells = *cells[:2], "must be given"
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 
-from ensdistill import InputError, pictures
+from ensdistill import InputError
+from ensdistill.asking import as_trained
 from ensdistill.config_errors import sentence
 from ensdistill.deployment import (
     Answers,
@@ -23,6 +24,7 @@ from ensdistill.deployment import (
     Predictor,
     StudentWeights,
     TorchStudent,
+    joined,
     open_student,
 )
 from ensdistill.files import explain
@@ -60,11 +62,12 @@ def load(path: PathLike, device: str = "cpu", network: "nn.Module | None" = None
 
     Example:
         >>> import tempfile, ensdistill
+        >>> from ensdistill.digests import attributes
         >>> from ensdistill.students import build_student
         >>> from ensdistill.weights import save_student
         >>> path = Path(tempfile.mkdtemp(), "weights.safetensors")
         >>> resnet = {"name": "resnet8", "width": 2, "num_classes": 3, "in_channels": 1}
-        >>> save_student(path, build_student("batch_ensemble", resnet, members=4), {})
+        >>> save_student(path, build_student("batch_ensemble", resnet, members=4), attributes())
         >>> student = ensdistill.load(path)
         >>> student.deployment.classes, student.deployment.members
         (['0', '1', '2'], 4)
@@ -80,7 +83,8 @@ def predict(
     Args:
         student: as `load` or `distil` returns it.
         images: uint8 (N, C, H, W), N ≥ 1, as large as those that it was trained on; or a path of a
-            picture, or a list of paths, which are brought to that size as `deployment` says.
+            picture, or a list of paths, which are brought to that size as `ensdistill predict`
+            brings them.
 
     Returns:
         `probabilities` (N, K), `member_probabilities` (N, M, K), `entropy` (N,) in nats and
@@ -111,9 +115,7 @@ def predict(
         part = given[start : start + AT_ONCE]
         pixels = _read(part, student.deployment) if are_paths else part
         parts.append(student(_checked(pixels, student.deployment)))
-    columns: Any = zip(*parts, strict=True)
-    joined: Any = [None if it[0] is None else np.concatenate(it) for it in columns]
-    return Answers(*joined)
+    return joined(parts)
 
 
 def convert(
@@ -131,7 +133,7 @@ def convert(
         std: standard deviation of normal factors.
 
     Returns:
-        (M·B, …) → (M·B, …): rows jB … (j+1)B−1 belong to member j.
+        A module (M·B, …) → (M·B, …), whose rows jB … (j+1)B−1 belong to member j.
 
     Raises:
         ValueError: a layer cannot be converted; the sentence names it.
@@ -272,13 +274,15 @@ def save(student: "TorchStudent", path: PathLike) -> None:
         >>> ensdistill.load(path).deployment.classes, ensdistill.load(path).deployment.temperature
         (['cat', 'dog'], 1.5)
     """
+    from ensdistill.digests import attributes
     from ensdistill.weights import save_student
 
     if not isinstance(student, TorchStudent):
         raise InputError(f"{path}: only a student with weights can be saved, not an exported file")
     known = asdict(student.deployment)
     del known["origin"]  # the header has it
-    save_student(path, student.student, {**student.made, "deployment": known})
+    made = student.made if "digest" in student.made else attributes(**student.made)
+    save_student(path, student.student, {**made, "deployment": known})
 
 
 def _study(members: int, method: Mapping[str, Any], others: Mapping[str, Any]) -> "Study":
@@ -303,17 +307,15 @@ def _study(members: int, method: Mapping[str, Any], others: Mapping[str, Any]) -
 
 def _read(paths: Sequence[PathLike], known: Deployment) -> NDArray[np.uint8]:
     """Pictures (n, C, H, W) as the student wants them."""
-    how: dict[str, Any] = {"resize": known.resize, "crop": known.crop, "mode": known.mode}
     found: list[NDArray[np.uint8]] = []
     for path in paths:
         try:
-            found.append(pictures.pixels(Path(path).read_bytes(), **how, name=os.fspath(path)))
+            found.append(as_trained(Path(path).read_bytes(), known, os.fspath(path))[0])
         except OSError as error:
             raise InputError(explain(error)) from error
-        size = known.size or found[0].shape[1:]
-        if found[-1].shape[1:] != size:
-            own, wanted = ("×".join(map(str, it)) for it in (found[-1].shape[1:], size))
-            raise InputError(f"{path}: has {own} pixels, not {wanted}")
+        if found[-1].shape != found[0].shape:  # of a student whose size is not known
+            sizes = ("×".join(map(str, it.shape[:0:-1])) for it in (found[-1], found[0]))
+            raise InputError("{}: has {} pixels, the first {}".format(path, *sizes))
     return np.stack(found)
 
 

@@ -41,6 +41,9 @@ def subsample(x: Tensor, stride: int) -> Tensor:
 
     A 1×1 convolution with that stride is one with stride 1 of the result. oneDNN has computed wrong
     weight gradients for the former (AVX2, channels_last, fewer than 8 input channels).
+
+    >>> subsample(torch.arange(9).view(1, 1, 3, 3), 2).flatten().tolist()
+    [0, 2, 6, 8]
     """
     # Sliced in the order of memory, so that the gradient is channels_last too.
     return x.permute(0, 2, 3, 1)[:, ::stride, ::stride].permute(0, 3, 1, 2)
@@ -58,6 +61,11 @@ def init_factors(factors: Tensor, init: Init = "normal", std: float = 0.5) -> No
 
     Raises:
         ValueError: there is no such init.
+
+    >>> factors = torch.empty(2, 50)
+    >>> init_factors(factors, "signs")
+    >>> factors.unique().tolist()
+    [-1.0, 1.0]
     """
     if init == "normal":
         nn.init.normal_(factors, 1.0, std)
@@ -204,6 +212,9 @@ def outer(s: Tensor, r: Tensor, groups: int, ndim: int) -> Tensor:
     """s rᵀ of a weight with `ndim` dimensions: s (…, out), r (…, in) → (…, out, in/groups, 1, …).
 
     With groups an output meets the inputs of its own group only.
+
+    >>> outer(torch.tensor([1.0, 2]), torch.tensor([3.0, 4]), groups=1, ndim=2).tolist()
+    [[3.0, 4.0], [6.0, 8.0]]
     """
     s, r = s.unflatten(-1, (groups, -1)), r.unflatten(-1, (groups, -1))
     factors = (s[..., :, None] * r[..., None, :]).flatten(-3, -2)

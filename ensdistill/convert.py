@@ -125,7 +125,7 @@ def to_batch_ensemble(
         conv, linear: the kinds of layers.
 
     Returns:
-        (M·B, …) → (M·B, …), member-major: rows jB … (j+1)B−1 belong to member j.
+        A module (M·B, …) → (M·B, …), whose rows jB … (j+1)B−1 belong to member j.
 
     Raises:
         ValueError: a layer cannot be converted; the sentence names it.
@@ -166,7 +166,12 @@ def batch_ensemble_layers(ensemble_size: int) -> Layers:
 
 
 def with_attention(module: nn.Module) -> nn.Module:
-    """A copy whose `MultiheadAttention` modules are `Attention`, which computes the same."""
+    """A copy whose `MultiheadAttention` modules are `Attention`, which computes the same.
+
+    >>> layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    >>> type(with_attention(layer).self_attn).__name__
+    'Attention'
+    """
     network = _replaced(
         copy.deepcopy(module),
         lambda it: type(it).forward is nn.MultiheadAttention.forward,
@@ -180,7 +185,13 @@ def with_attention(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def member(network: nn.Module, j: int) -> nn.Module:
-    """Member j of a BatchEnsemble as an ordinary network, by equation 1; nothing is shared."""
+    """Member j of a BatchEnsemble as an ordinary network, by equation 1; nothing is shared.
+
+    >>> ensemble = to_batch_ensemble(nn.Linear(3, 2), 4)
+    >>> x = torch.rand(5, 3)
+    >>> torch.allclose(member(ensemble, 3)(x), ensemble(x.repeat(4, 1))[15:], atol=1e-6)
+    True
+    """
 
     def ordinary(layer: Any) -> nn.Module:
         if isinstance(layer, BatchEnsembleMap):
@@ -212,6 +223,10 @@ def check_members(network: nn.Module, members: int, x: Tensor) -> None:
 
     Raises:
         InputError: it does not.
+
+    Example:
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> check_members(to_batch_ensemble(network, 3), 3, torch.rand(2, 1, 2, 2))
     """
     network, generator = copy.deepcopy(network).eval(), torch.Generator().manual_seed(0)
     for parameter in network.parameters():
@@ -319,6 +334,9 @@ def computes_as_known(layer: nn.Module) -> type[nn.Module] | None:
     """Whether it computes exactly what `Conv2d` or `Linear` does; None if it does more.
 
     `layer.kind`, if there is one, is its class before it was told in which precision to compute.
+
+    >>> computes_as_known(nn.Linear(2, 2)) is nn.Linear, computes_as_known(nn.Conv1d(1, 1, 1))
+    (True, None)
     """
     kind = getattr(layer, "kind", type(layer))
     for known in KNOWN:

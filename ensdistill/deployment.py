@@ -41,7 +41,13 @@ MOST_SCORES = 1000
 
 @dataclass(frozen=True)
 class Deployment:
-    """What must be known of a student beside its weights."""
+    """What must be known of a student beside its weights.
+
+    Example:
+        >>> known = Deployment(["cat", "dog"], channels=3, size=(8, 8), scores=[0.1] * 9 + [0.4])
+        >>> known.mode, known.threshold(0.8), Deployment.from_json(known.to_json()) == known
+        ('RGB', 0.9, True)
+    """
 
     classes: list[str]
     """Names of the K classes, in the order of its outputs."""
@@ -125,7 +131,14 @@ class Predictor(Protocol):
 
 
 def answers(prediction: Prediction, temperature: float) -> Answers:
-    """What stored logits (B, M, K) say."""
+    """What stored logits (B, M, K) say.
+
+    >>> said = answers(Mixture(np.log([[[0.9, 0.1], [0.5, 0.5]]])), temperature=1.0)
+    >>> said.probabilities.round(4).tolist(), said.entropy.round(4).tolist()
+    ([[0.7, 0.3]], [0.6109])
+    >>> said.mutual_information.round(4).tolist()
+    [0.1017]
+    """
     probabilities = apply_temperature(prediction.probs(), temperature)
     entropy = metrics.entropy(probabilities, "none")
     if isinstance(prediction, Mixture):
@@ -148,6 +161,18 @@ def conformal_sets(probabilities: Array, limit: float) -> NDArray[np.bool_]:
     inside = probabilities >= limit
     inside[np.arange(len(inside)), probabilities.argmax(1)] = True
     return inside
+
+
+def joined(parts: Sequence[Answers]) -> Answers:
+    """The answers of several batches as one.
+
+    >>> said = answers(Mixture(np.zeros((2, 1, 3))), temperature=1.0)
+    >>> joined([said, said]).entropy.shape
+    (4,)
+    """
+    columns: Any = zip(*parts, strict=True)
+    each: Any = [None if it[0] is None else np.concatenate(it) for it in columns]
+    return Answers(*each)
 
 
 class TorchStudent:
@@ -227,8 +252,8 @@ def open_student(path: str | os.PathLike[str], device: str = "cpu") -> Predictor
 def deployment_of(path: str | os.PathLike[str]) -> Deployment:
     """What is known of a student by its weights, and by the study in whose folder they lie.
 
-    A file that `ensdistill.save` wrote says all of it itself.
-    Where `FACTS` that are about these weights lie beside them, they say it instead.
+    Where `FACTS` that are about these weights lie beside them, they say it instead; a file that
+    `ensdistill.save` wrote says all of it itself.
 
     Raises:
         InputError: as of `stored_header`, or a file of the study is damaged.
@@ -252,7 +277,7 @@ def deployment_of(path: str | os.PathLike[str]) -> Deployment:
     known: dict[str, Any] = {
         "classes": [str(number) for number in range(architecture["num_classes"])],
         "channels": architecture["in_channels"],
-        "members": spec.get("samples", spec["members"]),
+        "members": spec.get("samples", spec["members"]),  # samples, of students that have some
         "prediction": prediction,
         "origin": origin,
     }
@@ -299,7 +324,11 @@ def _beside(path: str | os.PathLike[str], digest: str) -> Deployment | None:
 
 def study_folder(path: str | os.PathLike[str]) -> Path | None:
     """The folder of the study that weights lie in: `<study>/teachers/0/weights.safetensors` or
-    `<study>/students/kd/0/weights.safetensors`; None if they lie elsewhere."""
+    `<study>/students/kd/0/weights.safetensors`; None if they lie elsewhere.
+
+    >>> study_folder("elsewhere/weights.safetensors") is None
+    True
+    """
     for folder in Path(path).absolute().parents[2:4]:
         if (folder / "images.h5").exists():
             return folder

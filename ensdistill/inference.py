@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ensdistill.batch_ensemble import BatchEnsembleLayer, outer, subsample
+from ensdistill.batch_ensemble import BatchEnsembleConv2d, BatchEnsembleLayer, outer, subsample
 from ensdistill.convert import BatchEnsembleMap, member
 from ensdistill.gaussian_logits import GaussianLogits, LatentFactorNetwork
 from ensdistill.graphs import replace
@@ -132,7 +132,7 @@ class _OfMember(nn.Module):
         layer, j = self.layer, self.member
         bias = None if layer.bias is None else layer.bias[j]
         if isinstance(layer, BatchEnsembleLayer):
-            if getattr(layer, "subsamples", False):
+            if isinstance(layer, BatchEnsembleConv2d) and layer.subsamples:
                 x = subsample(x, layer.stride[0])
             # Products of float16 are left to every call by ONNX Runtime.
             weight, r, s = (it.float() for it in (layer.weight, layer.r[j], layer.s[j]))

@@ -225,7 +225,11 @@ def deep_ensemble_equivalent(score: float, curve: Sequence[float]) -> float:
 
 
 def dee_outside(score: float, curve: Sequence[float]) -> int:
-    """−1: worse than one network; +1: better than all of the curve; 0: the DEE is exact."""
+    """−1: worse than one network; +1: better than all of the curve; 0: the DEE is exact.
+
+    >>> dee_outside(0.9, [0.8, 0.7]), dee_outside(0.75, [0.8, 0.7]), dee_outside(0.5, [0.8, 0.7])
+    (-1, 0, 1)
+    """
     return -1 if score > curve[0] else int(score < min(curve))
 
 

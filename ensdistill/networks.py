@@ -144,7 +144,13 @@ class ResidualNetwork(nn.Module):
 
 
 def resnet(depth: int, *, width: int = 16, **options: Any) -> ResidualNetwork:
-    """A ResNet for small images, of 6n + 2 layers [He et al. 2016a, §4.2]."""
+    """A ResNet for small images, of 6n + 2 layers [He et al. 2016a, §4.2].
+
+    >>> from ensdistill.layers import plain_layers
+    >>> sizes = {"num_classes": 10, "in_channels": 1, "mean": [0.0], "std": [1.0]}
+    >>> len(resnet(20, layers=plain_layers(), **sizes).blocks)  # of two layers each
+    9
+    """
     return ResidualNetwork(
         BasicBlock,
         blocks_per_stage=depth // 6,
@@ -239,6 +245,12 @@ def described(architecture: Mapping[str, Any], images: Mapping[str, Any]) -> dic
     Args:
         architecture: of `studies.Study.parts`.
         images: as `read_description` returns.
+
+    Example:
+        >>> images = {"shape": (1, 8, 8), "classes": ["a", "b"], "mean": [0.3], "std": [0.4]}
+        >>> made = described({"name": "resnet8", "width": 4}, images)
+        >>> made["num_classes"], made["in_channels"], made["mean"]
+        (2, 1, [0.3])
     """
     family, given = parse_architecture(architecture["name"])
     channels = images["shape"][0]
@@ -258,6 +270,16 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
 
     Args:
         network: in eval mode; it is changed.
+
+    Example:
+        >>> network = build_network("resnet8", 10, in_channels=1, width=4).eval()
+        >>> x = torch.rand(2, 1, 8, 8)
+        >>> before = network(x)
+        >>> folded = fold_batch_norms(network)
+        >>> torch.allclose(folded(x), before, atol=1e-4)
+        True
+        >>> any(isinstance(it, nn.BatchNorm2d) for it in folded.modules())
+        False
     """
     for module, conv, norm in norms_to_fold(network):
         statistics: Any = module.get_submodule(norm)

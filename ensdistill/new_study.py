@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unicodedata import normalize
 
 import yaml
@@ -170,9 +170,8 @@ def schema() -> str:
 def default_study() -> str:
     """The workflow's own config.yaml, with its first study alone."""
     text = read("config.yaml")
-    (studies,) = (
-        value for key, value in yaml.compose(text, yaml.SafeLoader).value if key.value == "studies"
-    )
+    whole: Any = yaml.compose(text, yaml.SafeLoader)
+    (studies,) = (value for key, value in whole.value if key.value == "studies")
     first, *lines = text.splitlines()[: last_line(studies.value[0][1])]
     return "\n".join([first.replace("config.schema.json", schema()), *lines, ""])
 
@@ -189,15 +188,16 @@ def guessed(found: Survey, gpu: bool) -> dict[str, Guess]:
     classes, left = len(found.classes), sum(found.classes.values())
     # As rule `images` chooses: those for testing, then those for validation.
     if not found.test:
-        guesses["test"] = Guess(max(classes, left // 5), "a fifth, chosen by a seed")
-        left -= guesses["test"].value
+        test = max(classes, left // 5)
+        guesses["test"] = Guess(test, "a fifth, chosen by a seed")
+        left -= test
     reason = "as they say"
     validation = found.validation
     if not validation:
         validation, reason = min(5000, max(classes, round(0.15 * left))), "chosen by a seed"
         left -= validation
     guesses["validation"] = Guess(validation, f"{reason}; for temperatures and the best epoch")
-    side = guesses["size"].value if "size" in guesses else found.sides[0]
+    side = int(guesses["size"].value) if "size" in guesses else found.sides[0]
     most = IMAGE_EPOCHS * min(1, 2 * (32 / side) ** 2)
     train = left
     if not gpu and most / EPOCHS[0] < 0.8 * left:

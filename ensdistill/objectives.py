@@ -29,7 +29,11 @@ Parts = dict[str, Tensor]
 
 
 def member_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """mean over members and images of −log softmax(Ŝ_j(x))_y; logits (M, B, K), labels y (B,)."""
+    """mean over members and images of −log softmax(Ŝ_j(x))_y; logits (M, B, K), labels y (B,).
+
+    >>> member_cross_entropy(torch.zeros(3, 2, 2), torch.tensor([0, 1])).item()  # log 2
+    0.6931471824645996
+    """
     return F.cross_entropy(logits.flatten(0, 1), y.repeat(logits.shape[0]))
 
 
@@ -40,6 +44,10 @@ def distillation_loss(logits: Tensor, targets: Tensor, temperature: float) -> Te
         logits: of the student, Ŝ (M, B, K).
         targets: the teachers' probabilities at the same temperature, (M, B, K).
         temperature: τ.
+
+    >>> targets = torch.tensor([[[1.0, 0.0]]])
+    >>> distillation_loss(torch.zeros(1, 1, 2), targets, temperature=2.0).item()  # 2² · log 2
+    2.7725887298583984
     """
     log_probs = F.log_softmax(logits / temperature, -1).flatten(0, 1)
     divergence = F.kl_div(log_probs, targets.flatten(0, 1), reduction="batchmean")
@@ -138,6 +146,10 @@ def dirichlet_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -
         logits: of the student, z (B, K).
         teacher_logits: t (M, B, K).
         temperature: τ.
+
+    >>> flat = torch.zeros(1, 3)  # Dir(1, 1, 1) has the density Γ(3) = 2 everywhere
+    >>> dirichlet_loss(flat, torch.rand(4, 1, 3), temperature=1.0).exp().item()
+    0.5
     """
     concentration = (logits.double() / temperature).exp()
     probs = (teacher_logits.double() / temperature).softmax(-1)
@@ -167,6 +179,12 @@ def proxy_dirichlet_loss(
         teacher_logits: t (M, B, K).
         temperature: τ.
         direction: reverse, which is zero-forcing, or forward.
+
+    >>> teachers = torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]]])  # whose mean is ½, ½
+    >>> near, far = torch.zeros(1, 2), torch.tensor([[3.0, 0.0]])
+    >>> losses = [proxy_dirichlet_loss(z, teachers, 1.0, "forward") for z in (near, far)]
+    >>> bool(losses[0] < losses[1])
+    True
     """
     concentration = (logits.double() / temperature).exp() + 1
     log_probs = (teacher_logits.double() / temperature).log_softmax(-1)

@@ -10,7 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensdistill import InputError, metrics
-from ensdistill.deployment import Answers, Predictor, StudentWeights, open_student, study_folder
+from ensdistill.deployment import (
+    Answers,
+    Predictor,
+    StudentWeights,
+    joined,
+    open_student,
+    study_folder,
+)
 from ensdistill.export import ENDINGS, Format, Precision, write_exported
 from ensdistill.files import atomic
 from ensdistill.images import evaluation_images
@@ -56,11 +63,14 @@ def export_student(
         raise InputError("--int8 is for --to onnx alone: PyTorch's files have no static int8 here")
     reference = StudentWeights(student)
     study = study_folder(student)
-    if precision == "int8" and study is None:
-        raise InputError(
-            f"{student}: --int8 needs validation images, and these weights lie in no study's folder"
-        )
-    calibration = _images(study, "val", CALIBRATION)[0] if precision == "int8" else None
+    calibration = None
+    if precision == "int8":
+        if study is None:
+            raise InputError(
+                f"{student}: --int8 needs validation images, and these weights lie in no study's "
+                "folder"
+            )
+        calibration = _images(study, "val", CALIBRATION)[0]
     with atomic(output) as temporary, _quiet():
         known = reference.student, reference.deployment
         write_exported(temporary, *known, to, precision, uint8, calibration)
@@ -69,7 +79,7 @@ def export_student(
             images, labels = _random_images(exported), None
         else:
             images, labels = _images(study, "test", COMPARED)
-        report = {
+        report: dict[str, Any] = {
             "file": str(output),
             "bytes": temporary.stat().st_size,
             "format": to,
@@ -79,7 +89,7 @@ def export_student(
             "images_of": "random" if study is None else "test",
             **compare(reference, exported, images, labels),
         }
-        difference = report["largest_difference"]
+        difference = float(report["largest_difference"])
         if precision == "float32" and not difference <= MOST_DIFFERENCE:
             raise InputError(
                 f"{student}: the exported file differs from PyTorch by {difference:.1e} in a "
@@ -112,9 +122,7 @@ def compare(
 def ask(predictor: Predictor, images: NDArray[np.uint8], batch: int = BATCH) -> Answers:
     """Answers for any number of images."""
     parts = [predictor(images[at : at + batch]) for at in range(0, len(images), batch)]
-    return Answers(
-        *(None if it[0] is None else np.concatenate(it) for it in zip(*parts, strict=True))
-    )
+    return joined(parts)
 
 
 def _largest(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:

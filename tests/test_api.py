@@ -1,6 +1,7 @@
 """The functions of `import ensdistill`, against the workflow's training and explicit formulas."""
 
 import copy
+import json
 import re
 import subprocess
 import sys
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ensdistill
 from ensdistill import api
 from ensdistill.calibration import apply_temperature, optimal_temperature
 from ensdistill.convert import to_batch_ensemble
+from ensdistill.deployment import Deployment, TorchStudent
+from ensdistill.digests import attributes
 from ensdistill.images import read_images
 from ensdistill.students import build_student, teacher_logits
 from ensdistill.studies import Study
@@ -205,6 +209,26 @@ def test_without_its_module_an_own_student_says_what_it_needs(own, tmp_path):
     assert "fit no network" in message(ensdistill.load, path, network=Net(5))
 
 
+def test_a_header_can_name_no_module(own, tmp_path):
+    """It is JSON: what it calls a module is none."""
+    path = tmp_path / "own.safetensors"
+    ensdistill.save(own[0], path)
+    header, tensors = read_header(path), load_file(path)
+    header["spec"]["architecture"]["module"] = "os.system"
+    save_file(tensors, path, metadata={"ensdistill": json.dumps(header)})
+    assert "its network is a module of your own (Net)" in message(ensdistill.load, path)
+
+
+def test_a_deployment_of_another_version_is_one_sentence(own, tmp_path):
+    path = tmp_path / "own.safetensors"
+    ensdistill.save(own[0], path)
+    header, tensors = read_header(path), load_file(path)
+    header["deployment"]["colour"] = "red"
+    save_file(tensors, path, metadata={"ensdistill": json.dumps(header)})
+    said = message(ensdistill.load, path, network=own[1])
+    assert said.startswith(f"{path}: its header is not of this version (")
+
+
 def test_teachers_are_asked_in_eval_mode(own, splits):
     """With dropout of nine tenths in a teacher a run has the bits of one without it."""
     torch.manual_seed(6)
@@ -227,6 +251,11 @@ def test_batches_pictures_and_tensors_give_the_same(own, splits, tmp_path, monke
     for given in (test, torch.from_numpy(test), paths, tuple(map(str, paths))):
         for before, after in zip(whole, ensdistill.predict(student, given), strict=True):
             np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-7)
+    larger = tmp_path / "larger.png"
+    Image.fromarray(test[3][0].repeat(4, 0).repeat(4, 1)).save(larger)
+    square = np.array(Image.open(larger).resize((8, 8), Image.Resampling.BICUBIC))[None, None]
+    resized = [ensdistill.predict(student, it).probabilities for it in (larger, square)]
+    np.testing.assert_array_equal(*resized)
     one = ensdistill.predict(student, paths[3])
     np.testing.assert_allclose(one.probabilities[0], whole.probabilities[3], rtol=1e-5)
 
@@ -247,21 +276,28 @@ def test_what_cannot_be_asked_is_refused(own, tmp_path):
     assert says(np.zeros((2, 1, 8, 8))) == f"{wanted}float64 (2, 1, 8, 8)"
     assert says(np.zeros((2, 3, 8, 8), np.uint8)) == f"{wanted}uint8 (2, 3, 8, 8)"
     assert says(np.zeros((2, 1, 8, 9), np.uint8)) == f"{wanted}uint8 (2, 1, 8, 9)"
-    Image.new("L", (9, 8)).save(tmp_path / "wide.png")
-    assert says(tmp_path / "wide.png") == f"{tmp_path}/wide.png: has 8×9 pixels, not 8×8"
     assert "no such file" in says(str(tmp_path / "none.png")).lower()
     (tmp_path / "text.png").write_text("text")
     assert "not an image" in says(tmp_path / "text.png")
 
 
+def test_pictures_of_several_sizes_are_refused_where_the_size_is_not_known(tmp_path):
+    student = build_student("single", {**RESNET, "num_classes": 3, "in_channels": 1}, 1)
+    for width in (8, 9):
+        Image.new("L", (width, 8)).save(tmp_path / f"{width}.png")
+    asked = TorchStudent(student, Deployment(["a", "b", "c"], channels=1), made={})
+    paths = [tmp_path / "8.png", tmp_path / "9.png"]
+    said = message(ensdistill.predict, asked, paths)
+    assert said == f"{paths[1]}: has 9×8 pixels, the first 8×8"
+
+
 def test_samples_count_as_members(tmp_path):
-    architecture = {**RESNET, "num_classes": 3, "in_channels": 1}
-    save_student(
+    architecture, path = (
+        {**RESNET, "num_classes": 3, "in_channels": 1},
         tmp_path / "dlf.safetensors",
-        build_student("gaussian_logits", architecture, 2, samples=5),
-        {},
     )
-    loaded = ensdistill.load(tmp_path / "dlf.safetensors")
+    save_student(path, build_student("gaussian_logits", architecture, 2, samples=5), attributes())
+    loaded = ensdistill.load(path)
     answers = ensdistill.predict(loaded, np.zeros((2, 1, 8, 8), np.uint8))
     assert answers.member_probabilities.shape[1] == loaded.deployment.members == 5
 

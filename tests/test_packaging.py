@@ -6,6 +6,10 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.project import PARTS, REPOSITORY
 from tests.wheel import built, clean_environment, installed
@@ -61,3 +65,63 @@ def test_the_command_of_the_installed_package_says_its_version(package, tmp_path
         r"ensdistill \d+\.\d+\.\d+\n", package.run("ensdistill", "--version", cwd=tmp_path).stdout
     )
     assert "init" in package.run("ensdistill", "--help", cwd=tmp_path).stdout
+
+
+FULL_ONLY = {
+    "docutils",
+    "jinja2",
+    "matplotlib",
+    "pandas",
+    "requests",
+    "safetensors",
+    "scikit-learn",
+}
+FULL_ONLY |= {"pyyaml", "scipy", "snakemake", "torch", "torchvision"}
+"""What `ensdistill` needs and `ensdistill-predict` does not bring."""
+
+
+def requirements(place):
+    """Of a pyproject.toml, by name."""
+    project = tomllib.loads((REPOSITORY / place / "pyproject.toml").read_text())["project"]
+    return {it.name: it for it in map(Requirement, project["dependencies"])}
+
+
+def test_the_small_distribution_is_the_same_package_with_fewer_dependencies(tmp_path):
+    full, small = requirements("."), requirements("packaging/predict")
+    small.pop("onnxruntime")
+    assert small.items() <= full.items(), "at the same versions"
+    assert full.keys() - small.keys() >= FULL_ONLY
+    (wheel,) = built(tmp_path / "dist", "--wheel", project=REPOSITORY / "packaging/predict")
+    site = installed(wheel, tmp_path / "site")
+    source = files_of("ensdistill")
+    assert {str(it.relative_to(site)) for it in site.glob("ensdistill/**/*.*")} == source
+    modules = [
+        name
+        for name, of in packages_distributions().items()
+        if not FULL_ONLY.isdisjoint(map(canonicalize_name, of))
+    ]
+    assert {"torch", "yaml", "sklearn"} <= {*modules}
+    refusing = f"""if True:
+        import sys
+
+        sys.modules.update(dict.fromkeys({modules}))  # an import of these fails
+        import ensdistill.deployment
+        from ensdistill.cli import main
+
+        sys.argv = ["ensdistill", *{{arguments}}]
+        main()
+    """
+    for arguments, status, told in (
+        (["--help"], 0, "ensemble"),
+        (["init", "new"], 1, "is not installed: `pip install ensdistill` brings it"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", refusing.format(arguments=arguments)],
+            cwd=tmp_path,
+            env=clean_environment(site),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == status, done.stderr
+        assert told in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr

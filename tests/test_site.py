@@ -66,9 +66,12 @@ def test_every_key_of_the_configuration_has_an_anchor(site):
 def test_every_subcommand_is_described(site):
     page = site["reference/command.html"]
     for name, command in getattr(typer.main.get_command(app), "commands", {}).items():
-        assert f"ensdistill {name}" in page
+        section = page.partition(f'<h2 id="{name}"')[2].partition("<h2")[0]
         for parameter in command.params:
-            assert parameter.name == "help" or parameter.opts[0] in page, (name, parameter.opts)
+            shown = (
+                parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[0]
+            )
+            assert f"<code>{shown}</code>" in section, (name, shown)
 
 
 def test_every_method_of_the_registries_has_a_page():

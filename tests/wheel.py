@@ -9,11 +9,11 @@ from pathlib import Path
 from tests.project import REPOSITORY
 
 
-def built(folder: Path, *arguments: str) -> list[Path]:
+def built(folder: Path, *arguments: str, project: Path = REPOSITORY) -> list[Path]:
     """The files that `python -m build` makes of this checkout, sdist and wheel unless told."""
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, *arguments]
     done = subprocess.run(
-        [*command, REPOSITORY], capture_output=True, text=True, env=clean_environment()
+        [*command, project], capture_output=True, text=True, env=clean_environment()
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return sorted(folder.iterdir())

@@ -61,6 +61,11 @@ def main() -> None:
         from ensdistill.files import explain
 
         sentence = explain(error)
+    except ModuleNotFoundError as error:
+        if (error.name or "ensdistill").startswith("ensdistill"):
+            raise
+        # As of `ensdistill-predict`, which brings what predictions need alone.
+        sentence = f"{error.name} is not installed: `pip install ensdistill` brings it"
     else:
         return
     print(f"ensdistill: error: {sentence}", file=sys.stderr)

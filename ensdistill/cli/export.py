@@ -3,7 +3,7 @@
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -65,7 +65,9 @@ def export(
         raise InputError("--half and --int8 exclude each other")
     from ensdistill.parity import export_student
 
-    precision = "float16" if half else "int8" if int8 else "float32"
+    precision: Literal["float32", "float16", "int8"] = (
+        "float16" if half else "int8" if int8 else "float32"
+    )
     report = export_student(student, output, to.value, precision, uint8)
     typer.echo(json.dumps(report) if as_json else _text(report))
 
