@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test test-slurm test-kills bench lint format
+.PHONY: run test test-slurm test-kills bench lint types site wheel format
 
 run: .venv/installed ## the studies named under `run` in config.yaml, and a report
 	$(BIN)/snakemake --cores all
@@ -24,11 +24,25 @@ test-kills: .venv/installed-test ## kill -9 at 30 random moments: some ten minut
 bench: .venv/installed ## half an hour on 2 cores; nothing else should run meanwhile
 	$(BIN)/python -m benchmarks
 
-lint: .venv/installed-test
+lint: .venv/installed-test types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check .
+	$(BIN)/mypy
 	$(BIN)/snakemake --lint
+	$(BIN)/codespell
+
+types: .venv/installed-test
+	$(BIN)/mypy
+
+site: .venv/installed-test ## into site/
+	$(BIN)/mkdocs build --strict
+
+wheel: .venv/installed-test ## wheels and sdist, into dist/, and the wheel used in an empty environment
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m build --no-isolation --wheel --outdir dist packaging/predict
+	.ci/installed dist/ensdistill-*-py3-none-any.whl
 
 format: .venv/installed-test
 	$(BIN)/ruff check --fix .

@@ -18,7 +18,7 @@ from ensdistill import InputError
 from ensdistill.config_errors import check_files
 from ensdistill.devices import visible_cards
 
-min_version("9.0")
+min_version("9.19")
 
 # Snakemake writes the path of its Python into shell commands as it is: a space in it, or another
 # sign that shells take for something else, would fail every job.
@@ -26,8 +26,10 @@ if os.path.exists(sys.executable):  # not quoted yet
     sys.executable = shlex.quote(sys.executable)
 
 if workflow.is_main_process:
+    # A workflow that uses this one as a module gives it a configuration of its own.
+    own_config = [] if workflow.modifier.skip_configfile else ["config.yaml"]
     try:
-        check_files([*workflow.configfiles, "config.yaml"])
+        check_files([*workflow.configfiles, *own_config])
     except InputError as error:
         raise WorkflowError(str(error)) from None
 
@@ -51,6 +53,7 @@ include: "rules/elsewhere.smk"
 include: "rules/train.smk"
 include: "rules/predict.smk"
 include: "rules/evaluate.smk"
+include: "rules/deploy.smk"
 include: "rules/render.smk"
 
 
@@ -61,6 +64,7 @@ rule all:
         expand("results/{study}/figures/{figure}.png", study=RUN, figure=FIGURES),
         expand("results/{study}/{page}.md", study=RUN, page=["claims", "findings"]),
         expand("results/{study}/index.html", study=RUN),
+        [card for study in RUN for card in cards(study)],
 
 
 # snakemake --cores all teachers | students | tables | figures
@@ -90,8 +94,9 @@ rule made:
         [path for study in STUDIES for path in reported(study)],
 
 
+# A workflow that uses this one as a module calls these three itself: `onstart: study.onstart()`.
 onstart:
-    results = Path("results")
+    results = Path(placed("results/"))
     if not os.access(results if results.exists() else ".", os.W_OK):
         raise WorkflowError(f"{results.absolute()}: this folder cannot be written to")
     if workflow.local_exec and not visible_cards():
@@ -111,6 +116,6 @@ onerror:
 
 # What unfinished training would have gone on from; see ensdistill.state.
 onsuccess:
-    for state in glob("results/**/state.pt", recursive=True):
+    for state in glob(placed("results/**/state.pt"), recursive=True):
         if Path(state).with_name("weights.safetensors").exists():
             Path(state).unlink()

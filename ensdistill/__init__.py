@@ -4,6 +4,12 @@ Reproduces "Diversity Matters When Learning From Ensembles" (Nam et al., NeurIPS
 """
 
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ensdistill.api import convert, distil, load, predict, save
+
+__all__ = ["DamagedFile", "InputError", "convert", "distil", "load", "predict", "save"]
 
 __version__ = "0.2.0"
 
@@ -34,3 +40,20 @@ class DamagedFile(InputError):
     def __reduce__(self) -> tuple[type, tuple[str | os.PathLike[str], str]]:
         """As other processes of a pool get it."""
         return type(self), (self.path, self.reason)
+
+
+def __getattr__(name: str) -> Any:
+    """The functions of api.py, imported when they are first asked for: PyTorch takes seconds."""
+    if name not in __all__:
+        raise AttributeError(f"module 'ensdistill' has no attribute {name!r}")
+    if name == "convert":  # a module that can be called, as an import of it would put it here
+        from importlib import import_module
+
+        return import_module("ensdistill.convert")
+    from ensdistill import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -124,7 +124,7 @@ def _perturbed(
         moved = perturbation(
             Step(None, teachers, x, None, 1.0, generator, host, held_out=others), **options
         )
-        if moved is others:
+        if held_out is not None and moved is others:
             moved = moved[places < len(held_out)]
         if moved.ndim == 5:  # an input for each teacher
             moved = moved[places % len(moved), places - places[0]]

@@ -27,11 +27,12 @@ ARCHITECTURES = {
     "timm": Family(r"timm:(?P<model>[\w.]+)"),
     "torchvision": Family(r"torchvision:(?P<model>\w+)"),
     "file": Family(r"file:(?P<path>[^:]+\.py):(?P<function>[A-Za-z_]\w*)"),
+    "module": Family(r"module:(?P<kind>\w+)"),
 }
 """By family; the builders are in networks.ARCHITECTURES."""
 
 
-LIBRARIES = ("timm", "torchvision", "file")
+LIBRARIES = ("timm", "torchvision", "file", "module")
 """Families of networks that were not written for this package."""
 
 
@@ -39,7 +40,7 @@ def parse_architecture(name: str) -> tuple[str, dict[str, Any]]:
     """Family and sizes of a name such as `resnet32` (depth) or `wrn28x10` (depth and widen).
 
     Of `timm:resnet18` and `torchvision:resnet18` the model, of `file:models/mine.py:build` path and
-    function.
+    function, of `module:Net`, a network that is given in memory, the name of its class.
 
     Raises:
         ValueError: there is no such family, or no such size.
@@ -82,7 +83,10 @@ class Architecture(Section):
     @field_validator("name")
     @classmethod
     def _exists(cls, name: str) -> str:
-        path = parse_architecture(name)[1].get("path", "")
+        family, given = parse_architecture(name)
+        if family == "module":
+            raise ValueError(f"{name!r} is a network in memory: write a function that returns it")
+        path = given.get("path", "")
         if path.startswith(("/", "~")) or ".." in path.split("/"):
             raise ValueError(f"{path!r} must lie in the folder where snakemake runs")
         return name

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import IO, Any, Literal
 from unicodedata import normalize
 
 from ensdistill import InputError
@@ -50,8 +50,8 @@ class Entry:
     """Bytes."""
     modified: int = 0
     """Nanoseconds since 1970, in folders."""
-    open: Callable[[], BinaryIO] | None = None
-    """Opens it, for files."""
+    open: Callable[[], Any] | None = None
+    """Opens it to read bytes, for files."""
 
     def read(self, most: int | None = None) -> bytes:
         """Its first bytes, at most so many, or all.
@@ -63,6 +63,7 @@ class Entry:
             raise InputError(
                 f"{self.place}: has {self.size:,} bytes; images have at most {LARGEST:,}"
             )
+        assert self.open, "only files are read"
         with _refusing(self.place if self.root.is_dir() else self.root), self.open() as file:
             return file.read(self.size if most is None else most)
 
@@ -171,9 +172,9 @@ def _in_zip(root: Path) -> Iterator[Entry]:
         if begins and members and min(member.header_offset for member in members) > 0:
             raise zipfile.BadZipFile("something is in front of it: two archives in one file?")
 
-        def opened(member: zipfile.ZipInfo) -> BinaryIO:
-            if (method := member.compress_type) not in UNPACKED_BY_THE_PIECE:
-                method = zipfile.compressor_names.get(method, "otherwise")
+        def opened(member: zipfile.ZipInfo) -> IO[bytes]:
+            if (kind := member.compress_type) not in UNPACKED_BY_THE_PIECE:
+                method = zipfile.compressor_names.get(kind, "otherwise")  # type: ignore[attr-defined]
                 raise zipfile.BadZipFile(f"{member.filename} is not deflated, but {method}")
             return archive.open(member)
 
@@ -192,7 +193,8 @@ def _in_tar(root: Path) -> Iterator[Entry]:
     with tarfile.open(root, tarinfo=_Member) as archive:
         while True:
             while member := archive.next():
-                archive.members, archive.pax_headers = [], {}  # tarfile keeps them all
+                # tarfile keeps them all.
+                archive.members, archive.pax_headers = [], {}  # type: ignore[attr-defined]
                 if archive.offset <= member.offset:
                     raise tarfile.ReadError("a member ends before it begins")
                 place, parts = f"{root}/{member.name}", path_parts(member.name)
@@ -218,7 +220,7 @@ class _Member(tarfile.TarInfo):
             )
         if self.type == tarfile.GNUTYPE_SPARSE:
             self._proc_gnusparse_10()
-        return super()._proc_member(archive)
+        return super()._proc_member(archive)  # type: ignore[misc]  # which has no public name
 
     def _proc_gnusparse_10(self, *_: Any) -> None:
         raise tarfile.ReadError("it holds a sparse file")

@@ -98,4 +98,4 @@ class Attention(nn.Module):
             else it.to(q.dtype)
             for it in added
         ]
-        return sum(as_numbers) if as_numbers else None
+        return sum(as_numbers[1:], as_numbers[0]) if as_numbers else None

@@ -63,7 +63,7 @@ class Augmentation:
 
     def draw(self, count: int, generator: torch.Generator) -> "Changes":
         """Those of so many images, all at once; `generator` is on the images' device."""
-        on = {"device": generator.device, "generator": generator}
+        on: dict[str, Any] = {"device": generator.device, "generator": generator}
         down, across = self.shifts
         if down == across:
             top, left = torch.randint(down, (2, count, 1), **on)

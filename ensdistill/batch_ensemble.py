@@ -9,8 +9,8 @@ and its own bias. A layer takes M·B rows, of which rows jB … (j+1)B−1 belon
 """
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,11 @@ they measured alike; on a GPU it is an estimate, by launches of 5 µs and memory
 """
 
 
-def _as_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _as_autocast(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors in the type in which autocast, if it is on where x is, computes."""
     if (dtype := autocast_dtype(x)) is None:
         return tensors
-    return tuple(None if it is None else it.to(dtype) for it in tensors)
+    return tuple(it.to(dtype) for it in tensors)
 
 
 def subsample(x: Tensor, stride: int) -> Tensor:
@@ -41,6 +41,9 @@ def subsample(x: Tensor, stride: int) -> Tensor:
 
     A 1×1 convolution with that stride is one with stride 1 of the result. oneDNN has computed wrong
     weight gradients for the former (AVX2, channels_last, fewer than 8 input channels).
+
+    >>> subsample(torch.arange(9).view(1, 1, 3, 3), 2).flatten().tolist()
+    [0, 2, 6, 8]
     """
     # Sliced in the order of memory, so that the gradient is channels_last too.
     return x.permute(0, 2, 3, 1)[:, ::stride, ::stride].permute(0, 3, 1, 2)
@@ -58,6 +61,11 @@ def init_factors(factors: Tensor, init: Init = "normal", std: float = 0.5) -> No
 
     Raises:
         ValueError: there is no such init.
+
+    >>> factors = torch.empty(2, 50)
+    >>> init_factors(factors, "signs")
+    >>> factors.unique().tolist()
+    [-1.0, 1.0]
     """
     if init == "normal":
         nn.init.normal_(factors, 1.0, std)
@@ -67,6 +75,10 @@ def init_factors(factors: Tensor, init: Init = "normal", std: float = 0.5) -> No
         nn.init.ones_(factors)
     else:
         raise ValueError(f"factors begin by 'normal', 'signs' or 'ones', not {init!r}")
+
+
+Plain = nn.Conv2d | nn.Linear
+"""An ordinary layer."""
 
 
 class BatchEnsembleLayer(nn.Module):
@@ -79,6 +91,9 @@ class BatchEnsembleLayer(nn.Module):
 
     channels_last = False
     """Whether the last dimension of the input has the features, instead of the second one."""
+
+    r: Tensor
+    s: Tensor
 
     def __init__(
         self, weight_shape: tuple[int, ...], ensemble_size: int, bias: bool, groups: int = 1
@@ -109,7 +124,7 @@ class BatchEnsembleLayer(nn.Module):
         init_factors(self.r)
         init_factors(self.s)
 
-    def take_over(self, plain: nn.Module, init: Init = "normal", std: float = 0.5) -> None:
+    def take_over(self, plain: Plain, init: Init = "normal", std: float = 0.5) -> None:
         """Take weight and bias of an ordinary layer of the same shape, and new factors.
 
         Args:
@@ -117,7 +132,7 @@ class BatchEnsembleLayer(nn.Module):
             init, std: as of `init_factors`.
         """
         members, (out_features, in_features) = self.ensemble_size, plain.weight.shape[:2]
-        self.weight = plain.weight
+        self.weight = cast(nn.Parameter, plain.weight)
         for name, size in (("r", self.groups * in_features), ("s", out_features)):
             factors = nn.Parameter(plain.weight.new_empty(members, size))
             init_factors(factors, init, std)
@@ -126,7 +141,7 @@ class BatchEnsembleLayer(nn.Module):
             self.bias = nn.Parameter(plain.bias.detach().repeat(members, 1))
 
     @torch.no_grad()
-    def member(self, j: int) -> nn.Module:
+    def member(self, j: int) -> Plain:
         """The ordinary layer W_j = W ∘ (s_j r_jᵀ) with the bias of member j."""
         with torch.device("meta"), WithoutRandomNumbers():
             plain = self._plain()
@@ -136,7 +151,7 @@ class BatchEnsembleLayer(nn.Module):
         plain.bias = None if biases is None else nn.Parameter(biases[j].clone())
         return plain.train(self.training)
 
-    def _plain(self) -> nn.Module:
+    def _plain(self) -> Plain:
         """An ordinary layer of the same shape, with a bias."""
         raise NotImplementedError
 
@@ -150,9 +165,10 @@ class BatchEnsembleLayer(nn.Module):
 
     def _explicit(self, x: Tensor) -> Tensor:
         """Equation 1: every member's rows through its own weight W_j = W ∘ (s_j r_jᵀ)."""
-        weights, biases = _as_autocast(x, self.member_weights(), self._biases())
-        if biases is None:
-            biases = [None] * self.ensemble_size
+        (weights,), bias = _as_autocast(x, self.member_weights()), self._biases()
+        biases: Iterable[Tensor | None] = [None] * self.ensemble_size
+        if bias is not None:
+            (biases,) = _as_autocast(x, bias)
         rows = x.chunk(self.ensemble_size)
         return torch.cat([self._map(*it) for it in zip(rows, weights, biases, strict=True)])
 
@@ -175,10 +191,13 @@ class BatchEnsembleLayer(nn.Module):
         def by_member(x: Tensor) -> Tensor:
             return x.unflatten(0, (self.ensemble_size, x.shape[0] // self.ensemble_size))
 
-        x, r, s, bias = _as_autocast(x, x, self.r, self.s, self._biases())
+        bias = self._biases()
+        x, r, s = _as_autocast(x, x, self.r, self.s)
         out = by_member(self._map((by_member(x) * of_rows(r)).flatten(0, 1), self.weight, None))
-        out = out * of_rows(s) if bias is None else torch.addcmul(of_rows(bias), out, of_rows(s))
-        return out.flatten(0, 1)
+        if bias is None:
+            return (out * of_rows(s)).flatten(0, 1)
+        (bias,) = _as_autocast(x, bias)
+        return torch.addcmul(of_rows(bias), out, of_rows(s)).flatten(0, 1)
 
     def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution or linear map itself."""
@@ -193,6 +212,9 @@ def outer(s: Tensor, r: Tensor, groups: int, ndim: int) -> Tensor:
     """s rᵀ of a weight with `ndim` dimensions: s (…, out), r (…, in) → (…, out, in/groups, 1, …).
 
     With groups an output meets the inputs of its own group only.
+
+    >>> outer(torch.tensor([1.0, 2]), torch.tensor([3.0, 4]), groups=1, ndim=2).tolist()
+    [[3.0, 4.0], [6.0, 8.0]]
     """
     s, r = s.unflatten(-1, (groups, -1)), r.unflatten(-1, (groups, -1))
     factors = (s[..., :, None] * r[..., None, :]).flatten(-3, -2)
@@ -238,23 +260,23 @@ class BatchEnsembleConv2d(BatchEnsembleLayer):
             raise ValueError(
                 f"{groups} groups do not divide {in_channels} channels in and {out_channels} out"
             )
-        pair = nn.modules.utils._pair
-        kernel_size, stride, dilation = map(pair, (kernel_size, stride, dilation))
-        shape = (out_channels, in_channels // groups, *kernel_size)
+        pair: Callable[[Any], tuple[int, int]] = nn.modules.utils._pair
+        kernel, self.stride, self.dilation = map(pair, (kernel_size, stride, dilation))
+        shape = (out_channels, in_channels // groups, *kernel)
         super().__init__(shape, ensemble_size, bias, groups)
-        self.stride, self.dilation, self.padding_mode = stride, dilation, padding_mode
+        self.padding_mode = padding_mode
         self.padding = padding if isinstance(padding, str) else pair(padding)
         # What padding other than with zeros puts around the images, as F.pad takes it.
         self.around = (
-            [] if padding_mode == "zeros" else _around(self.padding, kernel_size, dilation)
+            [] if padding_mode == "zeros" else _around(self.padding, kernel, self.dilation)
         )
-        pointwise = kernel_size == (1, 1) and self.padding in ((0, 0), "valid")
-        self.subsamples = pointwise and stride[0] == stride[1] > 1
+        pointwise = kernel == (1, 1) and self.padding in ((0, 0), "valid")
+        self.subsamples = pointwise and self.stride[0] == self.stride[1] > 1
 
-    def _plain(self) -> nn.Module:
+    def _plain(self) -> Plain:
         out_channels, in_channels, *kernel_size = self.weight.shape
-        sizes = (in_channels * self.groups, out_channels, tuple(kernel_size))
-        how = (self.stride, self.padding, self.dilation, self.groups, True, self.padding_mode)
+        sizes: Any = (in_channels * self.groups, out_channels, tuple(kernel_size))
+        how: Any = (self.stride, self.padding, self.dilation, self.groups, True, self.padding_mode)
         return nn.Conv2d(*sizes, *how)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -276,7 +298,7 @@ def _around(
         return [0] * 4
     sides = []
     for axis in (1, 0):
-        if padding == "same":
+        if isinstance(padding, str):  # "same"
             total = dilation[axis] * (kernel_size[axis] - 1)
             sides += [total // 2, total - total // 2]
         else:
@@ -309,7 +331,7 @@ class BatchEnsembleLinear(BatchEnsembleLayer):
     def __init__(self, in_features: int, out_features: int, ensemble_size: int, bias: bool = True):
         super().__init__((out_features, in_features), ensemble_size, bias)
 
-    def _plain(self) -> nn.Module:
+    def _plain(self) -> Plain:
         return nn.Linear(*self.weight.shape[::-1])
 
     def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

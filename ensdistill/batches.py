@@ -30,7 +30,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        images: Tensor,
+        images: Tensor | StoredImages,
         labels: Tensor,
         batch_size: int,
         crop_padding: int,
@@ -44,7 +44,7 @@ class TrainingBatches:
         self.batch_size = min(batch_size, len(images))
         self._keep(images)
 
-    def _keep(self, images: Tensor) -> None:
+    def _keep(self, images: Any) -> None:
         self.padded = self.augmentation.pad(images.permute(0, 2, 3, 1)).contiguous()
 
     def __len__(self) -> int:
@@ -90,8 +90,8 @@ class StreamedBatches(TrainingBatches):
         labels: int64 (N,), on the device of the batches.
     """
 
-    def _keep(self, images: StoredImages) -> None:
-        self.stored = images
+    def _keep(self, images: Any) -> None:
+        self.stored: StoredImages = images
 
     def epoch(self, generator: torch.Generator, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         count, size, device = len(self.labels), self.batch_size, self.labels.device
@@ -121,7 +121,7 @@ class StreamedBatches(TrainingBatches):
     ) -> tuple[list[list[NDArray[np.int64]]], NDArray[np.int64]]:
         """An epoch's reads, window by window, and the order of its images."""
         count, block = len(self.labels), self.stored.block
-        on = {"device": generator.device, "generator": generator}
+        on: dict[str, Any] = {"device": generator.device, "generator": generator}
         if block == 1:
             order = torch.randperm(count, **on).cpu().numpy()
             parts = _split(order, self.batch_size)
@@ -146,5 +146,7 @@ def training_batches(
     images: Tensor | StoredImages, labels: Tensor, batch_size: int, **augmentation: Any
 ) -> TrainingBatches:
     """Of images as `load_images` returns them."""
-    kind = StreamedBatches if isinstance(images, StoredImages) else TrainingBatches
+    kind: type[TrainingBatches] = TrainingBatches
+    if isinstance(images, StoredImages):
+        kind = StreamedBatches
     return kind(images, labels, batch_size, **augmentation)

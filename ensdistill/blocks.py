@@ -19,10 +19,15 @@ BLOCK = 2**20
 class Blocked(Protocol):
     """Images that can be asked for block by block."""
 
-    shape: tuple[int, ...]
-    """(N, M, K) of all logits."""
-    together: int
-    """Images that stand together in a file, and are best read so."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, M, K) of all logits."""
+        ...
+
+    @property
+    def together(self) -> int:
+        """Images that stand together in a file, and are best read so."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -161,10 +161,13 @@ def _on_teachers(
         titles = json.loads(file.attrs["titles"])
     train = {name: divergence(read_mixture(perturbed, name)) for name in titles}
     test = read_ensemble(ensemble, "test")[0].diversity()
+    assert test is not None, "an ensemble has members"
     on_train = image_weights(len(train["clean"]))
     clean, on_test = mean_of(train["clean"], on_train), mean_of(test, image_weights(len(test), 1))
 
-    def add(claim: str, quantity: str, sides: Sequence[Estimate], claimed: Bounds, n: int, **how):
+    def add(
+        claim: str, quantity: str, sides: Sequence[Estimate], claimed: Bounds, n: int, **how: Any
+    ) -> None:
         page.add(claim, quantity, interval(*sides, **how), claimed, n, seeds=0)
 
     agree = "On training images the teachers agree far more than on test images"
@@ -178,20 +181,20 @@ def _on_teachers(
         moved = mean_of(train[name], on_train)
         quantity = f"diversity on train, {titles[name]} ÷ clean"
         add(claim, quantity, (moved, clean), claimed, len(on_train[0]), log=True)
-    still, moved = read_mixture(transferred, "clean"), read_mixtures(transferred, "ods")
+    still, each = read_mixture(transferred, "clean"), read_mixtures(transferred, "ods")
     images = still.shape[0]
     weights = image_weights(images)
     for where, sources in (
         # Of two members one is not the source, and there is no other from which it could differ.
         ("inside", range(members if members > 2 else 0)),
-        ("outside", range(members, len(moved))),
+        ("outside", range(members, len(each))),
     ):
         if not sources:
             continue
         pairs = []
         for source in sources:
             others = [member for member in range(members) if member != source]
-            pairs.append([divergence(it, others) for it in (moved[source], still)])
+            pairs.append([divergence(it, others) for it in (each[source], still)])
         means = [mean_of(np.mean(side, axis=0), weights) for side in zip(*pairs, strict=True)]
         claim = f"ODS directions transfer from a network {where} the ensemble to its members"
         quantity = "diversity of the other teachers, ODS ÷ clean"

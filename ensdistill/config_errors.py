@@ -71,16 +71,16 @@ def _check_keys(path: str | os.PathLike[str], document: yaml.Node | None) -> Non
             lines[key.value] = line
 
 
-def sentence(error: ValidationError, schema: Mapping[str, Any]) -> str:
+def sentence(error: ValidationError, schema: Mapping[str, Any], place: str = "config.yaml") -> str:
     """The first of pydantic's complaints, in the user's words; a misspelt key comes first.
 
     Args:
         error: of validating the whole configuration.
         schema: the configuration's JSON schema, which says what keys there are.
+        place: where it was written.
     """
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     path, known = _place(schema, first["loc"])
-    place = "config.yaml"
     if path[:1] == ["studies"] and len(path) > 1:
         place, path = f"{place}, study {path[1]!r}", path[2:]
     # Which of several types did not fit is pydantic's affair.

@@ -38,6 +38,9 @@ def lac_scores(probs: ArrayLike) -> Array:
     """1 − p_k, (N, K) → (N, K): least ambiguous sets on average [Sadinle et al. 2019].
 
     Sets may be empty: of images that no class fits as well as calibration images fit theirs.
+
+    >>> lac_scores([[0.75, 0.25]]).tolist()
+    [[0.25, 0.75]]
     """
     return 1 - np.asarray(probs, dtype=np.float64)
 
@@ -74,6 +77,10 @@ def conformal_sets(scores: Scores, calibration: Pair, test: Pair, wanted: float 
         scores: `lac_scores` or `aps_scores`: how ill each class fits.
         calibration, test: probabilities and labels.
         wanted: the share of labels that the sets should hold.
+
+    >>> sure, unsure = [0.9, 0.1], [0.6, 0.4]
+    >>> conformal_sets(lac_scores, ([unsure] * 9, [0] * 9), ([sure, unsure], [0, 1]))
+    Sets(coverage=0.5, size=1.0)
     """
     limit = threshold(label_scores(scores, *paired(*calibration)), wanted)
     inside, sizes = sets_of(scores, *test, limit)
@@ -81,12 +88,20 @@ def conformal_sets(scores: Scores, calibration: Pair, test: Pair, wanted: float 
 
 
 def label_scores(scores: Scores, probs: Array, labels: NDArray[np.int64]) -> Array:
-    """How ill the label fits, (N,)."""
+    """How ill the label fits, (N,).
+
+    >>> label_scores(lac_scores, np.array([[0.75, 0.25]]), np.array([1])).tolist()
+    [0.75]
+    """
     return scores(probs)[np.arange(len(labels)), labels]
 
 
 def threshold(calibration: Array, wanted: float = WANTED) -> float:
-    """q, of scores of the calibration labels (n,)."""
+    """q, of scores of the calibration labels (n,).
+
+    >>> float(threshold(np.arange(1.0, 10.0), 0.8))
+    8.0
+    """
     rank = int(np.ceil((len(calibration) + 1) * wanted - 1e-9))  # 0.9 · 10 is 9
     return np.partition(calibration, rank - 1)[rank - 1] if rank <= len(calibration) else np.inf
 
@@ -94,12 +109,21 @@ def threshold(calibration: Array, wanted: float = WANTED) -> float:
 def sets_of(
     scores: Scores, probs: ArrayLike, labels: ArrayLike, limit: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Whether the label is in the set of a threshold, and the number of its classes, (N,) each."""
+    """Whether the label is in the set of a threshold, and the number of its classes, (N,) each.
+
+    >>> inside, sizes = sets_of(lac_scores, [[0.7, 0.3]], [1], limit=0.5)
+    >>> inside.tolist(), sizes.tolist()
+    ([False], [1])
+    """
     probs, labels = paired(probs, labels)
     inside = scores(probs) <= limit
     return inside[np.arange(len(labels)), labels], inside.sum(axis=1)
 
 
 def calibration_half(images: int) -> NDArray[np.int64]:
-    """Indices of the half of so many validation images that calibrates: random, by seed 0."""
+    """Indices of the half of so many validation images that calibrates: random, by seed 0.
+
+    >>> len(calibration_half(11))
+    5
+    """
     return np.sort(np.random.default_rng(0).permutation(images)[: images // 2])

@@ -12,10 +12,13 @@ converted, and is refused by name. `check_members` compares a converted network 
 import ast
 import copy
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache, partial
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +32,7 @@ from ensdistill.batch_ensemble import (
     BatchEnsembleLayer,
     BatchEnsembleLinear,
     Init,
+    Plain,
     init_factors,
 )
 from ensdistill.layers import Layers, WithoutRandomNumbers
@@ -41,6 +45,8 @@ IMPOSSIBLE = (nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 """Linear maps that have no such factors here."""
 DESCRIBING = {"device", "dtype", "ndim", "shape"}
 """What a module may ask of another's weight: its numbers are not used."""
+LinearMap = nn.Linear | _ConvNd
+"""What gets factors."""
 TOLERANCE = 1e-3
 """By how much members' logits may differ from those of the converted network, relatively."""
 
@@ -61,7 +67,7 @@ class BatchEnsembleMap(nn.Module):
     """
 
     def __init__(
-        self, inner: nn.Module, ensemble_size: int, init: Init = "normal", std: float = 0.5
+        self, inner: LinearMap, ensemble_size: int, init: Init = "normal", std: float = 0.5
     ):
         super().__init__()
         self.ensemble_size, self.channels_last = ensemble_size, isinstance(inner, nn.Linear)
@@ -119,7 +125,7 @@ def to_batch_ensemble(
         conv, linear: the kinds of layers.
 
     Returns:
-        (M·B, …) → (M·B, …), member-major: rows jB … (j+1)B−1 belong to member j.
+        A module (M·B, …) → (M·B, …), whose rows jB … (j+1)B−1 belong to member j.
 
     Raises:
         ValueError: a layer cannot be converted; the sentence names it.
@@ -133,7 +139,7 @@ def to_batch_ensemble(
         True
     """
 
-    def converted(layer: nn.Module) -> nn.Module:
+    def converted(layer: Any) -> nn.Module:
         exact = computes_as_known(layer)
         if exact is None:
             if (conv, linear) != (BatchEnsembleConv2d, BatchEnsembleLinear):
@@ -160,11 +166,16 @@ def batch_ensemble_layers(ensemble_size: int) -> Layers:
 
 
 def with_attention(module: nn.Module) -> nn.Module:
-    """A copy whose `MultiheadAttention` modules are `Attention`, which computes the same."""
+    """A copy whose `MultiheadAttention` modules are `Attention`, which computes the same.
+
+    >>> layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    >>> type(with_attention(layer).self_attn).__name__
+    'Attention'
+    """
     network = _replaced(
         copy.deepcopy(module),
         lambda it: type(it).forward is nn.MultiheadAttention.forward,
-        Attention,
+        Attention,  # type: ignore[arg-type]  # of those alone
     )
     for it in network.modules():
         if isinstance(it, nn.TransformerEncoder):
@@ -174,9 +185,15 @@ def with_attention(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def member(network: nn.Module, j: int) -> nn.Module:
-    """Member j of a BatchEnsemble as an ordinary network, by equation 1; nothing is shared."""
+    """Member j of a BatchEnsemble as an ordinary network, by equation 1; nothing is shared.
 
-    def ordinary(layer: nn.Module) -> nn.Module:
+    >>> ensemble = to_batch_ensemble(nn.Linear(3, 2), 4)
+    >>> x = torch.rand(5, 3)
+    >>> torch.allclose(member(ensemble, 3)(x), ensemble(x.repeat(4, 1))[15:], atol=1e-6)
+    True
+    """
+
+    def ordinary(layer: Any) -> nn.Module:
         if isinstance(layer, BatchEnsembleMap):
             one = BatchEnsembleMap(copy.deepcopy(layer.inner), 1)
             one.r, one.s = (nn.Parameter(it[j : j + 1].clone()) for it in (layer.r, layer.s))
@@ -206,6 +223,10 @@ def check_members(network: nn.Module, members: int, x: Tensor) -> None:
 
     Raises:
         InputError: it does not.
+
+    Example:
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> check_members(to_batch_ensemble(network, 3), 3, torch.rand(2, 1, 2, 2))
     """
     network, generator = copy.deepcopy(network).eval(), torch.Generator().manual_seed(0)
     for parameter in network.parameters():
@@ -272,14 +293,14 @@ def _readers(network: nn.Module) -> dict[nn.Module, str]:
     """Modules whose weight or bias others read past their forward, and the class of these."""
     found = {}
     for module in network.modules():
-        for path in _read_past_forward(type(module)):
+        for path in _read_past_forward(cast(Any, type(module))):
             with suppress(AttributeError):
                 found[module.get_submodule(path)] = type(module).__name__
     return found
 
 
 @cache
-def _read_past_forward(kind: type[nn.Module]) -> frozenset[str]:
+def _read_past_forward(kind: Any) -> frozenset[str]:
     """Modules inside whose weight or bias the class reads in its forward: `self.<path>.weight`.
 
     Or in methods that its forward calls, and they call.
@@ -313,6 +334,9 @@ def computes_as_known(layer: nn.Module) -> type[nn.Module] | None:
     """Whether it computes exactly what `Conv2d` or `Linear` does; None if it does more.
 
     `layer.kind`, if there is one, is its class before it was told in which precision to compute.
+
+    >>> computes_as_known(nn.Linear(2, 2)) is nn.Linear, computes_as_known(nn.Conv1d(1, 1, 1))
+    (True, None)
     """
     kind = getattr(layer, "kind", type(layer))
     for known in KNOWN:
@@ -325,12 +349,22 @@ def computes_as_known(layer: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-def _of_shape(
-    layer: nn.Module, ensemble_size: int, kind: type[BatchEnsembleLayer]
-) -> BatchEnsembleLayer:
+def _of_shape(layer: Plain, ensemble_size: int, kind: Callable[..., Any]) -> BatchEnsembleLayer:
     bias = layer.bias is not None
     if isinstance(layer, nn.Linear):
         return kind(layer.in_features, layer.out_features, ensemble_size, bias)
     sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
     how = {"dilation": layer.dilation, "groups": layer.groups, "padding_mode": layer.padding_mode}
     return kind(*sizes, ensemble_size, layer.stride, layer.padding, bias, **how)
+
+
+class _Callable(ModuleType):
+    """This module, which can be called as well: `ensdistill.convert` is a function of the API."""
+
+    def __call__(self, *given: Any, **options: Any) -> nn.Module:
+        from ensdistill import api
+
+        return api.convert(*given, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

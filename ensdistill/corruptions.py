@@ -187,7 +187,7 @@ def snow(x: Images, rng: Generator, *constants: float) -> Images:
     noise = rng.standard_normal(x.shape[:3], np.float32)
     flakes = enlarged(mean + deviation * noise, zoom)
     flakes = np.clip(np.where(flakes < threshold, 0, flakes), 0, 1)
-    falling = moved(flakes, rng.uniform(-135, -45, len(x)), radius, sigma)[..., None]
+    falling = moved(flakes, rng.uniform(-135, -45, len(x)), int(radius), sigma)[..., None]
     grey = (x @ LUMA)[..., None]
     pale = kept * x + (1 - kept) * np.maximum(x, 1.5 * grey + 0.5)
     return pale + falling + falling[:, ::-1, ::-1]
@@ -290,7 +290,8 @@ def elastic_transform(x: Images, rng: Generator, alpha: float) -> Images:
 def _each(x: Images, change: Callable[[Image.Image], Image.Image]) -> Images:
     """Each image as Pillow has it, changed."""
     pixels = np.rint(255 * x).astype(np.uint8)
-    return np.stack([change(Image.fromarray(image)) for image in pixels]) / np.float32(255)
+    changed = [np.asarray(change(Image.fromarray(image))) for image in pixels]
+    return np.stack(changed) / np.float32(255)
 
 
 def pixelate(x: Images, rng: Generator, factor: float) -> Images:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -111,7 +111,10 @@ def cost_table(
     return pd.DataFrame(
         {
             "system": system,
-            **{key: _weighted(kinds, lambda it, key=key: sizes[it][key]) for key in SIZES},
+            **{
+                key: _weighted(kinds, {k: it[key] for k, it in sizes.items()}.__getitem__)
+                for key in SIZES
+            },
             **_milliseconds(_weighted(kinds, measured.__getitem__)),
             "training_macs": macs,
             "n": len(rounds),
@@ -168,7 +171,7 @@ class _Kind:
         students = [build_student(**spec) for _ in range(self.count)]
         if self.count == 1:
             return inference_forms(students[0])
-        networks = [inference_forms(student)[0].network for student in students]
+        networks = [cast(Student, inference_forms(student)[0]).network for student in students]
         return ensemble_forms(networks, spec["architecture"])
 
     def sizes(self, forms: Sequence[nn.Module], x: Tensor) -> dict[str, float]:
@@ -293,7 +296,8 @@ def processor(device: torch.device) -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         return platform.processor() or platform.machine()
-    said = dict(map(str.strip, line.partition(":")[::2]) for line in reversed(lines))
+    pairs = (line.partition(":") for line in reversed(lines))
+    said = {key.strip(): value.strip() for key, _, value in pairs}
     name = said.get("model name", platform.machine())
     model = f" (model {said['model']})" if "model" in said else ""
     features = said.get("flags", said.get("Features", "")).split()

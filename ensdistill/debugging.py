@@ -39,7 +39,7 @@ def snakemake_of(output: str) -> tuple[Path, Any]:
             (job,) = [job for job in jobs if output in job.output and job.rule.script]
         except (MissingRuleException, ValueError):
             raise InputError(f"{output}: no rule with a script makes this file") from None
-        script = Path(workflow._workflow.main_snakefile).parent / "rules" / job.rule.script
+        script = Path(str(job.rule.basedir)) / job.rule.script
         return script.resolve(), Snakemake(
             job.input,
             job.output,

@@ -9,10 +9,10 @@ carries it. This module imports no PyTorch: exported files predict without.
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,19 +20,34 @@ from numpy.typing import NDArray
 from ensdistill import InputError, metrics
 from ensdistill.calibration import apply_temperature, optimal_temperature
 from ensdistill.conformal import calibration_half, label_scores, lac_scores, threshold
+from ensdistill.files import reading
 from ensdistill.predictions import PREDICTIONS, Mixture, Prediction, read_prediction
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ensdistill.student import Student
 
 logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
 
+FACTS = "config.json"
+"""What stands beside weights that have left their study, as `Deployment.to_json` writes it. The
+Hugging Face Hub counts downloads by a file of this name."""
 MOST_SCORES = 1000
 """Calibration scores that are taken along; of more a random choice, which is as valid."""
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """What must be known of a student beside its weights."""
+    """What must be known of a student beside its weights.
+
+    Example:
+        >>> known = Deployment(["cat", "dog"], channels=3, size=(8, 8), scores=[0.1] * 9 + [0.4])
+        >>> known.mode, known.threshold(0.8), Deployment.from_json(known.to_json()) == known
+        ('RGB', 0.9, True)
+    """
 
     classes: list[str]
     """Names of the K classes, in the order of its outputs."""
@@ -45,7 +60,7 @@ class Deployment:
     crop: int | None = None
     """Side of the centre that is cut from that square; None for all of it."""
     members: int = 1
-    """M: members of which it gives logits."""
+    """M: members of which it gives logits; samples, of a student that predicts by these."""
     prediction: Mapping[str, Any] = field(default_factory=lambda: {"prediction": "mixture"})
     """What its logits mean: the attributes of a file of predictions."""
     temperature: float | None = None
@@ -116,79 +131,155 @@ class Predictor(Protocol):
 
 
 def answers(prediction: Prediction, temperature: float) -> Answers:
-    """What stored logits (B, M, K) say."""
+    """What stored logits (B, M, K) say.
+
+    >>> said = answers(Mixture(np.log([[[0.9, 0.1], [0.5, 0.5]]])), temperature=1.0)
+    >>> said.probabilities.round(4).tolist(), said.entropy.round(4).tolist()
+    ([[0.7, 0.3]], [0.6109])
+    >>> said.mutual_information.round(4).tolist()
+    [0.1017]
+    """
     probabilities = apply_temperature(prediction.probs(), temperature)
     entropy = metrics.entropy(probabilities, "none")
-    if not isinstance(prediction, Mixture):
-        members = prediction.member_probs()
-        scaled = apply_temperature(members.reshape(-1, members.shape[-1]), temperature)
-        found = prediction.mutual_information()
-        return Answers(probabilities, scaled.reshape(members.shape), entropy, found)
-    scaled = type(prediction)(prediction.logits / temperature)
-    members = scaled.member_probs()
-    return Answers(probabilities, members, entropy, scaled.mutual_information())
+    if isinstance(prediction, Mixture):
+        scaled = Mixture(prediction.logits / temperature)
+        found = scaled.mutual_information()
+        return Answers(probabilities, scaled.member_probs(), entropy, found)
+    members = prediction.member_probs()
+    flat = apply_temperature(members.reshape(-1, members.shape[-1]), temperature)
+    found = prediction.mutual_information()
+    return Answers(probabilities, flat.reshape(members.shape), entropy, found)
 
 
-class StudentWeights:
-    """A student of a weights file, computed by PyTorch.
+def conformal_sets(probabilities: Array, limit: float) -> NDArray[np.bool_]:
+    """Which classes are in the sets of `Deployment.threshold`, (B, K): those with at least that
+    probability, and the most probable one.
+
+    >>> conformal_sets(np.array([[0.5, 0.3, 0.2], [0.4, 0.3, 0.3]]), 0.45).tolist()
+    [[True, False, False], [True, False, False]]
+    """
+    inside = probabilities >= limit
+    inside[np.arange(len(inside)), probabilities.argmax(1)] = True
+    return inside
+
+
+def joined(parts: Sequence[Answers]) -> Answers:
+    """The answers of several batches as one.
+
+    >>> said = answers(Mixture(np.zeros((2, 1, 3))), temperature=1.0)
+    >>> joined([said, said]).entropy.shape
+    (4,)
+    """
+    columns: Any = zip(*parts, strict=True)
+    each: Any = [None if it[0] is None else np.concatenate(it) for it in columns]
+    return Answers(*each)
+
+
+class TorchStudent:
+    """A student in memory, computed by PyTorch where its weights are.
 
     Args:
-        path: weights, where a study has them, or elsewhere; there classes have numbers, and no
-            temperature is known.
-        device: where it computes.
-
-    Raises:
-        InputError: as of `weights.load_student`.
+        student: trained.
+        deployment: what is known of it.
+        made: what made its weights, as their file's header says it.
+        history: of its training, as of `training.fit`; none of a student that was loaded.
     """
 
-    def __init__(self, path: str | os.PathLike[str], device: str = "cpu"):
-        from ensdistill.weights import load_student
-
-        self.student = load_student(path, device)
-        self.device = device
-        self.deployment = deployment_of(path)
+    def __init__(
+        self,
+        student: "Student",
+        deployment: Deployment,
+        made: Mapping[str, Any],
+        history: Sequence[Mapping[str, float]] = (),
+    ):
+        self.student, self.deployment = student, deployment
+        self.made, self.history = made, history
 
     def __call__(self, images: NDArray[np.uint8]) -> Answers:
         import torch
 
         from ensdistill.students import predict
 
-        logits = predict(self.student, torch.from_numpy(images).to(self.device))
+        device = next(self.student.parameters()).device
+        logits = predict(self.student, torch.from_numpy(images).to(device))
         known = self.deployment.prediction
         prediction = PREDICTIONS[known["prediction"]].stored(logits, known)
         return answers(prediction, self.deployment.temperature or 1.0)
 
 
+class StudentWeights(TorchStudent):
+    """A student of a weights file.
+
+    Args:
+        path: weights, where a study has them, or elsewhere; there classes have numbers, and no
+            temperature is known, unless the file says so itself.
+        device: where it computes.
+        network: what it is made of, if that was a module in memory.
+
+    Raises:
+        InputError: as of `weights.load_student`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        device: str = "cpu",
+        network: "nn.Module | None" = None,
+    ):
+        from ensdistill.weights import load_student, read_header
+
+        student, header = load_student(path, device, network), read_header(path)
+        made = {key: value for key, value in header.items() if key not in ("spec", "deployment")}
+        super().__init__(student, deployment_of(path), made)
+
+
 def open_student(path: str | os.PathLike[str], device: str = "cpu") -> Predictor:
-    """A student that can be asked, from a weights file or an exported one.
+    """A student that can be asked, from a weights file or, by its ending, an exported one.
+
+    `.onnx` is computed without PyTorch, on the CPU; a `.pt2` file must be trusted.
 
     Raises:
         InputError: there is no such file, or it holds no student.
     """
-    return StudentWeights(path, device)
+    from ensdistill.exported import OnnxStudent, TorchExported
+
+    ending = Path(path).suffix.lower()
+    if ending == ".onnx":
+        return OnnxStudent(path)
+    return TorchExported(path, device) if ending == ".pt2" else StudentWeights(path, device)
 
 
 def deployment_of(path: str | os.PathLike[str]) -> Deployment:
     """What is known of a student by its weights, and by the study in whose folder they lie.
 
+    Where `FACTS` that are about these weights lie beside them, they say it instead; a file that
+    `ensdistill.save` wrote says all of it itself.
+
     Raises:
-        InputError: as of `weights.read_header`, or a file of the study is damaged.
+        InputError: as of `stored_header`, or a file of the study is damaged.
     """
     from ensdistill.images import read_description
-    from ensdistill.weights import read_header
 
-    header = read_header(path)
+    header = stored_header(path)
+    if known_beside := _beside(path, header["digest"]):
+        return known_beside
     spec = header["spec"]
     architecture = spec["architecture"]
+    kept = ("study", "method", "replicate", "digest", "ensdistill", "torch")
+    origin = {key: header[key] for key in kept if key in header}
+    if "deployment" in header:
+        try:
+            return Deployment.from_json(json.dumps({**header["deployment"], "origin": origin}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: its header is not of this version ({error})") from error
     keys = {"prediction", "concentration_offset"} & header.keys()
     prediction = {"prediction": "mixture"} | {key: header[key] for key in sorted(keys)}
-    kept = ("study", "method", "replicate", "digest", "ensdistill", "torch")
     known: dict[str, Any] = {
         "classes": [str(number) for number in range(architecture["num_classes"])],
         "channels": architecture["in_channels"],
-        "members": spec["members"],
+        "members": spec.get("samples", spec["members"]),  # samples, of students that have some
         "prediction": prediction,
-        "origin": {key: header[key] for key in kept if key in header},
+        "origin": origin,
     }
     folder = study_folder(path)
     if folder is None:
@@ -208,9 +299,36 @@ def deployment_of(path: str | os.PathLike[str]) -> Deployment:
     return Deployment(**known, **calibration)
 
 
+def stored_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a weights file says of itself: as `weights.read_header`, but without reading tensors.
+
+    Raises:
+        InputError: there is no such file.
+        DamagedFile: it is damaged, or holds no weights of this package.
+    """
+    from safetensors import safe_open
+
+    with reading(path, "weights of this package"), safe_open(path, "numpy") as file:
+        header = json.loads(file.metadata()["ensdistill"])
+        return {**header, "spec": header["spec"], "digest": header["digest"]}
+
+
+def _beside(path: str | os.PathLike[str], digest: str) -> Deployment | None:
+    """The facts that lie beside weights, if they are about these weights."""
+    try:
+        found = Deployment.from_json(Path(path).with_name(FACTS).read_text(encoding="utf-8"))
+        return found if found.origin.get("digest") == digest else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # nothing, or another program's
+
+
 def study_folder(path: str | os.PathLike[str]) -> Path | None:
     """The folder of the study that weights lie in: `<study>/teachers/0/weights.safetensors` or
-    `<study>/students/kd/0/weights.safetensors`; None if they lie elsewhere."""
+    `<study>/students/kd/0/weights.safetensors`; None if they lie elsewhere.
+
+    >>> study_folder("elsewhere/weights.safetensors") is None
+    True
+    """
     for folder in Path(path).absolute().parents[2:4]:
         if (folder / "images.h5").exists():
             return folder
@@ -224,7 +342,11 @@ def _calibration(path: Path, digest: str) -> dict[str, Any]:
     if not path.exists() or read_attributes(path).get("weights") != digest:
         logger.warning("%s: no logits of these weights: no temperature is known", path)
         return {}
-    prediction, labels = read_prediction(path, "val")
+    return calibrated(*read_prediction(path, "val"))
+
+
+def calibrated(prediction: Prediction, labels: NDArray[np.int64]) -> dict[str, Any]:
+    """`temperature` and `scores` of a `Deployment`, by what a student says of validation images."""
     probs = prediction.probs()
     temperature = optimal_temperature(probs, labels)
     half = calibration_half(len(labels))

@@ -57,4 +57,4 @@ def fpr95(inside: ArrayLike, outside: ArrayLike) -> float:
 def _is_outside(inside: ArrayLike, outside: ArrayLike) -> tuple[NDArray[np.bool_], NDArray]:
     """Labels and scores as scikit-learn takes them."""
     both = np.concatenate([inside, outside])
-    return np.arange(len(both)) >= len(inside), both
+    return np.arange(len(both)) >= len(np.asarray(inside)), both

@@ -7,7 +7,7 @@ import ast
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -82,7 +82,7 @@ class _Walk:
             self.modules[name] = _module(path, path.read_text(encoding="utf-8"))
         return self.modules[name]
 
-    def follow(self, owner: "_Module", nodes: list[ast.AST]) -> None:
+    def follow(self, owner: "_Module", nodes: Sequence[ast.AST]) -> None:
         """Reach what some code of a module mentions of other modules."""
         for name in _names(nodes) & owner.imports.keys():
             source, symbol = owner.imports[name]
@@ -95,7 +95,7 @@ class _Walk:
                 part, _, last = used.rpartition(".")
                 self.reach(f"{source}.{part}" if part else source, last)
 
-    def _used_of_module(self, name: str, source: str, nodes: list[ast.AST]) -> Collection[str]:
+    def _used_of_module(self, name: str, source: str, nodes: Sequence[ast.AST]) -> Collection[str]:
         """What is named after a dot; where the module stands alone what is chosen of it, or all."""
         known = self.module(source).definitions.keys()
         parts = [part for node in nodes for part in ast.walk(node)]
@@ -118,7 +118,7 @@ class _Walk:
         if symbol in owner.imports and symbol not in owner.definitions:
             self.follow(owner, [ast.Name(symbol)])
             return
-        nodes = owner.definitions[symbol]
+        nodes: Sequence[ast.AST] = owner.definitions[symbol]
         if symbol in self.chosen:
             entries = _entries(nodes)
             nodes = [entries[key] for key in sorted(self.chosen[symbol])]
@@ -134,7 +134,7 @@ def _path(name: str) -> Path:
     return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
 
 
-def _entries(nodes: list[ast.AST]) -> dict[str, ast.AST]:
+def _entries(nodes: Sequence[Any]) -> dict[str, ast.AST]:
     """The values of a dictionary that is written out, by key."""
     (node,) = nodes
     return {
@@ -148,17 +148,18 @@ class _Module:
 
     def __init__(self, text: str):
         self.tree = _parse(text)
-        self.definitions: dict[str, list[ast.AST]] = {}
+        self.definitions: dict[str, list[ast.stmt]] = {}
         self.imports: dict[str, tuple[str, str | None]] = {}
         for node in self.tree.body:
             for name in _defined_names(node):
                 self.definitions.setdefault(name, []).append(node)
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ensdistill"):
-                for alias in node.names:
-                    inner = f"{node.module}.{alias.name}"
+        for part in ast.walk(self.tree):
+            if isinstance(part, ast.ImportFrom) and (part.module or "").startswith("ensdistill"):
+                assert part.module
+                for alias in part.names:
+                    inner = f"{part.module}.{alias.name}"
                     submodule = _path(inner).exists()
-                    source = inner if submodule else node.module
+                    source = inner if submodule else part.module
                     self.imports[alias.asname or alias.name] = (
                         source,
                         None if submodule else alias.name,
@@ -176,7 +177,7 @@ def _module(path: Path, text: str) -> _Module:
 _dump = cache(ast.dump)
 
 
-def _names(nodes: list[ast.AST]) -> set[str]:
+def _names(nodes: Sequence[ast.AST]) -> set[str]:
     """Every name that code mentions, alone or after a dot."""
     return set().union(*map(_names_in, nodes))
 
@@ -196,6 +197,7 @@ def _defined_names(node: ast.stmt) -> list[str]:
         return [node.name]
     if isinstance(node, ast.Import | ast.ImportFrom):
         return []
+    targets: Sequence[ast.AST]
     if isinstance(node, ast.Assign):
         targets = node.targets
     elif isinstance(node, ast.AnnAssign | ast.AugAssign):
@@ -212,7 +214,7 @@ def _parse(text: str) -> ast.Module:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
-            node.body = [
+            body[:] = [
                 part
                 for part in body
                 if not (

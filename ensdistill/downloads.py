@@ -170,7 +170,7 @@ def _fetch(url: str, part: Path) -> None:
             return  # nothing is missing
         response.raise_for_status()
         start = have if response.status_code == requests.codes.partial_content else 0
-        length = response.headers.get("Content-Length")
+        length = response.headers.get("Content-Length") or None
         with (
             part.open("ab" if start else "wb") as file,
             tqdm(

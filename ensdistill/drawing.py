@@ -11,12 +11,13 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import ticker
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import ListedColormap
@@ -52,7 +53,7 @@ STYLE: dict[str, Any] = {
     "figure.constrained_layout.h_pad": 0.05,
     "pdf.fonttype": 42,
 }
-styled = matplotlib.rc_context(STYLE)
+styled = matplotlib.rc_context(STYLE)  # type: ignore[arg-type]  # keys are texts
 
 # Okabe and Ito's palette without black, the ensembles', and yellow, which is too light for lines.
 COLOURS = ["#56B4E9", "#CC79A7", "#009E73", "#E69F00", "#0072B2", "#D55E00"]
@@ -77,6 +78,11 @@ def save(figure: Figure, paths: Iterable[str | os.PathLike[str]]) -> None:
     for path in paths:
         with atomic(path) as temporary:
             figure.savefig(temporary, dpi=300, metadata=undated[temporary.suffix])
+
+
+def by_system(frame: pd.DataFrame, column: str) -> dict[str, pd.DataFrame]:
+    """The rows of each system, or whatever else a column names, in their order."""
+    return {str(name): group for name, group in frame.groupby(column, sort=False)}
 
 
 def is_method(system: str) -> bool:
@@ -140,7 +146,7 @@ def grid_of_panels(
     cols: int,
     height: float,
     beside: int = 0,
-    layout: str = "constrained",
+    layout: Literal["constrained", "compressed"] = "constrained",
 ) -> tuple[Figure, list[Axes]]:
     """A figure with a grid of panels, rows `height` inches high, and empty columns beside it."""
     panels = list(zip(titles, subtitles, strict=True))
@@ -208,13 +214,13 @@ def rows_of_bins(
     for row, group in enumerate(groups.values()):
         share = group["count"] / group["count"].sum()
         group, share = group[share > 0], share[share > 0]
-        edge = {"edgecolor": GREY, "lw": 0.3, "clip_on": False, "zorder": 3}
+        edge: Any = {"edgecolor": GREY, "lw": 0.3, "clip_on": False, "zorder": 3}
         size = dot_diameter(share) ** 2
         dots = bins.scatter(group[place], [row] * len(group), size, group[value], **edge, **colours)
         mean.plot(group[overall].iloc[0], row, "o", color=INK, ms=4)
     bins.set(xlim=(0, 1), xlabel="Confidence")
     mean.set_xlim(left=0)
-    bar = {"location": "bottom", "aspect": 50, "shrink": 0.8, "pad": 0.01}
+    bar: Any = {"location": "bottom", "aspect": 50, "shrink": 0.8, "pad": 0.01}
     figure.colorbar(dots, ax=bins, label=titles[0], **bar)
     add_legend(figure, legend_of_shares())
     return figure
@@ -223,7 +229,7 @@ def rows_of_bins(
 def legend_of_shares() -> list[Line2D]:
     """What sizes of dots mean."""
     shares = {"≤ 0.1 %": 1e-3, "1 %": 1e-2, "10 %": 1e-1, "100 % of images in the bin": 1}
-    dot = {"ls": "", "marker": "o", "color": GREY, "mec": "white", "mew": 0.4}
+    dot: Any = {"ls": "", "marker": "o", "color": GREY, "mec": "white", "mew": 0.4}
     return [Line2D([], [], ms=dot_diameter(share), label=x, **dot) for x, share in shares.items()]
 
 
@@ -267,7 +273,7 @@ def replicates_of(table: pd.DataFrame) -> str:
     return ", ".join(ensembles + students)
 
 
-def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+def add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
     """Above the panels, in as many columns as there is room for (in characters), at most 4."""
     for cols in range(min(len(handles), 4), 0, -1):
         columns = np.array_split([len(str(handle.get_label())) for handle in handles], cols)

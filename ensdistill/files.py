@@ -224,6 +224,7 @@ def _write_blocks(file: h5py.File, name: str, array: Blocks, form: Mapping[str, 
             written = file.create_dataset(name, **facts, **form)
         written[start : start + len(part)] = part
         start += len(part)
+    assert written is not None, "there is always a part"
     written.resize(start, 0)
 
 

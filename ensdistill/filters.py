@@ -2,12 +2,13 @@
 
 import math
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-Images = NDArray[np.float32]
+Images = NDArray[np.floating[Any]]
 Generator = np.random.Generator
 
 

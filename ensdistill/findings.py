@@ -398,7 +398,9 @@ def _both_nll(temperature: float, prediction: Prediction, labels: Labels) -> lis
 
 
 def _add(systems: Systems, label: str, paths: Sequence[str], weights: Weights) -> None:
-    on_validation, on_test, scaled = [], [], []
+    on_validation: list[float] = []
+    on_test: list[Array] = []
+    scaled: list[Array] = []
     for path in paths:
         validation, known = read_prediction(path, "val")
         on_validation.append(_nll(validation, known).mean())

@@ -13,7 +13,7 @@ the best: expect little more than its backbone has.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,12 +157,14 @@ class FlowNetwork(nn.Module):
         noise: h₀ of the S samples that make a prediction, (S, K), drawn once.
     """
 
+    noise: Tensor
+
     def __init__(self, architecture: Mapping[str, Any], width: int, samples: int):
         super().__init__()
         num_classes = architecture["num_classes"]
         self.backbone = build_network(**architecture)
-        self.last = self.backbone.last
-        features = self.backbone.get_submodule(self.last).in_features
+        self.last: str = cast(Any, self.backbone).last
+        features = cast(nn.Linear, self.backbone.get_submodule(self.last)).in_features
         replace(self.backbone, self.last, nn.Identity())
         self.backbone.requires_grad_(False).eval()
         self.velocity = VelocityNetwork(features, num_classes, width)
@@ -209,6 +211,7 @@ class FlowMatching(Student):
         members: S.
     """
 
+    network: FlowNetwork
     rows = 1
 
     def __init__(

@@ -128,7 +128,7 @@ class ImageFolder(OwnImages):
         for entry in (entry for source in sources for entry in entries(source)):
             if not entry.parts or any(map(is_hidden, entry.parts)) or entry.kind != "file":
                 continue
-            if self._of_image(entry) == "read":
+            if treatment_of(entry) == "read":
                 folders = entry.parts[:-1]
                 pairs = zip(folders if common is None else common, folders, strict=False)
                 common = tuple(one for one, _ in takewhile(lambda it: it[0] == it[1], pairs))
@@ -140,7 +140,7 @@ class ImageFolder(OwnImages):
         if not entry.parts or any(map(is_hidden, entry.parts)):
             return "", "", "hidden" if entry.parts else ""
         if self._everything:
-            return "test", "", "" if folder else self._of_image(entry)
+            return "test", "", "" if folder else treatment_of(entry)
         found = self._split(entry)
         if found is None:
             packed = entry.parts[-1].lower().endswith(PACKED)
@@ -152,7 +152,7 @@ class ImageFolder(OwnImages):
             return "", "", ""
         if entry.kind == "link" and len(inner) < 2:
             return split, "", "read"  # would be a split or a class
-        treatment = self._of_image(entry)
+        treatment = treatment_of(entry)
         if treatment == "read" and self.labelled and len(inner) != 2:
             treatment = "deeper" if inner[1:] else "classless"
         if treatment == "read" and entry.kind == "file":
@@ -171,22 +171,6 @@ class ImageFolder(OwnImages):
         if at is None or not (self.labelled or entry.parts[at] == "test"):
             return None
         return entry.parts[at], entry.parts[:at], entry.parts[at + 1 :]
-
-    def _of_image(self, entry: Entry) -> str:
-        """The treatment of what is where images are."""
-        name = entry.parts[-1].lower()
-        ending = _ending(name)
-        image = ending in _readable() or not ending
-        if entry.kind != "file":
-            return "others" if not image else "read" if entry.kind == "link" else "special"
-        if name.endswith(PACKED):
-            return "archives"
-        if ending in _readable():
-            return "read"
-        if ending in UNREAD:
-            return "formats"
-        looks = _looks_like(entry.read(32))
-        return "endings" if looks == "read" and ending else looks
 
     def _note_place(self, entry: Entry, split: str, above: tuple[str, ...]) -> None:
         """Refuse a split that is in two places of one folder or archive."""
@@ -251,6 +235,23 @@ class ImageFolder(OwnImages):
             if kind != "read" and self.counts[kind]
         ]
         return f"; skipped: {', '.join(said)}" if said else ""
+
+
+def treatment_of(entry: Entry) -> str:
+    """The key of `TREATMENTS` of what is where images are; `read` also of a link to an image."""
+    name = entry.parts[-1].lower()
+    ending = _ending(name)
+    image = ending in _readable() or not ending
+    if entry.kind != "file":
+        return "others" if not image else "read" if entry.kind == "link" else "special"
+    if name.endswith(PACKED):
+        return "archives"
+    if ending in _readable():
+        return "read"
+    if ending in UNREAD:
+        return "formats"
+    looks = _looks_like(entry.read(32))
+    return "endings" if looks == "read" and ending else looks
 
 
 def _sources(root: Path) -> list[Path]:

@@ -33,6 +33,8 @@ class LatentFactorNetwork(nn.Module):
         noise: Z_s of the S samples that make a prediction, (S, K, q), drawn once.
     """
 
+    noise: Tensor
+
     def __init__(self, architecture: Mapping[str, Any], rank: int, samples: int):
         super().__init__()
         num_classes = architecture["num_classes"]
@@ -174,6 +176,7 @@ class GaussianLogits(Student):
         latents: Z_i of the M teachers in the first phase of the training, (M, K, q).
     """
 
+    network: LatentFactorNetwork
     rows = 1
 
     def __init__(

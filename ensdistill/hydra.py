@@ -5,7 +5,7 @@ Tran et al., "Hydra: Preserving Ensemble Diversity for Model Distillation" (arXi
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ def split(network: nn.Module, cut: str) -> tuple[nn.Module, nn.Module]:
     """
     if isinstance(network, LibraryNetwork):
         return _split_library(network, cut)
+    return _split_own(cast(ResidualNetwork, network), cut)
+
+
+def _split_own(network: ResidualNetwork, cut: str) -> tuple[nn.Module, nn.Module]:
     count = len(network.blocks)
     cuts = {"stage": count - network.blocks_per_stage, "linear": count}
     cuts |= {f"blocks.{place}": place for place in range(1, count)}
@@ -39,7 +43,9 @@ def split(network: nn.Module, cut: str) -> tuple[nn.Module, nn.Module]:
             f"a network is cut before its last 'stage' or 'linear' layer, not {cut!r}; or before a "
             f"block, blocks.1 … blocks.{count - 1}"
         )
-    body, head = network, copy.deepcopy(network)
+    # Parts of a network that are taken away are None.
+    body: Any = network
+    head: Any = copy.deepcopy(network)
     blocks = cuts[cut]
     head.normalize = head.stem = head.stem_norm = None
     head.blocks, body.blocks = head.blocks[blocks:], body.blocks[:blocks]
@@ -110,6 +116,8 @@ class Hydra(Student):
         cut: see `split`.
         together: share of the training after which all heads learn, 0 … 1.
     """
+
+    network: HydraNetwork
 
     def __init__(
         self,

@@ -101,7 +101,7 @@ class ImageTable(OwnImages):
         return sorted(there, key=int) if all(it.isdecimal() for it in there) else there
 
     def _split(self, row: int) -> str:
-        said = self.table.splits[row]
+        said = (self.table.splits or [])[row]
         split = SPELLINGS.get(said.strip().lower())
         if split is None:
             what = f"the split {said!r} is unknown" if said.strip() else "the split is empty"
@@ -109,7 +109,7 @@ class ImageTable(OwnImages):
         return split
 
     def _label(self, row: int) -> str:
-        label = self.table.labels[row]
+        label = (self.table.labels or [])[row]
         if not label.strip():
             raise InputError(f"{self.table.place(row)}: the label is empty")
         return label
@@ -117,7 +117,7 @@ class ImageTable(OwnImages):
     def _check_groups(self, splits: Sequence[str]) -> None:
         """Refuse a group that is in two splits, or an image without group."""
         first: dict[str, int] = {}
-        for row, group in enumerate(self.table.groups):
+        for row, group in enumerate(self.table.groups or []):
             if not group.strip():
                 raise InputError(f"{self.table.place(row)}: the group is empty")
             before = first.setdefault(group, row)

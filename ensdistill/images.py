@@ -79,11 +79,11 @@ def write_images(
     """
     data = read_source(source, seed=seed, test=test, **options)
     splits = _split(data, source, train, validation, test, seed, held_out or 0)
-    crop = data.evaluation and data.evaluation["crop"]
+    crop = data.evaluation["crop"] if data.evaluation else None
     crops = {"val": crop, "test": crop, "held_out": None, "train": None}
     encoded = _are_encoded(output, data, splits, crops)
     counts = np.zeros((256, data.train[0].shape[1]), np.int64)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for split, (images, places, labels) in splits.items():
         add = partial(_count_values, counts) if split == "train" else None
         arrays |= _stored(split, images, places, crops[split], encoded, add)
@@ -128,9 +128,10 @@ def _split(
     needed = {"for validation": 0 if given else validation, "held out": held_out}
     if sum(needed.values()) + (train or classes) > count:
         aside = ", ".join(f"{number} {what}" for what, number in needed.items() if number)
-        wanted = f"{aside}{aside and ' and '}{train or classes} for training"
-        raise InputError(f"source {source!r} has {count} training images, fewer than {wanted}")
-    left, splits = np.arange(count), {}
+        more = f"{aside}{aside and ' and '}{train or classes} for training"
+        raise InputError(f"source {source!r} has {count} training images, fewer than {more}")
+    left = np.arange(count)
+    splits: dict[str, Chosen] = {}
 
     def take(what: str, name: str, wanted: int) -> None:
         nonlocal left
@@ -139,7 +140,7 @@ def _split(
         splits[what] = images, left[chosen], labels[left[chosen]]
         left = left[~chosen]
 
-    if given:
+    if data.validation is not None:
         pictures, known = data.validation
         wanted = min(validation, len(known))
         splits["val"] = _subset(pictures, known, wanted, seed, "validation", data.classes)
@@ -274,6 +275,17 @@ def _subset(
     if count is not None and count != len(labels):
         places = np.flatnonzero(stratified(labels, count, seed, what, classes, rest=False))
     return images, places, labels[places]
+
+
+def pixel_statistics(images: NDArray[np.uint8]) -> dict[str, list[float]]:
+    """`mean` and `std` of each channel of images (N, C, H, W), in [0, 1], as images.h5 has them.
+
+    >>> pixel_statistics(np.array([[[[0, 255]]]], np.uint8))
+    {'mean': [0.5], 'std': [0.5]}
+    """
+    counts = np.zeros((256, images.shape[1]), np.int64)
+    _count_values(counts, images)
+    return _mean_and_std(counts)
 
 
 def _mean_and_std(counts: NDArray[np.int64]) -> dict[str, list[float]]:

@@ -10,13 +10,13 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ensdistill.batch_ensemble import BatchEnsembleLayer
-from ensdistill.convert import member
+from ensdistill.batch_ensemble import BatchEnsembleConv2d, BatchEnsembleLayer, outer, subsample
+from ensdistill.convert import BatchEnsembleMap, member
 from ensdistill.gaussian_logits import GaussianLogits, LatentFactorNetwork
 from ensdistill.graphs import replace
 from ensdistill.hydra import Hydra, HydraNetwork, split
@@ -78,8 +78,9 @@ class SharedWeights(nn.Module):
     def __init__(self, network: nn.Module, members: int, stem: nn.Module | None):
         super().__init__()
         for module, layer, norm in norms_to_fold(network):
-            _fold_into_factors(module.get_submodule(layer), module.get_submodule(norm))
-            replace(module, norm, without_norm(module.get_submodule(norm)))
+            statistics = cast(nn.BatchNorm2d, module.get_submodule(norm))
+            _fold_into_factors(cast(BatchEnsembleLayer, module.get_submodule(layer)), statistics)
+            replace(module, norm, without_norm(statistics))
         self.members, self.network = members, network
         self.repeats = members if stem is None else 1
         if stem is not None:
@@ -88,6 +89,61 @@ class SharedWeights(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.repeat(self.repeats, 1, 1, 1) if self.repeats > 1 else x
         return self.network(rows).unflatten(0, (self.members, len(x)))
+
+
+class MemberByMember(nn.Module):
+    """A BatchEnsemble of one weight whose members are computed one after the other.
+
+    Whoever can multiply constants before the first image, such as ONNX Runtime, has M plain
+    networks; normalisations are in the factors, as in `SharedWeights`.
+
+    Args:
+        network: of a `BatchEnsemble`, in eval mode; it is changed.
+        members: M.
+    """
+
+    def __init__(self, network: nn.Module, members: int):
+        super().__init__()
+        self.network = SharedWeights(network, members, None).network
+        self.members = members
+        made: dict[nn.Module, _OfMember] = {}
+        for name, layer in list(network.named_modules(remove_duplicate=False)):
+            if isinstance(layer, BatchEnsembleLayer | BatchEnsembleMap):
+                replace(network, name, made.setdefault(layer, _OfMember(layer)))
+        self.layers = list(made.values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = []
+        for j in range(self.members):
+            for layer in self.layers:
+                layer.member = j
+            logits.append(self.network(x))
+        return torch.stack(logits)
+
+
+class _OfMember(nn.Module):
+    """A layer of a BatchEnsemble as one of its members has it, of B rows."""
+
+    def __init__(self, layer: BatchEnsembleLayer | BatchEnsembleMap):
+        super().__init__()
+        self.layer, self.member = layer, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, j = self.layer, self.member
+        bias = None if layer.bias is None else layer.bias[j]
+        if isinstance(layer, BatchEnsembleLayer):
+            if isinstance(layer, BatchEnsembleConv2d) and layer.subsamples:
+                x = subsample(x, layer.stride[0])
+            # Products of float16 are left to every call by ONNX Runtime.
+            weight, r, s = (it.float() for it in (layer.weight, layer.r[j], layer.s[j]))
+            weight = weight * outer(s, r, layer.groups, weight.ndim)
+            return layer._map(x, weight.to(x.dtype), bias)
+
+        def of_channels(factors: Tensor) -> Tensor:
+            return factors if layer.channels_last else factors.view(-1, *[1] * (x.ndim - 2))
+
+        out = layer.inner(x * of_channels(layer.r[j])) * of_channels(layer.s[j])
+        return out if bias is None else out + of_channels(bias)
 
 
 class _StemOfRows(nn.Module):
@@ -113,11 +169,11 @@ class HeadsSideBySide(nn.Module):
     def __init__(self, network: HydraNetwork, architecture: Mapping[str, Any]):
         super().__init__()
         self.members, self.body = len(network.heads), network.body
-        first = len(network.body.blocks)
-        cut = f"blocks.{first}" if len(network.heads[0].blocks) else "linear"
+        first, behind = (len(cast(Any, it).blocks) for it in (network.body, network.heads[0]))
+        cut = f"blocks.{first}" if behind else "linear"
         with torch.device("meta"):
             head = split(_wide(architecture, self.members), cut)[1]
-        self.heads = _filled_beside(head, network.heads)
+        self.heads = _filled_beside(head, [*network.heads])
 
     def forward(self, x: Tensor) -> Tensor:
         return _by_member(self.heads(self.body(x).repeat(1, self.members, 1, 1)), self.members)
@@ -125,6 +181,8 @@ class HeadsSideBySide(nn.Module):
 
 class Sampled(nn.Module):
     """μ + L Z_s φ of a `LatentFactorNetwork` with L Z_s multiplied once: S·K·q multiplications."""
+
+    directions: Tensor
 
     def __init__(self, network: LatentFactorNetwork):
         super().__init__()
@@ -150,7 +208,7 @@ def inference_forms(student: Student) -> list[nn.Module]:
         networks = [fold_batch_norms(member(student.network, j)) for j in range(student.members)]
         forms = ensemble_forms(networks, architecture)
         beside = [form.network.stem for form in forms if isinstance(form, SideBySide)]
-        stem = copy.deepcopy(beside[0]) if beside else None
+        stem = cast(nn.Module, copy.deepcopy(beside[0])) if beside else None
         forms.append(SharedWeights(student.network, student.members, stem))
     else:
         fold_batch_norms(student.network)
@@ -232,6 +290,8 @@ def _filled_beside(wide: nn.Module, networks: Sequence[nn.Module]) -> nn.Module:
 
 @torch.no_grad()
 def _fold_into_factors(layer: BatchEnsembleLayer, norm: nn.BatchNorm2d) -> None:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     gain, shift = (1, 0) if norm.weight is None else (norm.weight, norm.bias)
     scale = gain * (norm.running_var + norm.eps).rsqrt()
     bias = 0 if layer.bias is None else layer.bias

@@ -68,7 +68,8 @@ def job(snakemake: Any) -> Iterator[None]:
     except Interrupted as interruption:
         for number in ENDINGS:
             signal.signal(number, signal.SIG_IGN)
-        sentence, status = str(interruption), 128 + interruption.number
+        sentence: str | None = str(interruption)
+        status = 128 + interruption.number
     except DamagedFile as error:
         sentence = f"{error}; {_set_aside(error.path)}"
     except Exception as error:

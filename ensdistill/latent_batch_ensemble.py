@@ -12,6 +12,7 @@ The parameters are the deviations dr = r − 1 and ds = s − 1, so weight decay
 """
 
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from ensdistill.batch_ensemble import (
     BatchEnsembleConv2d,
     BatchEnsembleLayer,
     BatchEnsembleLinear,
+    Plain,
     outer,
 )
 from ensdistill.convert import to_batch_ensemble
@@ -38,19 +40,21 @@ class LatentLayer(BatchEnsembleLayer):
         nn.init.zeros_(self.dr)
         nn.init.zeros_(self.ds)
 
-    def take_over(self, plain: nn.Module, *_: object) -> None:
+    def take_over(self, plain: Plain, *_: object) -> None:
         """As of `BatchEnsembleLayer`; all members begin as the ordinary layer."""
         members, (out_features, in_features) = self.ensemble_size, plain.weight.shape[:2]
-        self.weight, self.bias = plain.weight, plain.bias
+        self.weight = cast(nn.Parameter, plain.weight)
+        self.bias = cast(nn.Parameter | None, plain.bias)
         self.dr = nn.Parameter(plain.weight.new_zeros(members, self.groups * in_features))
         self.ds = nn.Parameter(plain.weight.new_zeros(members, out_features))
 
+    # Parameters of other layers are computed here.
     @property
-    def r(self) -> Tensor:
+    def r(self) -> Tensor:  # type: ignore[override]
         return 1 + self.dr
 
     @property
-    def s(self) -> Tensor:
+    def s(self) -> Tensor:  # type: ignore[override]
         return 1 + self.ds
 
     def _biases(self) -> Tensor | None:

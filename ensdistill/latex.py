@@ -64,7 +64,7 @@ def latex(text: str) -> str:
 def _character(one: str) -> str:
     if one in CHARACTERS or one.isascii():
         return CHARACTERS.get(one, one)
-    letter, *marks = unicodedata.normalize("NFD", one)
+    letter, *marks = [*unicodedata.normalize("NFD", one)]
     if len(marks) == 1 and letter.isascii() and marks[0] in ACCENTS:
         return rf"\{ACCENTS[marks[0]]}{{{letter}}}"
     return rf"{UNICODE_ENGINE} {one}\else U+{ord(one):04X}\fi{{}}"

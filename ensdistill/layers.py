@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ def plain_layers() -> Layers:
 class Normalize(nn.Module):
     """(x − mean) / std per channel, so that everything outside a network is in pixel units."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
@@ -63,7 +66,9 @@ def in_float32(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 class WithoutRandomNumbers(TorchFunctionMode):
     """Leaves out initialisation, which tensors without storage would answer by a long import."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if function.__name__.endswith(("normal_", "uniform_")):  # of tensors and of torch.nn.init
             return args[0] if args else kwargs["tensor"]

@@ -61,8 +61,9 @@ def learning(
 
     `how` are other fields of a `Learning`.
     """
-    entries = []
-    for registry, chosen in ((OBJECTIVES, objective), (PERTURBATIONS, perturbation)):
+    entries: list[Any] = []
+    registries: tuple[Mapping[str, Callable[..., Any]], ...] = (OBJECTIVES, PERTURBATIONS)
+    for registry, chosen in zip(registries, (objective, perturbation), strict=True):
         options = dict(chosen)
         entries.append(partial(registry[options.pop("name")], **options))
     return Learning(teachers, *entries, **how)
@@ -87,6 +88,7 @@ def train_step(
     Returns:
         What the history keeps, still on the device: the loss and its parts, and the accuracy [%].
     """
+    assert step.student is not None
     with autocast(step.x.device, precision):
         parts = learning.parts(step)
     optimizer.zero_grad()
@@ -108,7 +110,7 @@ def check_first_step(
     images, y = (part[:batch_size] for part in train)
     x = (images.float() / 255).contiguous(memory_format=torch.channels_last)
 
-    def loss(model: Student, x: Tensor, y: Tensor) -> Tensor:
+    def loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
         generators = torch.Generator(x.device).manual_seed(0), torch.Generator().manual_seed(0)
         step = Step(model, learning.teachers, x, y, 0.0, *generators)
         return learning.parts(step)["loss"]
@@ -145,8 +147,8 @@ def parameter_groups(student: Student, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _sgd(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
-    momentum = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-    return torch.optim.SGD(groups, **momentum, fused=True)
+    momentum, nesterov = recipe.momentum, recipe.nesterov
+    return torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov, fused=True)
 
 
 def _adamw(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -201,7 +201,37 @@ def own_network(
     return _made(body, layers, [0.0] * in_channels, [1.0] * in_channels)
 
 
-def pretrained_statistics(family: str, model: str | None, channels: int) -> dict[str, list[float]]:
+def given_network(
+    kind: str,
+    num_classes: int,
+    in_channels: int,
+    layers: Layers,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    module: nn.Module | None = None,
+) -> nn.Module:
+    """A network that is given in memory, with its weights; it stays as it is.
+
+    Args:
+        kind: the name of its class.
+        num_classes, in_channels: K and C.
+        layers: of which kind.
+        mean, std: not used; the module normalises by itself.
+        module: maps (rows, C, H, W) in [0, 1] to (rows, K).
+
+    Raises:
+        InputError: it is not there.
+    """
+    if not isinstance(module, nn.Module):  # a header of a weights file may say anything
+        raise InputError(
+            f"its network is a module of your own ({kind}), which no file of weights holds: give "
+            "it too, as in ensdistill.load(path, network=module)"
+        )
+    return _made(module, layers, [0.0] * in_channels, [1.0] * in_channels)
+
+
+def pretrained_statistics(family: str, model: str, channels: int) -> dict[str, list[float]]:
     """Mean and std of the pixels that the weights a library offers were trained on.
 
     Returns:
@@ -244,7 +274,7 @@ def _made(
     for find, kind in ((first_convolution, _StemInFloat32), (last_layer, _InFloat32)):
         if name := find(body):
             layer = body.get_submodule(name)
-            layer.__class__ = _exact(kind, type(layer))
+            layer.__class__ = _exact(kind, cast(Any, type(layer)))
     return LibraryNetwork(body, mean, std)
 
 
@@ -263,15 +293,15 @@ class _StemInFloat32(nn.Module):
 
 
 @cache
-def _exact(how: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+def _exact(how: Any, kind: Any) -> type[nn.Module]:
     return type(kind.__name__, (how, kind), {"kind": kind})
 
 
 def _replace_first_convolution(network: nn.Module, channels: int) -> None:
     """By one that takes images of other channels, with new weights."""
-    name = first_convolution(network)
-    old = network.get_submodule(name)
-    how = {"padding_mode": old.padding_mode, "bias": old.bias is not None}
+    name = first_convolution(network) or ""
+    old: Any = network.get_submodule(name)
+    how: Any = {"padding_mode": old.padding_mode, "bias": old.bias is not None}
     sizes = (channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation)
     new = nn.Conv2d(*sizes, **how)
     fan_out = old.out_channels * math.prod(old.kernel_size)
@@ -326,6 +356,8 @@ def _module(path: str) -> Any:
         if (here := str(Path.cwd())) not in sys.path:
             sys.path.append(here)
         spec = importlib.util.spec_from_file_location(name, place)
+        assert spec
+        assert spec.loader
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)

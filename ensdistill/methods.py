@@ -34,11 +34,11 @@ Label = Annotated[str, AfterValidator(_one_line)]
 def _own_objective(known: Mapping[str, Any]) -> ObjectiveOptions | None:
     """The objective of a method that names none; None if its student is not valid."""
     student = known.get("student")
-    return student and named(AnyObjective)[student.own_objective]()
+    return named(AnyObjective)[student.own_objective]() if student else None
 
 
 @cache
-def named(kind: Any) -> dict[str, type[Section]]:
+def named(kind: Any) -> dict[str, Any]:
     """The sections of an axis by their names."""
     sections = [it for it in kinds(kind) if isinstance(it, type) and issubclass(it, Section)]
     return {section.model_fields["name"].default: section for section in sections}
@@ -75,7 +75,9 @@ class Learner(Section):
         return {**self.objective.published, **self.student.published}
 
 
-def _needs(axis: str, part: Section, need: str, learner: Learner) -> str:
+def _needs(
+    axis: str, part: ObjectiveOptions | PerturbationOptions, need: str, learner: Learner
+) -> str:
     """That a part of a method needs another student."""
     example = next(name for name, it in named(AnyStudent).items() if need in it.offers)
     given = learner.student.name

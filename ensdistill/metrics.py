@@ -8,7 +8,7 @@ imported where it is used: Snakemake reads this module in every job.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -72,6 +72,10 @@ def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
     return 100 * float(np.mean(probs.argmax(1) == labels))
 
 
+@overload
+def nll(probs: ArrayLike, labels: ArrayLike, reduction: Literal["mean"] = ...) -> float: ...
+@overload
+def nll(probs: ArrayLike, labels: ArrayLike, reduction: Literal["none"]) -> Array: ...
 def nll(
     probs: ArrayLike, labels: ArrayLike, reduction: Literal["mean", "none"] = "mean"
 ) -> float | Array:
@@ -86,6 +90,10 @@ def nll(
     return _reduce(-clipped_log(probs[np.arange(len(labels)), labels]), reduction)
 
 
+@overload
+def brier(probs: ArrayLike, labels: ArrayLike, reduction: Literal["mean"] = ...) -> float: ...
+@overload
+def brier(probs: ArrayLike, labels: ArrayLike, reduction: Literal["none"]) -> Array: ...
 def brier(
     probs: ArrayLike, labels: ArrayLike, reduction: Literal["mean", "none"] = "mean"
 ) -> float | Array:
@@ -102,6 +110,10 @@ def brier(
     return _reduce(np.square(errors).sum(axis=1), reduction)
 
 
+@overload
+def entropy(probs: ArrayLike, reduction: Literal["mean"] = ...) -> float: ...
+@overload
+def entropy(probs: ArrayLike, reduction: Literal["none"]) -> Array: ...
 def entropy(probs: ArrayLike, reduction: Literal["mean", "none"] = "mean") -> float | Array:
     """Entropy of the prediction, −Σ_k p_k log p_k, in nats: 0 … log K.
 
@@ -114,6 +126,10 @@ def entropy(probs: ArrayLike, reduction: Literal["mean", "none"] = "mean") -> fl
     return _reduce(-np.sum(probs * clipped_log(probs), axis=-1), reduction)
 
 
+@overload
+def pairwise_kl(logits: ArrayLike, reduction: Literal["mean"] = ...) -> float: ...
+@overload
+def pairwise_kl(logits: ArrayLike, reduction: Literal["none"]) -> Array: ...
 def pairwise_kl(logits: ArrayLike, reduction: Literal["mean", "none"] = "mean") -> float | Array:
     """Diversity: KL(p_i ‖ p_j) averaged over the M(M−1) ordered pairs of members, in nats.
 
@@ -209,7 +225,11 @@ def deep_ensemble_equivalent(score: float, curve: Sequence[float]) -> float:
 
 
 def dee_outside(score: float, curve: Sequence[float]) -> int:
-    """−1: worse than one network; +1: better than all of the curve; 0: the DEE is exact."""
+    """−1: worse than one network; +1: better than all of the curve; 0: the DEE is exact.
+
+    >>> dee_outside(0.9, [0.8, 0.7]), dee_outside(0.75, [0.8, 0.7]), dee_outside(0.5, [0.8, 0.7])
+    (-1, 0, 1)
+    """
     return -1 if score > curve[0] else int(score < min(curve))
 
 
@@ -247,7 +267,7 @@ METRICS: dict[str, Metric] = {
         lambda it: it.surest,
         LOWER,
         meaning="expected calibration error",
-        whole=lambda pair, n_bins: ece(*pair, n_bins),
+        whole=lambda pair, n_bins: ece(pair[0], pair[1], n_bins),
     ),
     "nll_ts": Metric(
         "NLL, TS",
@@ -267,7 +287,7 @@ METRICS: dict[str, Metric] = {
         lambda it: surest(it.scaled, it.labels),
         LOWER,
         meaning="expected calibration error after scaling by T*",
-        whole=lambda pair, n_bins: ece(*pair, n_bins),
+        whole=lambda pair, n_bins: ece(pair[0], pair[1], n_bins),
     ),
     "temperature": Metric(
         "T*",
@@ -347,7 +367,7 @@ METRICS: dict[str, Metric] = {
         LOWER,
         meaning="calibration error in bins of equally many images",
         in_table=False,
-        whole=lambda pair, n_bins: adaptive_ece(*pair, n_bins),
+        whole=lambda pair, n_bins: adaptive_ece(pair[0], pair[1], n_bins),
     ),
     "smooth_ece": Metric(
         "Smooth ECE",

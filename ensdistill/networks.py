@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ensdistill.graphs import norms_behind_convolutions, replace
 from ensdistill.layers import Layers, Normalize, autocast_dtype, in_float32, plain_layers
 from ensdistill.libraries import (
     LibraryNetwork,
+    given_network,
     own_network,
     pretrained_statistics,
     timm_network,
@@ -143,7 +144,13 @@ class ResidualNetwork(nn.Module):
 
 
 def resnet(depth: int, *, width: int = 16, **options: Any) -> ResidualNetwork:
-    """A ResNet for small images, of 6n + 2 layers [He et al. 2016a, §4.2]."""
+    """A ResNet for small images, of 6n + 2 layers [He et al. 2016a, §4.2].
+
+    >>> from ensdistill.layers import plain_layers
+    >>> sizes = {"num_classes": 10, "in_channels": 1, "mean": [0.0], "std": [1.0]}
+    >>> len(resnet(20, layers=plain_layers(), **sizes).blocks)  # of two layers each
+    9
+    """
     return ResidualNetwork(
         BasicBlock,
         blocks_per_stage=depth // 6,
@@ -170,6 +177,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "timm": timm_network,
     "torchvision": torchvision_network,
     "file": own_network,
+    "module": given_network,
 }
 """Builders by family; architectures.ARCHITECTURES says how their names are written.
 
@@ -237,12 +245,18 @@ def described(architecture: Mapping[str, Any], images: Mapping[str, Any]) -> dic
     Args:
         architecture: of `studies.Study.parts`.
         images: as `read_description` returns.
+
+    Example:
+        >>> images = {"shape": (1, 8, 8), "classes": ["a", "b"], "mean": [0.3], "std": [0.4]}
+        >>> made = described({"name": "resnet8", "width": 4}, images)
+        >>> made["num_classes"], made["in_channels"], made["mean"]
+        (2, 1, [0.3])
     """
     family, given = parse_architecture(architecture["name"])
     channels = images["shape"][0]
     statistics = {key: images[key] for key in ("mean", "std")}
     if architecture.get("pretrained"):
-        statistics |= pretrained_statistics(family, given.get("model"), channels)
+        statistics |= pretrained_statistics(family, given.get("model", ""), channels)
     sizes = {"num_classes": len(images["classes"]), "in_channels": channels}
     return {**architecture, **sizes, **statistics}
 
@@ -256,10 +270,20 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
 
     Args:
         network: in eval mode; it is changed.
+
+    Example:
+        >>> network = build_network("resnet8", 10, in_channels=1, width=4).eval()
+        >>> x = torch.rand(2, 1, 8, 8)
+        >>> before = network(x)
+        >>> folded = fold_batch_norms(network)
+        >>> torch.allclose(folded(x), before, atol=1e-4)
+        True
+        >>> any(isinstance(it, nn.BatchNorm2d) for it in folded.modules())
+        False
     """
     for module, conv, norm in norms_to_fold(network):
-        statistics = module.get_submodule(norm)
-        replace(module, conv, fuse_conv_bn_eval(module.get_submodule(conv), statistics))
+        statistics: Any = module.get_submodule(norm)
+        replace(module, conv, fuse_conv_bn_eval(cast(Any, module.get_submodule(conv)), statistics))
         replace(module, norm, without_norm(statistics))
     return network.to(memory_format=torch.channels_last)
 
@@ -272,7 +296,7 @@ def norms_to_fold(network: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
             pairs = norms_behind_convolutions(module)
             others |= {*module.modules()}
         elif module not in others:
-            pairs = getattr(module, "normalized", ())
+            pairs = [*getattr(module, "normalized", ())]
         else:
             continue
         for conv, norm in pairs:

@@ -92,8 +92,9 @@ def set_float32(precision: Precision) -> None:
     torch.backends.cuda.matmul.allow_tf32 = mode == "tf32"
     torch.backends.cuda.matmul.fp32_precision = mode
     # Each by name: setting `torch.backends.fp32_precision` leaves them as they are.
-    torch.backends.cudnn.conv.fp32_precision = mode
-    torch.backends.cudnn.rnn.fp32_precision = mode
+    cudnn: Any = torch.backends.cudnn  # of which PyTorch's types lack these
+    cudnn.conv.fp32_precision = mode
+    cudnn.rnn.fp32_precision = mode
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
@@ -171,7 +172,9 @@ class _EveryOperation(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # or PyTorch would import its compiler, which takes seconds
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         reference = None
@@ -196,10 +199,12 @@ class _EveryOperation(TorchDispatchMode):
         if names and all(names):
             for tensor in tree_leaves(result):
                 if isinstance(tensor, Tensor):
-                    self.names.setdefault(_memory(tensor), names[0])
+                    self.names.setdefault(_memory(tensor), own[0])
                     self.kept.append(tensor)
 
-    def _compare(self, operation, call, inputs, result, reference) -> None:
+    def _compare(
+        self, operation: Any, call: Any, inputs: list[Tensor], result: Any, reference: Any
+    ) -> None:
         """Raise if one of the results is wrong by more than rounding can explain."""
         if reference is NotImplemented:
             self.skipped += 1
@@ -221,7 +226,7 @@ class _EveryOperation(TorchDispatchMode):
             elif norm:
                 self.largest = max(self.largest, error / norm)
 
-    def _sentence(self, operation, got: Tensor, factor: float) -> str:
+    def _sentence(self, operation: Any, got: Tensor, factor: float) -> str:
         if got.device.type == "cuda":
             library = f"cuDNN {torch.backends.cudnn.version()}"
             where = f"{torch.cuda.get_device_name(got.device)}, {library}"

@@ -5,21 +5,23 @@ An objective looks at a `Step` alone. Its options, such as α and τ, are keywor
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 from torch.distributions import Dirichlet, kl_divergence
 from torch.nn import functional as F
 
-from ensdistill.flow_matching import NOISE, flow_matching_loss, random_times
+from ensdistill.flow_matching import NOISE, FlowMatching, flow_matching_loss, random_times
 from ensdistill.gaussian_logits import (
+    GaussianLogits,
     discrepancy,
     expected_squares,
     known_squares,
     posterior,
     scaled_loss,
 )
+from ensdistill.student import Student
 from ensdistill.students import Step, teacher_logits
 
 Parts = dict[str, Tensor]
@@ -27,7 +29,11 @@ Parts = dict[str, Tensor]
 
 
 def member_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """mean over members and images of −log softmax(Ŝ_j(x))_y; logits (M, B, K), labels y (B,)."""
+    """mean over members and images of −log softmax(Ŝ_j(x))_y; logits (M, B, K), labels y (B,).
+
+    >>> member_cross_entropy(torch.zeros(3, 2, 2), torch.tensor([0, 1])).item()  # log 2
+    0.6931471824645996
+    """
     return F.cross_entropy(logits.flatten(0, 1), y.repeat(logits.shape[0]))
 
 
@@ -38,6 +44,10 @@ def distillation_loss(logits: Tensor, targets: Tensor, temperature: float) -> Te
         logits: of the student, Ŝ (M, B, K).
         targets: the teachers' probabilities at the same temperature, (M, B, K).
         temperature: τ.
+
+    >>> targets = torch.tensor([[[1.0, 0.0]]])
+    >>> distillation_loss(torch.zeros(1, 1, 2), targets, temperature=2.0).item()  # 2² · log 2
+    2.7725887298583984
     """
     log_probs = F.log_softmax(logits / temperature, -1).flatten(0, 1)
     divergence = F.kl_div(log_probs, targets.flatten(0, 1), reduction="batchmean")
@@ -46,9 +56,17 @@ def distillation_loss(logits: Tensor, targets: Tensor, temperature: float) -> Te
 
 def labels(step: Step, x_distill: Tensor) -> Parts:
     """Cross-entropy with the labels: teachers, and BatchEnsemble from scratch [Wen et al. 2020]."""
-    logits = step.student(step.x)
-    loss = member_cross_entropy(logits, step.y)
-    return {"loss": loss, "cross_entropy": loss.detach(), "accuracy": _accuracy(logits, step.y)}
+    student, y = _trained(step)
+    logits = student(step.x)
+    loss = member_cross_entropy(logits, y)
+    return {"loss": loss, "cross_entropy": loss.detach(), "accuracy": _accuracy(logits, y)}
+
+
+def _trained(step: Step) -> tuple[Student, Tensor]:
+    """The student of a step of its training, and the labels."""
+    assert step.student is not None
+    assert step.y is not None
+    return step.student, step.y
 
 
 def one_to_one(step: Step, x_distill: Tensor, *, alpha: float, temperature: float) -> Parts:
@@ -60,7 +78,7 @@ def ensemble_mean(step: Step, x_distill: Tensor, *, alpha: float, temperature: f
     """The teachers' mean probabilities teach every member [Hinton et al. 2015]."""
 
     def mean(probs: Tensor) -> Tensor:
-        return probs.mean(0).expand(step.student.members, -1, -1)
+        return probs.mean(0).expand(_trained(step)[0].members, -1, -1)
 
     return distillation(step, x_distill, mean, alpha, temperature)
 
@@ -86,16 +104,17 @@ def distillation(
         alpha: α in [0, 1].
         temperature: τ > 0.
     """
-    logits = step.student(step.x)
-    logits_distill = logits if x_distill is step.x else step.student(x_distill)
+    student, y = _trained(step)
+    logits = student(step.x)
+    logits_distill = logits if x_distill is step.x else student(x_distill)
     probs = (teacher_logits(step.teachers, x_distill) / temperature).softmax(-1)
-    from_labels = member_cross_entropy(logits, step.y)
+    from_labels = member_cross_entropy(logits, y)
     from_teachers = distillation_loss(logits_distill, targets(probs), temperature)
     return {
         "loss": (1 - alpha) * from_labels + alpha * from_teachers,
         "cross_entropy": from_labels.detach(),
         "distillation": from_teachers.detach(),
-        "accuracy": _accuracy(logits, step.y),
+        "accuracy": _accuracy(logits, y),
     }
 
 
@@ -108,7 +127,7 @@ def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
 def _accuracy_at(step: Step, x_distill: Tensor, logits: Tensor) -> Tensor:
     """Accuracy [%] at x̃ where that is x; else NaN, as the labels are of x."""
     if x_distill is step.x:
-        return _accuracy(logits, step.y)
+        return _accuracy(logits, _trained(step)[1])
     return logits.new_full((), torch.nan)
 
 
@@ -127,6 +146,10 @@ def dirichlet_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -
         logits: of the student, z (B, K).
         teacher_logits: t (M, B, K).
         temperature: τ.
+
+    >>> flat = torch.zeros(1, 3)  # Dir(1, 1, 1) has the density Γ(3) = 2 everywhere
+    >>> dirichlet_loss(flat, torch.rand(4, 1, 3), temperature=1.0).exp().item()
+    0.5
     """
     concentration = (logits.double() / temperature).exp()
     probs = (teacher_logits.double() / temperature).softmax(-1)
@@ -156,6 +179,12 @@ def proxy_dirichlet_loss(
         teacher_logits: t (M, B, K).
         temperature: τ.
         direction: reverse, which is zero-forcing, or forward.
+
+    >>> teachers = torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]]])  # whose mean is ½, ½
+    >>> near, far = torch.zeros(1, 2), torch.tensor([[3.0, 0.0]])
+    >>> losses = [proxy_dirichlet_loss(z, teachers, 1.0, "forward") for z in (near, far)]
+    >>> bool(losses[0] < losses[1])
+    True
     """
     concentration = (logits.double() / temperature).exp() + 1
     log_probs = (teacher_logits.double() / temperature).log_softmax(-1)
@@ -190,7 +219,7 @@ def proxy_dirichlet(
 
 def _of_one(step: Step, x_distill: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Parts:
     """A loss of one network's logits (B, K) and the teachers' (M, B, K), without autocast."""
-    logits = step.student(x_distill)
+    logits = _trained(step)[0](x_distill)
     value = loss(logits[0], teacher_logits(step.teachers, x_distill))
     return {"loss": value, "accuracy": _accuracy_at(step, x_distill, logits)}
 
@@ -207,17 +236,19 @@ def gaussian_likelihood(step: Step, x_distill: Tensor) -> Parts:
     parameters of the student, and MMD²(Z, N(0, I)) is added with weight 1. Neither that length nor
     the weight is published; weights from 0 to 100 made no difference on digits.
     """
-    network = step.student.network
+    student = cast(GaussianLogits, step.student)
+    network = student.network
     mean, loadings = network(x_distill)
     logits = teacher_logits(step.teachers, x_distill)
     with torch.autocast(x_distill.device.type, enabled=False):
         given = logits - logits.mean(-1, keepdim=True) - mean, loadings, network.lower
         variance = network.log_variance.exp()
+        penalty: Tensor | float = 0.0
         if step.progress < FREE_PHASE:
-            latents = step.student.latents
+            latents = student.latents
             squares, penalty = known_squares(*given, latents), discrepancy(latents)
         else:
-            squares, penalty = expected_squares(*given, posterior(*given, variance)), 0.0
+            squares = expected_squares(*given, posterior(*given, variance))
         loss = scaled_loss(squares, variance, mean.numel()) + penalty
         with torch.no_grad():
             sampled = network.sample(mean, loadings)
@@ -239,7 +270,7 @@ def flow_matching(step: Step, x_distill: Tensor) -> Parts:
 
     `accuracy` is that of the expected logits E[h₁ | x] = v(0, x, 0): one call of v, not 13 S.
     """
-    network = step.student.network
+    network = cast(FlowMatching, step.student).network
     features = network.features(x_distill)
     index = int(torch.randint(len(step.teachers), (), generator=step.host))
     (logits,) = teacher_logits([step.teachers[index]], x_distill)

@@ -5,7 +5,7 @@ operations, averages and decompositions of matrices are not.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -37,11 +37,13 @@ class Operations(TorchDispatchMode):
     gradient of the weights for one without groups.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = function(*args, **(kwargs or {}))
         kind = function._overloadpacket
         if kind is aten.convolution_backward:
@@ -63,7 +65,7 @@ def prediction_macs(form: nn.Module, x: Tensor) -> int:
         form: (B, C, H, W) → anything.
         x: two images (2, C, H, W).
     """
-    one, both = (_counted(lambda batch=x[:size]: form(batch)) for size in (1, 2))
+    one, both = (_counted(partial(form, x[:size])) for size in (1, 2))
     return both - one
 
 

@@ -83,7 +83,7 @@ class BatchEnsemble(StudentOptions):
     """Standard deviation of normal factors."""
 
 
-_LATENT = {"epochs": 200, "batch_size": 128, "learning_rate": 0.1, "momentum": 0.9}
+_LATENT: dict[str, Any] = {"epochs": 200, "batch_size": 128, "learning_rate": 0.1, "momentum": 0.9}
 _LATENT |= {"nesterov": True, "weight_decay": 5e-4, "schedule": "cosine", "warmup_epochs": 5}
 _LATENT |= {"alpha": 1.0, "temperature": 4.0}
 """Of github.com/cs-giung/distill-latentbe, whose baseline is one network."""
@@ -392,7 +392,7 @@ class ConfODS(ODS):
 
     title = "ConfODS"
 
-    name: Literal["conf_ods"] = "conf_ods"
+    name: Literal["conf_ods"] = "conf_ods"  # type: ignore[assignment]  # not ODS itself
     """Chooses this perturbation."""
 
 
@@ -402,7 +402,7 @@ class ODSEach(ODS):
     needs_teaching = MEMBERS
     title = "ODS-each"
 
-    name: Literal["ods_each"] = "ods_each"
+    name: Literal["ods_each"] = "ods_each"  # type: ignore[assignment]  # not ODS itself
     """Chooses this perturbation."""
 
     def teacher_gradients(self, members: int) -> int:

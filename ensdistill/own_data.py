@@ -82,7 +82,7 @@ def current_state(
         if not root.is_dir():
             if not root.exists():
                 return None
-            for path in [root, *_listed(root, columns)]:
+            for path in [os.fspath(root), *_listed(root, columns)]:
                 digest.update(repr(_size_and_time(path)).encode())
             count += 1
             continue

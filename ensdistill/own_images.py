@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +161,11 @@ class FileImages:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def files(self, chosen: Sequence[int]) -> Iterator[tuple[int, str, bytes]]:
+    def files(self, chosen: Iterable[int]) -> Iterator[tuple[int, str, bytes]]:
         """Number among the chosen, place and content of their files, in the order of reading."""
         yield from self.found.again({self.keys[it]: n for n, it in enumerate(chosen)})
 
-    def read(self, chosen: Sequence[int], crop: int | None = None) -> Iterator[tuple[int, Any]]:
+    def read(self, chosen: Iterable[int], crop: int | None = None) -> Iterator[tuple[int, Any]]:
         """Number among the chosen, and pixels (C, H, W), in the order of reading."""
         for number, place, content in self.files(chosen):
             yield number, self.pixels(place, content, crop)
@@ -178,7 +178,7 @@ class FileImages:
         """
         return pixels(content, resize=self.resize, crop=crop, mode=self.mode, name=place)
 
-    def lengths(self, chosen: Sequence[int]) -> list[int]:
+    def lengths(self, chosen: Iterable[int]) -> list[int]:
         """Bytes of files."""
         return [self.found.sizes[self.keys[it]] for it in chosen]
 
@@ -226,5 +226,5 @@ def own_images(
     if len(paths) > 1:
         alone = next(it for it, kind in zip(paths, kinds, strict=True) if kind)
         raise InputError(f"{alone}: must be the only path")
-    table = READERS[kinds[0]](Path(paths[0]), named, labelled)
+    table = READERS[str(kinds[0])](Path(paths[0]), named, labelled)
     return ImageTable(paths[0], table, labelled=labelled)

@@ -47,7 +47,7 @@ class Elsewhere(Section):
     def _normalises_by_both(self) -> Self:
         if (self.mean is None) != (self.std is None):
             raise ValueError("'mean' and 'std' need each other")
-        if self.mean is not None and len(self.mean) != len(self.std):
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise ValueError("'mean' and 'std' have a number per channel each")
         if self.classes and len({*self.classes}) < len(self.classes):
             raise ValueError("'classes' has a name twice")

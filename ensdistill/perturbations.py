@@ -41,6 +41,14 @@ def ods_direction(
 
     Returns:
         ε (B, C, H, W), each image of norm √D, or 0 where the gradient is 0.
+
+    Example:
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> with torch.no_grad():
+        ...     _ = network[1].weight.copy_(torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]]))
+        >>> w = torch.tensor([[1.0, 0.0]])  # to raise the first class, every pixel must grow
+        >>> ods_direction(network, torch.zeros(1, 1, 2, 2), 1.0, w).flatten().tolist()
+        [1.0, 1.0, 1.0, 1.0]
     """
     return _ods([network], x, temperature, w, generator)[0][0]
 
@@ -57,6 +65,12 @@ def conf_ods_direction(
 
     Nam et al. 2021, §3. Confident images, on which the teachers agree, move furthest.
     Arguments and shapes as `ods_direction`; each image of norm C_max·√D, or 0.
+
+    Example:
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+        >>> x = torch.zeros(1, 1, 2, 2)  # where both classes have the probability ½
+        >>> round(conf_ods_direction(network, x, 1.0).norm().item(), 4)  # ½ · √4
+        1.0
     """
     epsilon, probs = _ods([network], x, temperature, w, generator)
     return epsilon[0] * probs[0].amax(1).view(-1, 1, 1, 1)
@@ -75,7 +89,8 @@ def _ods(
     """
     # One network after the other: graphs of several at once were measured to be slower on a CPU,
     # where they do not fit the caches.
-    gradients, every = [], []
+    gradients: list[Tensor] = []
+    every = []
     for network in networks:
         leaf, logits = _answer(network, x)
         probs = (logits.detach().to(x.dtype) / temperature).softmax(1)
@@ -111,6 +126,13 @@ def tdiv_sdiv_direction(
 
     Returns:
         ε (B, C, H, W), each image of norm √D, or 0 where the gradient is 0.
+
+    Example:
+        >>> one, other = (nn.Sequential(nn.Flatten(), nn.Linear(4, 2)) for _ in range(2))
+        >>> x = torch.rand(3, 1, 2, 2)
+        >>> moved = tdiv_sdiv_direction([one, other], None, x, (0, 1))
+        >>> moved.flatten(1).norm(dim=1).round().tolist()
+        [2.0, 2.0, 2.0]
     """
     first, second = pair
     with torch.no_grad():
@@ -210,8 +232,8 @@ def tdiv_sdiv(step: Step, *, eta: float, sdiv: bool) -> Tensor:
 
     Without `sdiv`, or where no student is asked, by the teachers' part alone.
     """
-    pair = torch.randperm(len(step.teachers), generator=step.host)[:2].tolist()
-    student = step.student if sdiv else None
+    first, second = torch.randperm(len(step.teachers), generator=step.host)[:2].tolist()
+    student, pair = step.student if sdiv else None, (first, second)
     return _moved(step, eta, lambda x: tdiv_sdiv_direction(step.teachers, student, x, pair))
 
 
@@ -225,6 +247,7 @@ def mixup(step: Step, *, beta: float) -> Tensor:
 
 def held_out(step: Step) -> Tensor:
     """Images that no network was trained on, instead of x; as many as the step has of them."""
+    assert step.held_out is not None
     return step.held_out
 
 

@@ -26,6 +26,8 @@ from ensdistill import InputError
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
 """Tags of TIFF."""
+ORIENTATION = 274
+"""Tag of EXIF: from 5 on, height and width change places."""
 POINTERS = (b"version https://git-lfs", b"/annex/objects/")
 """How files of Git LFS and git-annex begin that stand for others."""
 GREY_MODES = {"1", "L", "LA", "La"}
@@ -69,6 +71,18 @@ def mode_of(name: str, data: bytes) -> str:
     if format not in FRANK or mode in ("I", "F"):
         return decode(name, data).mode
     return "L" if mode in GREY_MODES or mode.startswith("I;16") else "RGB"
+
+
+def size_of(name: str, data: bytes) -> tuple[int, int]:
+    """Its (H, W), upright, by the header.
+
+    Raises:
+        InputError: it is no picture that can be read.
+    """
+    with _opened(name, data) as opened:
+        width, height = opened.size
+        turned = opened.getexif().get(ORIENTATION, 1) >= 5
+    return (width, height) if turned else (height, width)
 
 
 def pixels(

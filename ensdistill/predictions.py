@@ -123,6 +123,11 @@ class Mixture(Prediction):
     """p̄ = mean_j softmax(logits_j): members of equal weight [Lakshminarayanan et al. 2017].
 
     A single network is a mixture of one member, and has no diversity.
+
+    Example:
+        >>> both = Mixture(np.log([[[0.9, 0.1], [0.5, 0.5]]]))
+        >>> both.probs().round(4).tolist(), both.disagreement().tolist()
+        ([[0.7, 0.3]], [0.0])
     """
 
     @classmethod
@@ -177,6 +182,11 @@ class Dirichlet(Prediction):
 
     All is computed from log α in float64 and is exact for logits of any finite size, but that the
     diversity takes a log α below −700 as −700: as α → 0 it grows without bound.
+
+    Example:
+        >>> one = Dirichlet(np.log([[[2.0, 6.0]]]))  # Dir(2, 6)
+        >>> one.probs().round(4).tolist(), one.diversity().round(4).tolist()  # (K − 1)/α₀
+        ([[0.25, 0.75]], [0.125])
     """
 
     def __init__(self, logits: ArrayLike, offset: float = 0.0):
@@ -265,7 +275,7 @@ Apart from the classes, so that networks need no training anew if an uncertainty
 """
 
 
-def _by_block(name: str) -> Callable[["Joined"], Array | None]:
+def _by_block(name: str) -> Callable[["Joined"], Any]:
     return lambda joined: joined.per_image(lambda part: getattr(part, name)())
 
 
@@ -286,7 +296,7 @@ class Joined(Prediction):
         return images, sum(part.shape[1] for part in self.parts), classes
 
     @property
-    def logits(self) -> NDArray:
+    def logits(self) -> NDArray:  # type: ignore[override]  # read when they are asked for
         return self.per_image(lambda part: part.logits)
 
     def part(self, images: slice) -> Prediction:
@@ -405,7 +415,12 @@ def read_ensemble(paths: Sequence[str], split: str) -> tuple[Prediction, Labels]
 
 
 def join(parts: Sequence[Prediction]) -> Prediction:
-    """The deep ensemble of systems that all predict in the same way."""
+    """The deep ensemble of systems that all predict in the same way.
+
+    >>> both = join([Mixture(np.log([[[0.9, 0.1]]])), Mixture(np.log([[[0.5, 0.5]]]))])
+    >>> both.probs().round(4).tolist()
+    [[0.7, 0.3]]
+    """
     return Joined(parts)
 
 

@@ -60,7 +60,7 @@ def _of_classes(
     given: Tensor,
     network: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
-    last: str,
+    last: str | None,
 ) -> bool:
     """Whether a tensor has a row for each class, as the last layer has: some have two last layers.
 

@@ -1,6 +1,6 @@
 """Recipes: how networks are trained, as config.yaml may say it."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, Field, create_model, model_validator
 
@@ -25,6 +25,9 @@ class RandAugment(Section):
     """Their size; 30 is the largest."""
 
 
+AnyPolicy: TypeAlias = one_of(TrivialAugment, RandAugment)  # type: ignore[valid-type]  # made when it runs
+
+
 def _range(value: list[float]) -> list[float]:
     if not 0 < value[0] <= value[1]:
         raise ValueError("the least share must be above 0, and not above the largest")
@@ -45,7 +48,7 @@ class Augmentation(Section):
     ) = None
     """For photographs, instead of `crop_padding`: a part that has a random share of the image's
     area, between these two such as [0.08, 1.0], is resized to the image's size; null for none."""
-    policy: one_of(TrivialAugment, RandAugment) | None = None
+    policy: AnyPolicy | None = None
     """Operations of colour and shape after that, `trivial_augment` or `rand_augment`; null for
     none."""
 
@@ -97,8 +100,6 @@ class Recipe(Section):
 
 
 class _Changes(Section):
-    """Settings of a recipe that differ, null for the study's; or `published`."""
-
     published: bool = False
     """Whether what it does not set is that of the method's source, α and τ of the loss too; else it
     is the study's."""
@@ -109,15 +110,14 @@ class _Changes(Section):
         return {"published": True} if value == "published" else value
 
 
-RecipeChanges = create_model(
-    "RecipeChanges",
-    __base__=_Changes,
-    __doc__=_Changes.__doc__,
-    **{
-        name: (
-            Annotated[(field.annotation, Field(), *field.metadata)] | None,
-            Field(None, description=field.description),
-        )
-        for name, field in Recipe.model_fields.items()
-    },
-)
+_OR_NULL: dict[str, Any] = {
+    name: (
+        Annotated[(field.annotation, Field(), *field.metadata)] | None,
+        Field(None, description=field.description),
+    )
+    for name, field in Recipe.model_fields.items()
+}
+
+
+class RecipeChanges(create_model("_All", __base__=_Changes, **_OR_NULL)):  # type: ignore[misc]
+    """Settings of a recipe that differ, null for the study's; or `published`."""

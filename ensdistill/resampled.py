@@ -43,7 +43,8 @@ class ResampledSystems:
         seeds, errors = [], []
         for pair in replicates:
             found = _per_image(*pair)
-            errors.append(calibration_error(*found.pop("surest"), n_bins, self.weights))
+            probs, labels = found.pop("surest")
+            errors.append(calibration_error(probs, labels, n_bins, self.weights))
             seeds.append(found)
         found = {
             key: mean_of(np.stack([seed[key] for seed in seeds], axis=1), self.weights)
@@ -115,7 +116,7 @@ def calibration_error(probs: NDArray, labels: Labels, n_bins: int, weights: Weig
 def _equivalents(nll: Estimate, curve: Estimate) -> Estimate:
     """Deep Ensemble Equivalents, the curve resampled with the students."""
 
-    def dee(scores: NDArray, sizes: NDArray) -> list[float]:
+    def dee(scores: NDArray, sizes: Any) -> list[float]:
         return [deep_ensemble_equivalent(score, sizes) for score in scores]
 
     resampled = [dee(*pair) for pair in zip(nll.resampled, curve.resampled, strict=True)]

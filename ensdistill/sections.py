@@ -107,9 +107,10 @@ def as_section(value: Any) -> Any:
 
 def one_of(*sections: type[Section]) -> Any:
     """The type of an axis: one of several sections, told apart by `name`, or a name alone."""
-    union = sections[0]
+    union: Any = sections[0]
     for section in sections[1:]:
         union = union | section
-    names = Literal[tuple(section.model_fields["name"].default for section in sections)]
-    section = Annotated[union, Field(discriminator="name")]
-    return Annotated[section, BeforeValidator(as_section, json_schema_input_type=names | section)]
+    known: Any = tuple(section.model_fields["name"].default for section in sections)
+    names: Any = Literal[known]
+    one: Any = Annotated[union, Field(discriminator="name")]
+    return Annotated[one, BeforeValidator(as_section, json_schema_input_type=names | one)]

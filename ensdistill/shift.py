@@ -76,7 +76,7 @@ def write_shifted(
     if corruptions["source"] == "official":
         (archive,) = official
         checksums["corruptions"] = verify(archive)
-        corrupted = _official(archive, labels, chosen)
+        corrupted: Iterator[tuple[str, int, Any]] = _official(archive, labels, chosen)
     else:
         corrupted = _copies(test.choose(chosen), seed)
 
@@ -127,7 +127,7 @@ def _clean(chosen: StoredImages) -> NDArray[np.uint8] | Streamed:
     places = np.arange(len(chosen))
     if not _is_large(len(chosen), chosen.shape[1:]):
         return chosen.read(places)
-    parts = ((place, chosen.read([place])) for place in places)
+    parts = ((place, chosen.read([place])) for place in places.tolist())
     return Streamed(chosen.shape, lambda: parts)
 
 
@@ -143,7 +143,7 @@ def _copies(
 
     for kind in KINDS:
         for severity in SEVERITIES:
-            if large:
+            if images is None:
                 parts = partial(corrupt_parts, read, chosen.shape, kind, severity, seed)
                 yield kind, severity, Streamed(chosen.shape, parts)
             else:
@@ -225,7 +225,7 @@ def _pieces(
     """Pieces at random places, four times the size wanted where there is room, then reduced."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
-        photograph = photographs[rng.integers(len(photographs))]
+        photograph = photographs[int(rng.integers(len(photographs)))]
         scale = min(4, photograph.width / width, photograph.height / height)
         across, down = int(scale * width), int(scale * height)
         left = int(rng.integers(photograph.width - across + 1))

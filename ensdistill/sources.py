@@ -104,7 +104,8 @@ def svhn(*, archives: Sequence[str], **_: Any) -> Dataset:
             Path(links, SVHN.split_list[split][1]).symlink_to(Path(archive).resolve())
             data = SVHN(links, split)
             splits.append((data.data, data.labels))
-    return Dataset(*splits, [str(digit) for digit in range(10)], sha256)
+    train, test = splits
+    return Dataset(train, test, [str(digit) for digit in range(10)], sha256)
 
 
 def tinyimagenet(*, archives: Sequence[str], **_: Any) -> Dataset:
@@ -134,8 +135,8 @@ def tinyimagenet(*, archives: Sequence[str], **_: Any) -> Dataset:
             if wnid not in index:
                 raise InputError(f"{path}/{name}: its class {wnid!r} is not in wnids.txt")
             listing[split].append((index[wnid], len(name), name))
-        splits = [_tiny_images(archive, sorted(found)) for found in listing.values()]
-    return Dataset(*splits, classes, sha256)
+        train, test = (_tiny_images(archive, sorted(found)) for found in listing.values())
+    return Dataset(train, test, classes, sha256)
 
 
 def _tiny_images(archive: zipfile.ZipFile, listing: list[tuple[int, int, str]]) -> Split:

@@ -170,6 +170,12 @@ def build_student(
         architecture: arguments of `build_network` but `ensemble_size`.
         members: M.
         **options: of this kind of student.
+
+    Example:
+        >>> resnet = {"name": "resnet8", "width": 4, "num_classes": 10, "in_channels": 1}
+        >>> student = build_student("batch_ensemble", resnet, members=4)
+        >>> student(torch.rand(2, 1, 8, 8)).shape
+        torch.Size([4, 2, 10])
     """
     student = STUDENTS[name](architecture, members, **options)
     # Whoever builds it again has its weights.
@@ -212,6 +218,11 @@ def teacher_logits(teachers: Sequence[nn.Module], x: Tensor) -> Tensor:
     Args:
         teachers: networks that map (B, C, H, W) to (B, K).
         x: images in [0, 1]; with (M, B, C, H, W) each teacher sees its own.
+
+    Example:
+        >>> teachers = [nn.Sequential(nn.Flatten(), nn.Linear(4, 3)) for _ in range(2)]
+        >>> teacher_logits(teachers, torch.rand(5, 1, 2, 2)).shape
+        torch.Size([2, 5, 3])
     """
     with torch.no_grad():
         own = x if x.ndim == 5 else [x] * len(teachers)
@@ -221,7 +232,14 @@ def teacher_logits(teachers: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 
 def predict(student: Student, images: Tensor | StoredImages) -> NDArray[np.float32]:
-    """Logits of a student in eval mode (N, M, K); arguments and errors as of `predictions`."""
+    """Logits of a student in eval mode (N, M, K); arguments and errors as of `predictions`.
+
+    Example:
+        >>> resnet = {"name": "resnet8", "width": 4, "num_classes": 10, "in_channels": 1}
+        >>> student = build_student("single", resnet, members=1)
+        >>> predict(student, torch.zeros(3, 1, 8, 8, dtype=torch.uint8)).shape
+        (3, 1, 10)
+    """
     return torch.cat(list(predictions(student, images))).cpu().numpy()
 
 
@@ -251,5 +269,9 @@ def predictions(student: Student, images: Tensor | StoredImages) -> Iterator[Ten
 
 
 def count_parameters(module: nn.Module) -> int:
-    """The number of parameters; running statistics of batch normalisation are none."""
+    """The number of parameters; running statistics of batch normalisation are none.
+
+    >>> count_parameters(nn.Linear(3, 2))
+    8
+    """
     return sum(parameter.numel() for parameter in module.parameters())

@@ -6,7 +6,7 @@
 import json
 import re
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -51,7 +51,7 @@ class Images(Section):
     """Where images come from and how many each split has."""
 
     later: ClassVar[frozenset[str]] = frozenset({"columns", "resize"})
-    source: Literal[*SOURCES] = "digits"
+    source: Literal[*SOURCES] = "digits"  # type: ignore[valid-type]  # known when it runs
     """`digits` ships with scikit-learn, `folder` is your own data, the others are downloaded."""
     path: str | list[str] | None = None
     """For `folder`: a directory or tar/zip archives that hold train/<class>/… and
@@ -110,7 +110,7 @@ class OutOfDistribution(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_ -]*$")] = "photographs"
     """What files and figures call them; the source's name unless told."""
-    source: Literal["photographs", *SOURCES] = "photographs"
+    source: Literal["photographs", *SOURCES] = "photographs"  # type: ignore[valid-type]
     """`photographs`: pieces of the two photographs that ship with scikit-learn; else the test
     split of a source. Brought to the size and channels of the study's images."""
     path: str | list[str] | None = None
@@ -133,6 +133,7 @@ class OutOfDistribution(Section):
 
 
 PHOTOGRAPHS = [OutOfDistribution()]
+NONE_DEPLOYED: list[str] = []
 
 
 def _several(value: Any) -> Any:
@@ -179,12 +180,27 @@ class Costs(Section):
     """What all timings of the study take together, unless few of them already take longer."""
 
 
+class Deploy(Section):
+    """Which students leave the study: with a model card, and all that the Hugging Face Hub takes
+    beside it."""
+
+    methods: list[Name] = NONE_DEPLOYED
+    """Methods of whose first student there is a card when the study is made; of any other on
+    demand."""
+    export: bool = False
+    """Whether these students are exported, too: each to one ONNX file, which takes some 15 seconds
+    and `ensdistill[onnx]`."""
+
+
 class Published(Section):
     """Results that others published for the same study, shown beside ours."""
 
     source: str
     """Where they stand."""
-    scores: Annotated[dict[str, dict[Literal[*METRICS], Number]], Field(min_length=1)]
+    scores: Annotated[
+        dict[str, dict[Literal[*METRICS], Number]],  # type: ignore[valid-type]
+        Field(min_length=1),
+    ]
     """By system (DE-m or a method's label) and metric."""
 
 
@@ -205,7 +221,7 @@ TEACHER = Method(label="teacher", student="single", objective="labels")
 class Study(Section):
     """One data set, one architecture, one ensemble and the students that learn from it."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"teachers", "judge"})
+    later: ClassVar[frozenset[str]] = frozenset({"teachers", "judge", "deploy"})
 
     images: Images = Images()
     """The data."""
@@ -252,6 +268,8 @@ class Study(Section):
     """What systems cost."""
     confidence_bins: Count = 15
     """Equal-width bins of calibration errors, reliability diagrams and diversity figures."""
+    deploy: Deploy = Deploy()
+    """Which students get a model card."""
     published: Published | None = None
     """Published results, for the tables."""
     methods: Annotated[dict[Name, Method], Field(min_length=1)] = PAPERS_METHODS
@@ -315,6 +333,9 @@ class Study(Section):
         for paper in papers:
             if papers.count(paper) > 1:
                 raise ValueError(f"two of 'methods' have paper: {paper}")
+        for name in self.deploy.methods:
+            if name not in self.methods:
+                raise ValueError(f"'deploy' names the method {name!r}, which 'methods' lacks")
         self._images_and_backbones_exist()
         systems = [*labels, *(f"DE-{size}" for size in range(1, self.pool + 1))]
         for system in self.published.scores if self.published else ():
@@ -426,7 +447,9 @@ class Study(Section):
             Options by name, with the study's η and τ.
         """
         known = self.distillation.model_dump()
-        return {name: _filled(kind(), known) for name, kind in self._kinds(sized).items()}
+        return {
+            name: _filled(cast(Any, kind)(), known) for name, kind in self._kinds(sized).items()
+        }
 
     def perturbation_titles(self, sized: bool = False) -> dict[str, str]:
         """What figures call these perturbations, by name."""
@@ -440,7 +463,8 @@ class Study(Section):
             has the study's η and τ; by `<name>_single_pass` where a student passes once a step
             instead of twice.
         """
-        known, found = self.distillation.model_dump(), {}
+        known = self.distillation.model_dump()
+        found: dict[str, dict[str, str]] = {}
         for name, method in self.methods.items():
             parts, perturbation = self.parts(name), method.perturbation
             asked = {

@@ -37,7 +37,7 @@ def subsets(pool: int, size: int) -> list[tuple[int, ...]]:
     """Subsets of the pool of one size: all when they are at most 64, else 64 drawn by seed 0."""
     if math.comb(pool, size) <= MOST_SUBSETS:
         return list(combinations(range(pool), size))
-    rng, drawn = np.random.default_rng(0), set()
+    rng, drawn = np.random.default_rng(0), set[tuple[int, ...]]()
     while len(drawn) < MOST_SUBSETS:
         drawn.add(tuple(sorted(rng.choice(pool, size, replace=False).tolist())))
     return sorted(drawn)

@@ -111,7 +111,8 @@ def _chosen(
 def _table_of_paths(
     path: Path, found: Mapping[str, list[str]], place: Callable[[int], str]
 ) -> Table:
-    folder, first, missing = path.parent, {}, []
+    folder, missing = path.parent, list[int]()
+    first: dict[str, int] = {}
     files = [os.path.normpath(folder / name) for name in found["path"]]
     for row, (name, file) in enumerate(zip(found["path"], files, strict=True)):
         if not name.strip():
@@ -139,7 +140,9 @@ def _table_of_paths(
             raise InputError(f"{files[row]}: {error.strerror}") from error
 
     return Table(
-        *(found.get(role) for role in ("label", "split", "group")),
+        found.get("label"),
+        found.get("split"),
+        found.get("group"),
         names=found["path"],
         place=place,
         image=files.__getitem__,
@@ -188,7 +191,7 @@ def read_saved(path: Path, columns: Mapping[str, str], labelled: bool) -> Table:
         if isinstance(loaded, dict)
         else joined("splits"),
         joined("groups"),
-        names=joined("names"),
+        names=joined("names") or [],
         place=lambda row: where[row][0].place(where[row][1]),
         image=lambda row: where[row][0].place(where[row][1]),
         content=lambda row: where[row][0].content(where[row][1]),
@@ -235,7 +238,9 @@ def _part_of_saved(where: str, part: Any, columns: Mapping[str, str], labelled: 
         return f"{where}, row {row + 1}"
 
     return Table(
-        *(found.get(role) for role in ("label", "split", "group")),
+        found.get("label"),
+        found.get("split"),
+        found.get("group"),
         names=[f"{row:012}" for row in range(len(plain))],
         place=place,
         image=place,

@@ -80,10 +80,10 @@ def summarize(
     groups = scores.groupby("system", sort=False)
     means = groups[metrics].mean()
     spreads = groups[metrics].std().fillna(0.0).where(means.notna()).add_suffix("_std")
-    outside = groups[[column for column in scores if column.endswith("_outside")]].mean()
+    outside = groups[[column for column in scores.columns if column.endswith("_outside")]].mean()
     # Of an ensemble of different networks the subsets differ.
     parameters = groups["parameters"].mean().round().astype("Int64")
-    first = [groups.size().rename("n"), means, parameters]
+    first: list[Any] = [groups.size().rename("n"), means, parameters]
     summary = pd.concat([*first, spreads, outside], axis=1)
     if costs is not None:
         summary = summary.join(costs.set_index("system")[["passes", "macs", "ms_1", "ms_128"]])
@@ -125,6 +125,8 @@ def _rows(summary: pd.DataFrame, columns: Mapping[str, Metric] = COLUMNS) -> Ite
     students = are_students(summary)
     places = {key: ranks(summary, key) for key in columns}
     decimals = {key: published_decimals(summary, key) for key in columns}
+    kind: Literal["ensemble", "student"]
+    index: Any
     for index, row in summary.iterrows():
         cells = [(row["system"], 0), (str(row["n"]), 0)]
         cells += [(cell_text(row, key), places[key][index]) for key in columns]

@@ -7,9 +7,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -137,6 +136,7 @@ def fit(
     seed: int,
     precision: Precision,
     state: TrainingState | None = None,
+    progress: bool | None = None,
     **augmentation: Any,
 ) -> tuple[Student, list[dict[str, float]]]:
     """Train a student in place.
@@ -154,6 +154,7 @@ def fit(
         recipe: the optimiser's settings and their schedule.
         seed: of data order, augmentation and perturbations.
         state: what to go on from, and where to save; None to begin anew and save nothing.
+        progress: whether a bar of epochs is shown; None where a terminal shows it.
         **augmentation: see `Augmentation`.
 
     Returns:
@@ -171,10 +172,12 @@ def fit(
     run = Run(student, new_optimizer(student, recipe))
     if state and (saved := state.load()):
         run.load_state_dict(saved)
+    hidden = None if progress is None else not progress
     with deferred_interrupts() as interrupted:
         keep = _Keeper(state, run, interrupted)
         # disable=None: a bar on a terminal, plain lines in a log.
-        for epoch in tqdm(range(run.epoch, recipe.epochs + 1), "epoch", leave=False, disable=None):
+        epochs = range(run.epoch, recipe.epochs + 1)
+        for epoch in tqdm(epochs, "epoch", leave=False, disable=hidden):
             rate = run.set_learning_rate(recipe)
             _train_epoch(run, learning, batches, recipe, seed, precision, keep)
             row = _summary(run, len(batches), rate)
@@ -239,8 +242,8 @@ def _train_epoch(
     for number, (x, y) in enumerate(batches.epoch(generator, done), done + 1):
         own = seeds(seed, run.epoch, number, 3)
         # The global generator is for dropout and the like.
-        for draws, its_seed in zip((generator, host, torch), own, strict=True):
-            draws.manual_seed(its_seed)
+        for draw, its_seed in zip((generator, host, torch), own, strict=True):
+            cast(Any, draw).manual_seed(its_seed)
         step = Step(run.student, learning.teachers, x, y, progress, generator, host)
         measured = train_step(step, learning, run.optimizer, precision, recipe.clip_norm)
         for name, value in measured.items():
@@ -319,7 +322,7 @@ def train_student(
     logger.info("precision: %s", reason)
     torch.manual_seed(seed)
     description = read_description(images)
-    student = _new_student(parts, description).to(device)
+    student = new_student(parts, description).to(device)
     for path in backbone:
         student.start_from(load_student(path, device))
     networks = [fold_batch_norms(load_student(path, device).network) for path in teachers]
@@ -345,15 +348,41 @@ def train_student(
     same = attributes(fingerprint=fingerprint, **here)
     state = TrainingState(Path(weights).parent / "state.pt", same["digest"])
     with state.exclusive():
-        taught = _learning(networks, parts, images, device, recipe, augmentation)
+        held_out = _held_out(images, device, recipe, augmentation) if "held_out" in parts else None
+        taught = learning_of(networks, parts, held_out)
         validation = load_images(StoredImages(images, "val"), device)
         first = _first(stored, recipe["batch_size"], validation[0].shape[2:], device)
-        student.check(first[0][:2].float() / 255)
-        check_first_step(student, taught, first, recipe["batch_size"], precision)
         splits = train, validation
-        predictor, rows = fit(student, taught, *splits, Recipe(**recipe), state=state, **settings)
+        predictor, rows = check_and_fit(
+            student, taught, first, *splits, Recipe(**recipe), state=state, **settings
+        )
         write_csv(history, pd.DataFrame(rows))
         save_student(weights, predictor, made)
+
+
+def check_and_fit(
+    student: Student,
+    learning: Learning,
+    first: tuple[Tensor, Tensor],
+    train: tuple[Images, Tensor],
+    validation: tuple[Images, Tensor],
+    recipe: Recipe,
+    *,
+    precision: Precision,
+    **settings: Any,
+) -> tuple[Student, list[dict[str, float]]]:
+    """As `fit`, once a student gives what its kind promises and has right gradients.
+
+    Args:
+        first: images uint8 (B, C, H, W), B ≥ 2, of the size of validation, and labels, on the
+            student's device.
+
+    Raises:
+        InputError: it does not; see `Student.check` and `check_first_step`.
+    """
+    student.check(first[0][:2].float() / 255)
+    check_first_step(student, learning, first, recipe.batch_size, precision)
+    return fit(student, learning, train, validation, recipe, precision=precision, **settings)
 
 
 def _first(
@@ -363,34 +392,39 @@ def _first(
     centre = StoredImages(stored.path, stored.split, size)
     places = np.arange(min(count, len(centre)))
     pair = centre.read(places), centre.labels[places]
-    return tuple(torch.from_numpy(it).to(device) for it in pair)
+    first, labels = (torch.from_numpy(it).to(device) for it in pair)
+    return first, labels
 
 
-def _learning(
-    teachers: Sequence[nn.Module],
-    parts: Mapping[str, Any],
+def _held_out(
     images: str | os.PathLike[str],
     device: torch.device,
     recipe: Mapping[str, Any],
     augmentation: Mapping[str, Any],
+) -> TrainingBatches:
+    """Images on which no network is trained, augmented as training images are."""
+    pair = load_images(StoredImages(images, "held_out"), device)
+    size = StoredImages(images, "val").shape[2:]
+    return training_batches(*pair, recipe["batch_size"], size=size, **augmentation)
+
+
+def learning_of(
+    teachers: Sequence[nn.Module],
+    parts: Mapping[str, Any],
+    held_out: TrainingBatches | None = None,
 ) -> Learning:
-    """How a student of these parts learns; held-out images are augmented as training images are."""
-    held_out = None
-    if "held_out" in parts:
-        pair = load_images(StoredImages(images, "held_out"), device)
-        size = StoredImages(images, "val").shape[2:]
-        held_out = training_batches(*pair, recipe["batch_size"], size=size, **augmentation)
+    """How a student of these parts, as `studies.Study.parts` returns them, learns."""
     return learning(
         teachers,
         parts["objective"],
         parts["perturbation"],
-        probs=partial(PROBS[parts["prediction"]], attributes=parts),
+        probs=lambda logits: PROBS[parts["prediction"]](logits, parts),
         single_pass=parts.get("single_pass", False),
         held_out=held_out,
     )
 
 
-def _new_student(parts: Mapping[str, Any], images: Mapping[str, Any]) -> Student:
+def new_student(parts: Mapping[str, Any], images: Mapping[str, Any]) -> Student:
     """A student for the images that `read_description` describes."""
     architecture = described(parts["architecture"], images)
     try:

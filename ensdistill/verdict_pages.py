@@ -12,7 +12,7 @@ import pandas as pd
 from ensdistill.bootstrap import LEVEL, RESAMPLES
 from ensdistill.markup import counted, html_page, markdown, markdown_table, number, unbroken
 
-Row = Mapping[str, Any]
+Row = Mapping[str, Any] | pd.Series
 
 PERCENT = f"{100 * LEVEL:g} %"
 INTERVALS = (
@@ -164,7 +164,7 @@ def to_markdown(kind: Kind, table: pd.DataFrame, study: str) -> str:
     titles = _titles(kind)
     lines = [titles, [*[":--"] * (len(titles) - 2), "--:", "--:"]]
     for group, rows in table.groupby(kind.by, sort=False):
-        lines.append([f"**{markdown(group)}**", *[""] * (len(titles) - 1)])
+        lines.append([f"**{markdown(str(group))}**", *[""] * (len(titles) - 1)])
         for _, row in rows.iterrows():
             quantity, *others = map(markdown, _texts(kind, row))
             lines.append([quantity, *map(unbroken, others)])
@@ -178,7 +178,7 @@ def to_html(kind: Kind, table: pd.DataFrame, study: str) -> str:
     groups, titles = [], _titles(kind)
     classes = dict(zip(kind.signs, ("supported", "not-supported", "undecided"), strict=True))
     for group, rows in table.groupby(kind.by, sort=False):
-        heading = f"<th colspan={len(titles)} scope=rowgroup>{html.escape(group)}</th>"
+        heading = f"<th colspan={len(titles)} scope=rowgroup>{html.escape(str(group))}</th>"
         lines = [f"<tr>{heading}</tr>"]
         for _, row in rows.iterrows():
             cells = "".join(f"<td>{html.escape(text)}</td>" for text in _texts(kind, row))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ensdistill import InputError
 from ensdistill.architectures import LIBRARIES, parse_architecture
@@ -29,7 +29,9 @@ def save_student(
         student: made by `build_student`.
         attributes: what made the weights; the header holds them beside `spec`, the student's own.
     """
-    header = json.dumps({**attributes, "spec": student.spec}, default=str)
+    architecture = {k: v for k, v in student.spec["architecture"].items() if k != "module"}
+    spec = {**student.spec, "architecture": architecture}
+    header = json.dumps({**attributes, "spec": spec}, default=str)
     with atomic(path) as temporary:
         state = student.network.state_dict()
         tensors = {key: value.contiguous() for key, value in state.items()}
@@ -37,19 +39,31 @@ def save_student(
         save_file(tensors, temporary, metadata={"ensdistill": header})
 
 
-def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Student:
+def load_student(
+    path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    network: nn.Module | None = None,
+) -> Student:
     """A trained student (or teacher), frozen and in eval mode, rebuilt from the file alone.
+
+    Args:
+        path: the file.
+        device: where it is to be.
+        network: what its students were made of, if that was a module in memory.
 
     Raises:
         InputError: the file is missing, damaged, or holds no student of this package.
     """
     header, tensors = _read(path, device)
     try:
-        student = _unfilled(tensors, **header["spec"])
-        if _is_of_library(header["spec"]):
+        spec = header["spec"]
+        if network is not None:
+            spec = {**spec, "architecture": {**spec["architecture"], "module": network}}
+        student = _unfilled(tensors, **spec)
+        if _is_of_library(spec):
             # Its modules may hold tensors that no file has, such as the places of a window.
             with WithoutRandomNumbers():
-                student = build_student(**header["spec"])
+                student = build_student(**spec)
         student.network.load_state_dict(tensors, assign=True)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -74,7 +88,9 @@ class _Bounded(WithoutRandomNumbers):
         super().__init__()
         self.left = 100 * tensors  # up to 20 for each are needed
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.left -= 1
         if self.left < 0:
             raise ValueError("it has more tensors than are stored")

@@ -5,6 +5,7 @@ import os
 import re
 from functools import cache
 from pathlib import Path
+from urllib.parse import quote
 
 from snakemake.exceptions import WorkflowError
 
@@ -18,11 +19,16 @@ from ensdistill.own_data import known_state
 from ensdistill.predictions import PREDICTIONS
 from ensdistill.reports import results
 from ensdistill.studies import read_configuration
+from ensdistill.workflow import folder
 
 try:
     CONFIGURATION = read_configuration(config)
 except InputError as error:
     raise WorkflowError(str(error)) from None
+
+# Where a file lies: `results/…`, or below the prefix under which another workflow uses this one.
+# Snakemake does this to the inputs, outputs, logs and benchmarks of rules; all else does it here.
+placed = workflow.modifier.path_modifier.replace_prefix
 
 STUDIES = CONFIGURATION.studies
 RUN = CONFIGURATION.run
@@ -220,7 +226,7 @@ def costs_code(wildcards):
 @cache
 def first_page():
     """Parameters of the first page: what is on it, what it looks like, and its code."""
-    captions = Path(os.path.relpath(workflow.basedir), "report")  # of Snakemake's report, too
+    captions = Path(os.path.relpath(folder()), "report")  # of Snakemake's report, too
     look = [it for it in (PACKAGE / "page").iterdir() if it.suffix in (".jinja", ".css", ".js")]
     return {
         "study": on_the_page,
@@ -235,7 +241,8 @@ def on_the_page(wildcards):
     """What the first page says of a study's configuration."""
     study = STUDIES[wildcards.study]
     labels = {name: method.label for name, method in study.methods.items()}
-    return study.model_dump(exclude={"methods", "grid", "published"}) | {"methods": labels}
+    unused = {"methods", "grid", "published", "deploy"}
+    return study.model_dump(exclude=unused) | {"methods": labels}
 
 
 def judging_code(script, beside=True, **chosen):
@@ -307,7 +314,8 @@ def own_others(study):
 
 def state_of(name, section, labelled):
     """What is known of a section's own images, and where that is noted."""
-    record = f".snakemake/own_data/{name}.json"
+    place = placed(f"results/{name}.json").removeprefix("results/")
+    record = f".snakemake/own_data/{quote(place, safe=' ')}"
     columns = section.columns.model_dump() if labelled else None
     state = known_state(record, section.path, labelled=labelled, columns=columns)
     return {"record": record, "state": state}
@@ -401,13 +409,13 @@ def reported(study):
     return [
         f"results/{study}/{name}"
         for name, files in needed.items()
-        if all(os.path.exists(f"results/{study}/{file}") for file in files)
+        if all(os.path.exists(placed(f"results/{study}/{file}")) for file in files)
     ]
 
 
 def final_state(wildcards):
     """A parameter that changes with the final files of a study, whichever there are by now."""
-    files = [Path(f"results/{wildcards.study}/{name}") for name in FINAL]
+    files = [Path(placed(f"results/{wildcards.study}/{name}")) for name in FINAL]
     stats = [(str(it), it.stat().st_size, it.stat().st_mtime_ns) for it in files if it.exists()]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 

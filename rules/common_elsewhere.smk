@@ -37,7 +37,8 @@ def elsewhere_of(wildcards):
 def source_of(wildcards):
     """The file that a job's network comes from, if it was trained elsewhere."""
     elsewhere = elsewhere_of(wildcards)
-    return elsewhere.source(place_of(wildcards)) if elsewhere else []
+    # `local`: of the user's, so not below a module's prefix
+    return local(elsewhere.source(place_of(wildcards))) if elsewhere else []
 
 
 def pretrained_of(wildcards):
@@ -47,7 +48,14 @@ def pretrained_of(wildcards):
         return []
     if not os.path.exists(path):
         raise WorkflowError(f"config.yaml: {path} does not exist")
-    return path
+    return local(path)
+
+
+def given_logits(of):
+    """An input function: the user's file of logits, on the images of `logits` or `shifted`."""
+    return lambda wildcards: local(
+        getattr(STUDIES[wildcards.study].judge[wildcards.judged], of)[int(wildcards.seed)]
+    )
 
 
 def check_sources(study):
@@ -75,7 +83,7 @@ def adopting(wildcards, elsewhere):
     origin = {"study": wildcards.study, "method": name or "teacher"}
     return {
         # A file that is not there fails by this; of its input alone Snakemake says nothing.
-        "source": source_of(wildcards),
+        "source": elsewhere.source(place_of(wildcards)),
         "parts": adopted_parts(STUDIES[wildcards.study], elsewhere),
         "is_told": elsewhere.architecture is not None or not name,
         "teaches": not name,

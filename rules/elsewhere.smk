@@ -28,9 +28,7 @@ rule given:
     input:
         images="results/{study}/images.h5",
         described="results/{study}/images.h5",
-        logits=lambda wildcards: STUDIES[wildcards.study]
-        .judge[wildcards.judged]
-        .logits[int(wildcards.seed)],
+        logits=given_logits("logits"),
     output:
         "results/{study}/logits/given/{judged}/{seed}.h5",
     log:
@@ -51,9 +49,7 @@ use rule given as given_shifted with:
     input:
         images="results/{study}/shifted.h5",
         described="results/{study}/images.h5",
-        logits=lambda wildcards: STUDIES[wildcards.study]
-        .judge[wildcards.judged]
-        .shifted[int(wildcards.seed)],
+        logits=given_logits("shifted"),
     output:
         "results/{study}/logits/shifted/given/{judged}/{seed}.h5",
     log:

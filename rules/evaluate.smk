@@ -22,6 +22,7 @@ for result in RESULTS.values():
             runtime=growing(20, 0.1),
         params:
             systems=student_labels if "students" in result.reads else None,
+            result=result.name,
             settings=settings_of(result.settings),
             code=judging_code("evaluate", reports=(f"{result.name}.table",), **result.chosen),
         script:

@@ -99,6 +99,7 @@ for result in RESULTS.values():
 rule page:
     input:
         [f"results/{{study}}/{name}" for name in FINAL],
+        lambda wildcards: cards(wildcards.study),
     output:
         report(
             "results/{study}/index.html",

@@ -9,6 +9,7 @@ from filelock import FileLock
 from ensdistill.batch_ensemble import SCALED
 from tests.builders import MINE
 from tests.project import Project
+from tests.wheel import Installed, built, installed
 
 torch.set_num_threads(1)
 
@@ -51,3 +52,11 @@ def own_networks(tmp_path, monkeypatch):
     for name in {*sys.modules} - before:
         if name == "sizes" or name.startswith("ensdistill_architectures_"):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory):
+    """The package as its wheel installs it, in a folder with a space in its name."""
+    folder = tmp_path_factory.mktemp("installed package")
+    (wheel,) = built(folder / "dist", "--wheel")
+    return Installed(installed(wheel, folder / "site"))

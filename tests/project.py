@@ -35,6 +35,7 @@ TINY = {
     "corruptions": {"images": 20},
     "out_of_distribution": [{"images": 50}, {"name": "few", "images": 10}],
     "analyses": {"train_images": 100, "jacobian_images": 20},
+    "costs": {"seconds": 0.1},  # while all else waits
     "architecture": {"name": "resnet8", "width": 4},
     "members": 2,
     "pool": 3,

@@ -535,7 +535,7 @@ REACH = {
 def change(path, name):
     """Append a statement to a function or class."""
     tree = ast.parse(path.read_text())
-    (node,) = [node for node in tree.body if getattr(node, "name", None) == name]
+    *_, node = (it for it in tree.body if getattr(it, "name", None) == name)  # behind overloads
     node.body += ast.parse("changed = True").body
     path.write_text(ast.unparse(tree))
 

@@ -61,6 +61,8 @@ def test_the_image_is_made_of_files_that_exist_with_the_same_pins():
     copied = " ".join(re.findall(r"^COPY (.+) \S+$", recipe, re.MULTILINE)).split()
     assert {"constraints.txt", "pyproject.toml", "ensdistill"} <= set(copied)
     assert all((REPOSITORY / name).exists() for name in copied)
+    build = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    assert build["targets"]["wheel"]["force-include"].keys() <= set(copied)
     assert set(PROJECT["license-files"]) | {PROJECT["readme"]} <= set(copied)
     assert "--constraint constraints.txt" in recipe
 

@@ -115,8 +115,8 @@ def test_what_is_not_there_is_said_and_nothing_is_made_up(tmp_path):
         "and cost, Curve, Diversity by size)."
     )
     missing = [page.text(it) for it in page.all("p") if "missing" in it.get("class", "")]
-    assert len(missing) == 6
-    assert all("made" in text or "Not there yet" in text for text in missing)
+    assert len(missing) == 7
+    assert all(re.search("made|Not there yet|not known yet", text) for text in missing)
     assert not page.all("table")
     assert not page.all("img")
     shown = "".join(page.text(page.section(it)) for it in ("answer", "verdicts", "results"))
@@ -278,6 +278,25 @@ def test_how_it_was_made(folder):
     assert facts["Ensemble"] == "2 networks, of 3 trained"
     (command,) = page.section("making").iter("code")
     assert command.text == "snakemake --cores all results/tiny/index.html"
+
+
+def test_the_best_student_is_taken_away_and_cards_are_linked(folder):
+    (missing,) = page_of(folder).section("takeaway").iter("p")
+    assert missing.text == "The weights of the best student, KD-single, are not here."
+    said = {"device": "cpu", "precision_reason": "", "torch": "2", "ensdistill": "1"}
+    write_header(folder / "students/kd_single/0/weights.safetensors", **said)
+    for name in ("README.md", "model.onnx"):
+        (folder / "deployed/kd/1").mkdir(parents=True, exist_ok=True)
+        (folder / "deployed/kd/1" / name).touch()
+    page = page_of(folder)
+    section = page.section("takeaway")
+    (commands,) = section.iter("pre")
+    first, *others = page.text(commands).split("\n")
+    assert first.startswith("STUDENT=results/tiny/students/kd_single/0/weights.safetensors")
+    for command in ("predict", "evaluate", "export", "card"):
+        assert f"ensdistill {command}" in " ".join([first, *others])
+    links = [it.get("href") for it in section.iter("a")]
+    assert links == ["deployed/kd/1/README.md", "deployed/kd/1/model.onnx"]
 
 
 def test_labels_are_shown_as_they_are_and_never_run(tmp_path):

@@ -260,6 +260,7 @@ ROWS = {
         setting("published", value={"source": "a paper", "scores": {"KD": {"nll": 0.5}}}),
         TABLE,
     ),
+    "`deploy`": (setting("deploy", value={"methods": ["kd"]}), {"card kd 0"}),
     "a study more": (
         another_study,
         {" ".join([rule, "other", *names]) for rule, *names in map(str.split, EVERYTHING)},

@@ -11,5 +11,5 @@ with job(snakemake):
     files = dict(snakemake.input.items())
     for name in files.keys() & {"students", "shifted_students"}:
         files[name] = by_label(snakemake.params.systems, files[name])
-    table = resolve_name(f"{package.__name__}.{snakemake.rule}.table")
+    table = resolve_name(f"{package.__name__}.{snakemake.params.result}.table")
     write_csv(snakemake.output[0], table(**files, **snakemake.params.settings))

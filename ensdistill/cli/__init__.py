@@ -11,6 +11,11 @@ from typing import Annotated
 import typer
 
 from ensdistill import InputError, __version__
+from ensdistill.cli.card import card
+from ensdistill.cli.evaluate import evaluate
+from ensdistill.cli.export import export
+from ensdistill.cli.init import init
+from ensdistill.cli.predict import predict
 
 app = typer.Typer(
     name="ensdistill",
@@ -37,10 +42,31 @@ def _options(
     """Options of all subcommands."""
 
 
+app.command()(init)
+app.command()(card)
+app.command()(export)
+app.command()(predict)
+app.command()(evaluate)
+
+
 def main() -> None:
     """Run the command; what is wrong with its input is one sentence, and exit status 1."""
     try:
         app()
     except InputError as error:
-        print(f"ensdistill: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sentence = str(error)
+    except OSError as error:
+        if not error.filename:
+            raise
+        from ensdistill.files import explain
+
+        sentence = explain(error)
+    except ModuleNotFoundError as error:
+        if (error.name or "ensdistill").startswith("ensdistill"):
+            raise
+        # As of `ensdistill-predict`, which brings what predictions need alone.
+        sentence = f"{error.name} is not installed: `pip install ensdistill` brings it"
+    else:
+        return
+    print(f"ensdistill: error: {sentence}", file=sys.stderr)
+    sys.exit(1)

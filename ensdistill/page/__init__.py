@@ -1,9 +1,10 @@
 """The first page of a study: results/<study>/index.html, one file with all that a reader needs.
 
-The answer comes first, then the verdicts, cost and quality, the table, the figures, and how it was
-made. The numbers are read from the study's final files, never computed here; where one of them is
-not there yet, the page says so. What it looks like stands in index.html.jinja, style.css and
-script.js beside this file, whose contents count as code of the rule.
+The answer comes first, then the verdicts, cost and quality, the table, the figures, how the best
+student is taken away, and how all was made. The numbers are read from the study's final files,
+never computed here; where one of them is not there yet, the page says so. What it looks like stands
+in index.html.jinja, style.css and script.js beside this file, whose contents count as code of the
+rule.
 """
 
 import os
@@ -17,6 +18,7 @@ from ensdistill.page.columns import read_columns
 from ensdistill.page.figures import figures_of
 from ensdistill.page.making import architectures_of_teachers, how_it_was_made
 from ensdistill.page.numbers_table import numbers_table
+from ensdistill.page.takeaway import takeaway
 from ensdistill.page.verdicts import verdict_groups
 from ensdistill.tables import REPLICATES
 from ensdistill.verdict_pages import CLAIMS, FINDINGS
@@ -33,6 +35,7 @@ FILES = {
     "logits": "logits (N, M, K) of every network, HDF5",
     "teachers": "weights and history of every teacher",
     "students": "weights and history of every student",
+    "deployed": "model cards with all that the Hugging Face Hub takes beside them",
     "logs": "what every job said",
 }
 """What a study's folder has for readers of the page."""
@@ -69,6 +72,7 @@ def first_page(
     findings = read_columns(folder / "findings.csv", FINDINGS.columns)
     claims = read_columns(folder / "claims.csv", CLAIMS.columns)
     drawn = figures_of(folder, titles, Path(captions), job)
+    found = answers(findings, results, study["members"])
     needed = {"the results": results, "the findings": findings, "the paper's claims": claims}
     looks = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -83,7 +87,8 @@ def first_page(
         study=study,
         architectures=architectures_of_teachers(study),
         scale=SCALE,
-        answers=answers(findings, results, study["members"]),
+        answers=found,
+        takeaway=takeaway(folder, study, found),
         table=numbers_table(results),
         glance=GLANCE,
         judged=[

@@ -80,7 +80,9 @@ def answers(
     return [
         Answer(
             row["system"],
-            *(float(row[key]) for key in ("estimate", "low", "high")),
+            float(row["estimate"]),
+            float(row["low"]),
+            float(row["high"]),
             _ratio(results, row["system"], members, "parameters"),
             _ratio(results, row["system"], members, "macs"),
         )

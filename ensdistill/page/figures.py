@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ensdistill import InputError
 from ensdistill.files import reading
@@ -85,7 +86,8 @@ def caption(path: str | os.PathLike[str], job: object) -> tuple[str, str]:
     from jinja2 import Environment, StrictUndefined, TemplateError
 
     # No other file, no raw HTML; what is wrong is raised, not printed into the page.
-    settings = {"file_insertion_enabled": False, "raw_enabled": False, "_disable_config": True}
+    settings: dict[str, Any] = {"file_insertion_enabled": False, "raw_enabled": False}
+    settings["_disable_config"] = True
     settings |= {"halt_level": 2, "report_level": 5}
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -104,7 +104,9 @@ def _provenance(folder: Path, networks: list[str]) -> Facts:
         ("ensdistill", "ensdistill"), ("torch", "PyTorch")
     )}  # fmt: skip
     costs = read_columns(folder / "metrics/costs.csv", ["processor", "threads"])
-    timed = [] if costs is None else costs[["processor", "threads"]].drop_duplicates().to_numpy()
+    timed: Any = []
+    if costs is not None:
+        timed = costs[["processor", "threads"]].drop_duplicates().to_numpy()
     return {
         "Trained": "; ".join(f"{counted(count, 'network')} {how}" for how, count in trained.items())
         or "the weights, which would tell, are not here",
@@ -138,7 +140,7 @@ def _header(path: Path) -> dict[str, Any]:
 def _times(folder: Path, networks: list[str]) -> str:
     """How long training took, by Snakemake's benchmark files: seconds, and those of processors."""
     paths = [folder / "benchmarks" / f"{network}.tsv" for network in networks]
-    rows = [_benchmark(path) for path in paths if path.exists()]
+    rows = [benchmark(path) for path in paths if path.exists()]
     if not rows:
         return "not known"
     seconds = [float(row["s"]) for row in rows]
@@ -151,7 +153,8 @@ def _times(folder: Path, networks: list[str]) -> str:
     return f"{text}; {duration(cpu)} of CPU time"
 
 
-def _benchmark(path: Path) -> dict[str, str]:
+def benchmark(path: Path) -> dict[str, str]:
+    """What Snakemake noted of a job, by column; `s` are seconds."""
     with reading(path, "a benchmark of Snakemake") as file:
         heads, *lines = file.read().decode().splitlines()
         row = dict(zip(heads.split("\t"), lines[0].split("\t"), strict=True))

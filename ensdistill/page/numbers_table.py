@@ -119,6 +119,7 @@ def numbers_table(summary: "pd.DataFrame | None") -> Table | None:
     rank = {key: ranks(summary, key) for key in measured}
     decimals = {key: published_decimals(summary, key) for key in measured}
     systems = {}
+    index: Any
     for index, row in summary.iterrows():
         cells = {key: _cost(row[key], it) for key, it in costs.items()}
         cells |= {key: _measured(row, key, int(rank[key][index])) for key in measured}
@@ -131,7 +132,7 @@ def numbers_table(summary: "pd.DataFrame | None") -> Table | None:
     return Table(costs | measured, systems, source_sentence(summary))
 
 
-def _measured(row: Mapping[str, Any], key: str, rank: int) -> Cell:
+def _measured(row: "pd.Series", key: str, rank: int) -> Cell:
     text, _, spread = cell_text(row, key).partition(" ± ")
     return Cell(text, spread, None if text == ABSENT else float(row[key]), rank)
 
@@ -141,7 +142,7 @@ def _cost(value: float, column: Column) -> Cell:
 
 
 def _published(
-    row: Mapping[str, Any], decimals: Mapping[str, int]
+    row: "pd.Series", decimals: Mapping[str, int]
 ) -> Iterator[tuple[str, dict[str, str]]]:
     for title, suffix, sign in (
         ("published", "published", ""),

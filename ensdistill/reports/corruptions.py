@@ -1,6 +1,7 @@
 """Every system on corrupted copies of test images."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -78,7 +79,8 @@ def draw(frame: pd.DataFrame) -> Figure:
     for axis, key in zip(axes, panels, strict=True):
         for place, (name, style) in enumerate(styles.items()):
             shift = width * (place - (len(styles) - 1) / 2)
-            groups = dict(list(means.loc[name, key].groupby("severity")))
+            own: Any = means.loc[name, key]
+            groups = dict(list(own.groupby("severity")))
             axis.plot(shift, groups.pop(0), **style | {"ls": ""}, ms=4)
             line = {"color": style["color"], "lw": 0.6}
             median = {"color": style["color"] if style["mfc"] == "white" else "white"}
@@ -111,11 +113,13 @@ def _draw_rows(frame: pd.DataFrame) -> Figure:
     kinds = frame.groupby(["system", "severity", "kind"])[panels].mean()
     means = kinds.groupby(["severity", "system"]).mean()
     figure, axes = panels_by_system(systems, [METRICS[key].axis for key in panels], 0.2)
-    shades = {severity: SHADES(severity / 5) for severity in means.index.levels[0]}
-    dot = {"ls": "", "marker": "o", "ms": 4, "mec": INK, "mew": 0.3}
+    index: Any = means.index
+    shades = {severity: SHADES(severity / 5) for severity in index.levels[0]}
+    dot: Any = {"ls": "", "marker": "o", "ms": 4, "mec": INK, "mew": 0.3}
     for axis, key in zip(axes, panels, strict=True):
         for severity, shade in shades.items():
-            axis.plot(means.loc[severity, key][systems], range(len(systems)), color=shade, **dot)
+            own: Any = means.loc[severity, key]
+            axis.plot(own[systems], range(len(systems)), color=shade, **dot)
     axes[1].set_xscale("log")
     plain_numbers(axes[1].xaxis)
     labels = {x: f"severity {x}" if x else "the same images as they are" for x in shades}

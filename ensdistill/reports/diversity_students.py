@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ensdistill.drawing import SHADES, add_note, are_many, count_of, rows_of_bins, styled
+from ensdistill.drawing import SHADES, add_note, are_many, by_system, count_of, rows_of_bins, styled
 from ensdistill.reports.diversity_teachers import diversity_by_confidence, draw_bins
 from ensdistill.systems import Students, read_systems
 
@@ -39,7 +39,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     middles = frame.assign(middle=(frame["low"] + frame["high"]) / 2)
     colours = {"norm": Normalize(0, frame["kl"].max() or 1.0), "cmap": SHADES}
     figure = rows_of_bins(
-        dict(list(middles.groupby("name", sort=False))),
+        by_system(middles, "name"),
         ("Pairwise KL (nats), mean of a bin", "Overall mean (nats)"),
         "middle",
         "kl",

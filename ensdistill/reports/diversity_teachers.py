@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from ensdistill.drawing import (
     INK,
     SHADES,
     add_note,
+    by_system,
     columns_for,
     grid_of_panels,
     label_outer,
@@ -98,7 +100,7 @@ def draw_bins(frame: pd.DataFrame, title: str) -> Figure:
 
     `title` is the column of what the panels are called.
     """
-    groups = dict(list(frame.groupby("name", sort=False)))
+    groups = by_system(frame, "name")
     names = [group[title].iloc[0] for group in groups.values()]
     means = {name: group["mean_kl"].iloc[0] for name, group in groups.items()}
     images = {name: group["count"].sum() for name, group in groups.items()}
@@ -109,15 +111,16 @@ def draw_bins(frame: pd.DataFrame, title: str) -> Figure:
     for axis, (name, group) in zip(panels, groups.items(), strict=True):
         group = group[group["count"] > 0]
         colour = SHADES(SHARES(group["count"] / images[name]))
-        box = {"x": group["low"], "width": group["high"] - group["low"], "align": "edge"}
+        box: Any = {"x": group["low"], "width": group["high"] - group["low"], "align": "edge"}
         axis.bar(height=group["kl"], color=colour, edgecolor=INK, linewidth=0.4, **box)
         # A foot of fixed height: the bin with most images may have next to no diversity.
         axis.bar(height=0.06 * top, bottom=-0.09 * top, color=colour, **box)
         axis.set(xlim=(0, 1), ylim=(-0.1 * top, 1.05 * top), xticks=(0, 0.5, 1))
         axis.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
     label_outer(panels, cols, "Ensemble confidence", "Pairwise KL (nats)")
-    summary = figure.add_subplot(panels[0].get_gridspec()[:, -1], title="Overall mean")
-    summary.barh(range(len(groups)), means.values(), height=0.5, color=GREY)
+    grid: Any = panels[0].get_gridspec()
+    summary = figure.add_subplot(grid[:, -1], title="Overall mean")
+    summary.barh(range(len(groups)), [*means.values()], height=0.5, color=GREY)
     for row, mean in enumerate(means.values()):
         summary.text(mean, row, f" {two_digits(mean)}", va="center")
     summary.set(xlim=(0, 1.35 * (max(means.values()) or 1)), xlabel="Pairwise KL (nats)")
@@ -126,8 +129,8 @@ def draw_bins(frame: pd.DataFrame, title: str) -> Figure:
     summary.invert_yaxis()
     summary.xaxis.set_major_locator(ticker.MaxNLocator(3, steps=[1, 2, 5, 10]))
     percent = ticker.FuncFormatter(lambda share, _: f"{100 * share:g} %")
-    shade = {"location": "bottom", "aspect": 50, "shrink": 0.8, "extend": "min", "format": percent}
-    bar = figure.colorbar(ScalarMappable(SHARES, SHADES), ax=panels, **shade)
+    shade: Any = {"location": "bottom", "aspect": 50, "shrink": 0.8, "extend": "min"}
+    bar = figure.colorbar(ScalarMappable(SHARES, SHADES), ax=panels, format=percent, **shade)
     bar.set_label("Share of images in the bin (shade of bar and foot)")
     bar.minorticks_off()
     replicates = frame["n"].max()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -55,7 +56,7 @@ def draw(perturbed: str) -> Figure:
         if name in changes:
             parts[name, True] = f"difference × {factor:g}"
     figure, panels = _sheet(parts, count, ratio, 0.8 if channels == 1 else 0.4)
-    frame = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+    frame: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
     frame["aspect"] = ratio / (height / width)
     signed = frame | {"cmap": "RdBu_r", "vmin": -0.5 / factor, "vmax": 0.5 / factor}
     for (name, changed), column in panels.items():
@@ -72,7 +73,7 @@ def draw(perturbed: str) -> Figure:
             axis.spines[:].set(visible=True, color=PALE)
     note = f"η = {eta * 255:.3g}/255. KL: between the teachers, mean pairwise, in nats."
     if channels == 1:
-        place = {"location": "bottom", "aspect": 50, "shrink": 0.5, "extend": "both"}
+        place: Any = {"location": "bottom", "aspect": 50, "shrink": 0.5, "extend": "both"}
         figure.colorbar(picture, ax=figure.axes, label="Difference (pixel range 0 to 1)", **place)
     else:
         note += f" Differences are shown as 0.5 + {factor:g} × difference: grey is no change."

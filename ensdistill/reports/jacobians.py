@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ensdistill.bootstrap import image_weights, interval, mean_of
 from ensdistill.drawing import (
     add_note,
+    by_system,
     count_of,
     panels_by_system,
     replicates_of,
@@ -72,7 +73,7 @@ def draw(frame: pd.DataFrame) -> Figure:
 
     Distilling at perturbed inputs should make them agree. Nam et al. 2021, section 3.2.
     """
-    systems = dict(list(frame.groupby("system", sort=False)))
+    systems = by_system(frame, "system")
     styles = styles_of(systems)
     titles = {"error": "Relative error, lower is better", "cosine": "Cosine, higher is better"}
     figure, axes = panels_by_system(systems, titles.values(), 0.3)

@@ -15,6 +15,7 @@ from ensdistill.drawing import (
     add_legend,
     add_note,
     are_many,
+    by_system,
     count_of,
     family_of,
     plain_numbers,
@@ -61,9 +62,9 @@ def draw(frame: pd.DataFrame) -> Figure:
     Mean (line) and range (band) over a system's networks; only validated epochs are joined. Of many
     systems no bands, and one colour for a family.
     """
-    columns = dict.fromkeys([*frame, *PANELS])  # a panel without values is empty
+    columns = [*dict.fromkeys([*frame, *PANELS])]  # a panel without values is empty
     runs = frame.reindex(columns=columns).replace({"system": {"teacher": TEACHERS}})
-    systems = dict(list(runs.groupby("system", sort=False)))
+    systems = by_system(runs, "system")
     styles = {name: {"color": x["color"], "ls": x["ls"]} for name, x in styles_of(systems).items()}
     many, last = are_many(systems), runs["epoch"].max()
     named = {family_of(name) if many else name: styles[name] for name in systems}

@@ -81,12 +81,12 @@ def table(
         together = zip(replicates, *(other for _, other in others), strict=True)
         for replicate, ((own, labels), *found) in enumerate(together):
             known = {"system": system, "replicate": replicate}
-            of_own, *of_others = map(_scores, (own, *(other for other, _ in found)))
+            of_own, of_others = _scores(own), [_scores(other) for other, _ in found]
             for score in UNCERTAINTIES:
                 if of_own[score] is None:
                     continue
-                for name, others, (_, unknown) in zip(sets, of_others, found, strict=True):
-                    pair = of_own[score], others[score]
+                for name, theirs, (_, unknown) in zip(sets, of_others, found, strict=True):
+                    pair = of_own[score], theirs[score]
                     measured = {key: it.function(*pair) for key, it in DETECTION.items()}
                     images = {"n_in": len(labels), "n_out": len(unknown)}
                     rows.append({**known, "score": score, "set": name, **measured, **images})

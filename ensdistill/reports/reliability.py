@@ -1,6 +1,7 @@
 """Reliability diagrams: accuracy against confidence, by bins of confidence."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from ensdistill.drawing import (
     add_legend,
     add_note,
     are_many,
+    by_system,
     columns_for,
     count_of,
     dot_diameter,
@@ -50,7 +52,8 @@ def table(ensemble: Sequence[str], students: Students, n_bins: int) -> pd.DataFr
         probs, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
         count, confidence, correct = binned(probs, labels, n_bins)
         edges = np.arange(n_bins + 1) / n_bins
-        bins = {"name": label, "bin": range(n_bins), "low": edges[:-1], "high": edges[1:]}
+        bins: dict[str, Any] = {"name": label, "bin": range(n_bins)}
+        bins |= {"low": edges[:-1], "high": edges[1:]}
         bins |= {"count": count, "confidence": confidence, "accuracy": correct}
         bins |= {"ece": np.mean([ece(*pair, n_bins) for pair in pairs]), "n": len(pairs)}
         tables.append(pd.DataFrame(bins))
@@ -63,7 +66,7 @@ def draw(frame: pd.DataFrame) -> Figure:
 
     Stems are the gaps to perfect calibration, the diagonal. Counts are pooled over student seeds.
     """
-    groups = dict(list(frame.groupby("name", sort=False)))
+    groups = by_system(frame, "name")
     if are_many(groups):
         return _draw_rows(groups)
     styles, cols = styles_of(groups), columns_for(len(groups), 4)
@@ -71,9 +74,11 @@ def draw(frame: pd.DataFrame) -> Figure:
     subtitles = [f"ECE {first['ece']:.3f}, n = {first['n']}" for first in firsts]
     figure, axes = grid_of_panels(groups, subtitles, cols, 1.7, layout="compressed")
     for axis, (name, group) in zip(axes, groups.items(), strict=True):
-        share, style = group["count"] / group["count"].sum(), {"color": styles[name]["color"]}
+        share = group["count"] / group["count"].sum()
+        style: Any = {"color": styles[name]["color"]}
         group, share = group[share > 0], share[share > 0]
-        stem, dot = {"lw": 0.8, "clip_on": False}, {"edgecolor": "white", "lw": 0.4}
+        stem: Any = {"lw": 0.8, "clip_on": False}
+        dot: Any = {"edgecolor": "white", "lw": 0.4}
         axis.plot([0, 1], [0, 1], color=PALE, lw=0.8, zorder=0)
         axis.vlines(group["confidence"], group["confidence"], group["accuracy"], **style, **stem)
         dot |= {"s": dot_diameter(share) ** 2, "clip_on": False, "zorder": 3}

@@ -83,7 +83,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     doubts, calibration = figure.subplots(1, 2, width_ratios=(1.6, 1))
     dot: dict[str, Any] = {"marker": "o", "ms": 5, "mec": "white", "mew": 0.4}
     for (split, _), teacher in frame.groupby(["split", "teacher"], sort=False):
-        style, first = {"color": SPLITS[split]}, teacher.iloc[0]
+        style, first = {"color": SPLITS[str(split)]}, teacher.iloc[0]
         doubts.plot(100 * teacher["doubt"], 100 * teacher["share"], lw=0.8, **style)
         place = 100 * first["confidence"], first["accuracy"]
         calibration.plot(*place, clip_on=False, **dot, **style)

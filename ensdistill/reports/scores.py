@@ -1,6 +1,7 @@
 """All metrics of every system: the numbers of the results table (see `ensdistill.tables`)."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pandas as pd
 
@@ -50,19 +51,22 @@ def table(
     answers = read_answers(human[0], labels, first.shape[2]) if human else None
     for size in range(1, len(teachers) + 1):
         chosen = subsets(len(teachers), size)
-        ensembles = [
+        validation, test = (
             ([join([networks[i][0] for i in subset]) for subset in chosen], networks[0][1])
             for networks in pool.values()
-        ]
-        for subset, found in zip(chosen, measured(*ensembles, n_bins, answers), strict=True):
-            known = {"system": f"DE-{size}", "replicate": "+".join(map(str, subset))}
-            rows.append({**known, "parameters": sum(sizes[i] for i in subset), **found})
+        )
+        for subset, found in zip(chosen, measured(validation, test, n_bins, answers), strict=True):
+            known: dict[str, Any] = {
+                "system": f"DE-{size}",
+                "replicate": "+".join(map(str, subset)),
+            }
+            rows.append({**known, "parameters": sum(cast(int, sizes[i]) for i in subset), **found})
     for label, paths in students.items():
         for replicate, path in enumerate(paths):
             known = {"system": label, "replicate": str(replicate), "parameters": _parameters(path)}
             pairs = (read_prediction(path, split) for split in SPLITS)
-            alone = [([prediction], labels) for prediction, labels in pairs]
-            (found,) = measured(*alone, n_bins, answers)
+            validation, test = (([prediction], labels) for prediction, labels in pairs)
+            (found,) = measured(validation, test, n_bins, answers)
             rows.append({**known, **found})
     return _with_equivalents(pd.DataFrame(rows).astype({"parameters": "Int64"}))
 

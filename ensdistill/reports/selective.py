@@ -1,9 +1,11 @@
 """Selective prediction: how many errors are left if the least sure predictions are rejected."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -90,7 +92,7 @@ def _draw_rows(frame: pd.DataFrame) -> Figure:
     titles = ["Errors among the surest images (%)", METRICS["aurc"].axis]
     figure, (curves, areas) = panels_by_system(styles, titles, 0.2, width_ratios=(2, 1))
     means = frame.groupby(["coverage", "system"])["risk"].mean()
-    dot = {"ls": "", "marker": "o", "ms": 4, "mec": INK, "mew": 0.3}
+    dot: Any = {"ls": "", "marker": "o", "ms": 4, "mec": INK, "mew": 0.3}
     shades = {percent: SHADES(place / 5) for place, percent in enumerate(SHOWN)}
     for percent, shade in shades.items():
         curves.plot(means[percent][list(styles)], range(len(styles)), color=shade, **dot)
@@ -103,7 +105,7 @@ def _draw_rows(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def _draw_areas(axis, frame: pd.DataFrame, styles: dict) -> None:
+def _draw_areas(axis: Axes, frame: pd.DataFrame, styles: Mapping[str, Any]) -> None:
     """A dot for each system, with the spread over its replicates."""
     found = frame.drop_duplicates(["system", "replicate"]).groupby("system")["aurc"]
     means, spreads = found.mean(), found.std()

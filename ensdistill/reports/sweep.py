@@ -55,8 +55,9 @@ def table(swept: str, perturbed: str, ensemble: Sequence[str]) -> pd.DataFrame:
         for eta, values in zip(etas, found, strict=True):
             known = {"perturbation": name, "title": title, "eta": eta}
             rows.append({**known, **mean_kl(values, weights)})
-    test = read_ensemble(ensemble, "test")[0].diversity().mean()
-    return pd.DataFrame(rows).assign(train_kl=train, test_kl=test, study_eta=study_eta)
+    test = read_ensemble(ensemble, "test")[0].diversity()
+    assert test is not None, "an ensemble has members"
+    return pd.DataFrame(rows).assign(train_kl=train, test_kl=test.mean(), study_eta=study_eta)
 
 
 def divergence(prediction: Prediction, members: Sequence[int] | slice = slice(None)) -> Array:

@@ -1,5 +1,7 @@
 """Whether ODS made from one teacher makes the others disagree."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib import ticker
@@ -12,6 +14,7 @@ from ensdistill.drawing import (
     WIDTH,
     add_legend,
     add_note,
+    by_system,
     count_of,
     plain_numbers,
     styled,
@@ -65,11 +68,11 @@ def draw(frame: pd.DataFrame, cosines: pd.DataFrame) -> Figure:
     Sources in the ensemble are left out of it; external ones never were in it. Nam et al. 2021,
     Fig. 6.
     """
-    histograms = dict(list(cosines.groupby("name", sort=False)))
+    histograms = by_system(cosines, "name")
     figure = Figure(figsize=(WIDTH, max(3.4, 1 + 0.2 * len(frame))), layout="constrained")
     axes = figure.subplot_mosaic([["sources", name] for name in histograms], width_ratios=(1.3, 1))
     axis, inside = axes["sources"], frame["where"] == "inside"
-    marks = {
+    marks: dict[str, tuple[pd.Series, dict[str, Any]]] = {
         "clean": (frame["clean"], {"marker": "|", "mew": 1.2}),
         "ODS of a teacher of the ensemble": (frame["ods"].where(inside), {"marker": "o"}),
         "same, whole ensemble": (frame["own"], {"marker": "x", "ms": 3.5}),
@@ -79,7 +82,8 @@ def draw(frame: pd.DataFrame, cosines: pd.DataFrame) -> Figure:
     axis.hlines(frame.index, frame["ods_low"], frame["ods_high"], color=INK, lw=0.8)
     for label, (kl, mark) in marks.items():
         if (kl > 0).any():
-            axis.plot(kl, frame.index, label=label, **{"color": INK, "ls": "", "ms": 5} | mark)
+            style: dict[str, Any] = {"color": INK, "ls": "", "ms": 5}
+            axis.plot(kl, frame.index, label=label, **style | mark)
     axis.set(xscale="log", xlabel="Pairwise KL of the ensemble's other teachers (nats)")
     axis.set_yticks(frame.index, [f"teacher {source}" for source in frame["source"]])
     axis.tick_params(axis="y", length=0)
