@@ -54,7 +54,8 @@ Outputs: `probabilities` (B, K), after temperature scaling where a temperature i
 `member_probabilities` (B, M, K); `entropy` (B,) of probabilities, in nats; `mutual_information`
 (B,), what members disagree about, in nats, 0 of one network with a softmax.
 'ensdistill' beside this text is JSON: `classes`, the names of the K classes; how pictures become
-images (`resize` to a square of this side, `crop` its centre); `temperature`, `scores`, `origin`."""
+images (`resize` the centre square to this side, `crop` its centre); `temperature`, `scores` and
+`origin`."""
 
 
 def write_exported(
@@ -75,6 +76,7 @@ def write_exported(
         to, precision: see `Format` and `Precision`.
         uint8: whether the file takes images as bytes, which it divides by 255, instead of float32.
         calibration: images (N, C, H, W), by which the ranges of activations in int8 are found.
+            Other precisions need none.
 
     Raises:
         InputError: PyTorch cannot export the network, or not into one file.
@@ -98,6 +100,7 @@ def write_exported(
         return
     model = _onnx_model(name, program, precision)
     if precision == "int8":
+        assert calibration is not None
         model = _quantised(model, calibration, uint8)
     _write_onnx(path, model, known)
 
@@ -247,7 +250,7 @@ def _write_onnx(path: Path, model: Any, known: dict[str, str]) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def _quantised(model: Any, images: NDArray[np.uint8] | None, uint8: bool) -> Any:
+def _quantised(model: Any, images: NDArray[np.uint8], uint8: bool) -> Any:
     """Convolutions and matrix products of the network in int8, its other operations in float32.
 
     Weights have a scale per channel out, activations one each, by the least and the greatest that
@@ -256,13 +259,9 @@ def _quantised(model: Any, images: NDArray[np.uint8] | None, uint8: bool) -> Any
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
-    if images is None:
-        raise InputError("--int8 needs images of a study's validation split, and there is no study")
-
-    parts = np.array_split(images, math.ceil(len(images) / 50))
-
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
+            parts = np.array_split(images, math.ceil(len(images) / 50))
             self.batches: Iterator[NDArray[Any]] = iter(parts)
 
         def get_next(self) -> dict[str, NDArray[Any]] | None:
