@@ -80,9 +80,7 @@ def image_files(paths: Iterable[str | os.PathLike[str]], skipped: Counter[str]) 
 
 def _below(root: Path, skipped: Counter[str]) -> Iterator[Found]:
     if not root.is_dir() and not root.name.lower().endswith(PACKED):
-        size, opened = root.stat().st_size, lambda: root.open("rb")
-        entry = Entry(root.parent, str(root), (root.name,), "file", size, open=opened)
-        yield Found(entry.place, entry.parts, entry.read)
+        yield Found(str(root), (root.name,), partial(_content, root))
         return
     try:
         for entry in entries(root):
@@ -93,6 +91,16 @@ def _below(root: Path, skipped: Counter[str]) -> Iterator[Found]:
                     skipped[treatment] += 1
     except InputError as error:
         yield Found(str(root), (), partial(_fail, error))
+
+
+def _content(path: Path) -> bytes:
+    """Of a file that was named, and may be gone by now."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    parts, opened = (path.name,), lambda: path.open("rb")
+    return Entry(path.parent, str(path), parts, "file", size, open=opened).read()
 
 
 def treatment_in(entry: Entry) -> str:

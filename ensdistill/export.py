@@ -75,8 +75,8 @@ def write_exported(
         deployment: what is known of it.
         to, precision: see `Format` and `Precision`.
         uint8: whether the file takes images as bytes, which it divides by 255, instead of float32.
-        calibration: images (N, C, H, W), by which the ranges of activations in int8 are found.
-            Other precisions need none.
+        calibration: images (N, C, H, W), by which the ranges of activations in int8 are found;
+            other precisions need none.
 
     Raises:
         InputError: PyTorch cannot export the network, or not into one file.
@@ -99,8 +99,7 @@ def write_exported(
         _write_torch(path, program, known)
         return
     model = _onnx_model(name, program, precision)
-    if precision == "int8":
-        assert calibration is not None
+    if calibration is not None:
         model = _quantised(model, calibration, uint8)
     _write_onnx(path, model, known)
 
@@ -259,10 +258,9 @@ def _quantised(model: Any, images: NDArray[np.uint8], uint8: bool) -> Any:
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
-    parts = np.array_split(images, math.ceil(len(images) / 50))
-
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
+            parts = np.array_split(images, math.ceil(len(images) / 50))
             self.batches: Iterator[NDArray[Any]] = iter(parts)
 
         def get_next(self) -> dict[str, NDArray[Any]] | None:

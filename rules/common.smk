@@ -352,6 +352,26 @@ def teachers_of_student(wildcards):
     return teacher_files(wildcards.study, "{}/weights.safetensors", study.members)
 
 
+def logits_of_teachers(wildcards):
+    """Logits of the teachers that a method learns from; none if it learns from labels."""
+    study = STUDIES[wildcards.study]
+    if not study.methods[wildcards.method].objective.needs_teachers:
+        return []
+    return teacher_files(wildcards.study, "logits/{}.h5", study.members)
+
+
+def cards(study):
+    """The cards that a study's configuration asks for: of the first student of each method."""
+    methods = STUDIES[study].deploy.methods
+    return [f"results/{study}/deployed/{method}/0/README.md" for method in methods]
+
+
+def exported(wildcards):
+    """The exported file that a card tells of: if the study asks for it, or if there is one."""
+    path = "results/{study}/deployed/{method}/{seed}/model.onnx".format(**wildcards)
+    return [path] if STUDIES[wildcards.study].deploy.export or os.path.exists(path) else []
+
+
 def backbone_of_student(wildcards):
     """Weights of the student of the same seed that a student starts from, if it does."""
     backbone = STUDIES[wildcards.study].backbone(wildcards.method)

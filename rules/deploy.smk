@@ -3,26 +3,6 @@
 #
 #     snakemake --cores all results/digits/deployed/kd_ods/0/README.md
 #     snakemake --cores all results/digits/deployed/kd_ods/0/model.onnx
-def cards(study):
-    """The cards that a study's configuration asks for: of the first student of each method."""
-    methods = STUDIES[study].deploy.methods
-    return [f"results/{study}/deployed/{method}/0/README.md" for method in methods]
-
-
-def of_teachers_of_student(pattern):
-    """An input function: files of the teachers that a student learned from, {} being the network."""
-
-    def files(wildcards):
-        needed = STUDIES[wildcards.study].methods[wildcards.method].objective.needs_teachers
-        return of_ensemble(pattern)(wildcards) if needed else []
-
-    return files
-
-
-def exported(wildcards):
-    """The exported file that a card tells of: if the study asks for it, or if there is one."""
-    path = "results/{study}/deployed/{method}/{seed}/model.onnx".format(**wildcards)
-    return [path] if STUDIES[wildcards.study].deploy.export or os.path.exists(path) else []
 
 
 # Needs ensdistill[onnx].
@@ -51,7 +31,7 @@ rule card:
         weights="results/{study}/students/{method}/{seed}/weights.safetensors",
         images="results/{study}/images.h5",
         logits="results/{study}/logits/students/{method}/{seed}.h5",
-        teachers=of_teachers_of_student("logits/{}.h5"),
+        teachers=logits_of_teachers,
         metrics=[
             f"results/{{study}}/metrics/{name}.csv"
             for name in ("scores", "costs", "corruptions", "out_of_distribution")

@@ -459,6 +459,16 @@ def test_it_needs_no_heavy_library_before_a_student_does():
     assert done.stdout == "[]\n"
 
 
+def test_a_file_that_is_gone_when_its_turn_comes_is_broken(tmp_path, images):
+    paths = [tmp_path / "0.png", tmp_path / "1.png"]
+    for path in paths:
+        path.write_bytes(png(images[0]))
+    found = image_files(paths, Counter())
+    paths[1].unlink()
+    known = Deployment(classes=["a"], channels=3, size=(8, 8))
+    assert [it.error for it in ahead(found, known, 2)] == [None, "No such file or directory"]
+
+
 def test_images_are_asked_in_batches(tmp_path, student, images):
     write_tree(tmp_path / "in", {f"{i}.png": png(it) for i, it in enumerate(images[:7])})
     predictor, sizes = open_student(student), []

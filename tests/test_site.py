@@ -74,6 +74,12 @@ def test_every_subcommand_is_described(site):
             assert f"<code>{shown}</code>" in section, (name, shown)
 
 
+@pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.name)
+def test_links_of_the_repositorys_first_pages_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (REPOSITORY / link).exists(), link
+
+
 def test_every_method_of_the_registries_has_a_page():
     covered = {"students": [], "objectives": [], "perturbations": []}
     for page in (DOCS / "methods").glob("*.md"):

@@ -44,7 +44,7 @@ class Data:
 
     source: str
     shape: str
-    """As "8 × 8 pixels, grey"."""
+    """As "grey images of 8 × 8 pixels"."""
     counts: dict[str, int]
     """Images by what they are for."""
     smallest: int
@@ -69,7 +69,7 @@ def data_of(images: Path) -> Data:
         labels = {split: file[f"{split}/labels"][:] for split in SPLITS if split in file}
     return Data(
         source=said["source"],
-        shape=f"{height} × {width} pixels, {'grey' if channels == 1 else 'colour'}",
+        shape=f"{'grey' if channels == 1 else 'colour'} images of {height} × {width} pixels",
         counts={what: len(labels[split]) for split, what in SPLITS.items() if split in labels},
         smallest=int(np.bincount(labels["test"], minlength=len(known["classes"])).min()),
         sha256=sha256 if isinstance(sha256, str) else None,
