@@ -73,7 +73,9 @@ def export_student(
         raise InputError(
             f"{student}: --int8 needs validation images, and these weights lie in no study's folder"
         )
-    calibration = _images(study, "val", CALIBRATION)[0] if precision == "int8" else None
+    calibration = None
+    if study is not None and precision == "int8":
+        calibration = _images(study, "val", CALIBRATION)[0]
     with atomic(output) as temporary, _quiet():
         known = reference.student, reference.deployment
         write_exported(temporary, *known, to, precision, uint8, calibration)
@@ -82,7 +84,7 @@ def export_student(
             images, labels = _random_images(exported), None
         else:
             images, labels = _images(study, "test", COMPARED)
-        report = {
+        report: dict[str, Any] = {
             "file": str(output),
             "bytes": temporary.stat().st_size,
             "format": to,
@@ -125,9 +127,9 @@ def compare(
 def ask(predictor: Predictor, images: NDArray[np.uint8], batch: int = BATCH) -> Answers:
     """Answers for any number of images."""
     parts = [predictor(images[at : at + batch]) for at in range(0, len(images), batch)]
-    return Answers(
-        *(None if it[0] is None else np.concatenate(it) for it in zip(*parts, strict=True))
-    )
+    probabilities, members, entropy, information = zip(*parts, strict=True)
+    joined = (np.concatenate(it) for it in (probabilities, members, entropy))
+    return Answers(*joined, None if information[0] is None else np.concatenate(information))
 
 
 def _largest(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
