@@ -128,8 +128,12 @@ def ask(predictor: Predictor, images: NDArray[np.uint8], batch: int = BATCH) -> 
     """Answers for any number of images."""
     parts = [predictor(images[at : at + batch]) for at in range(0, len(images), batch)]
     probabilities, members, entropy, information = zip(*parts, strict=True)
-    joined = (np.concatenate(it) for it in (probabilities, members, entropy))
-    return Answers(*joined, None if information[0] is None else np.concatenate(information))
+    return Answers(
+        np.concatenate(probabilities),
+        np.concatenate(members),
+        np.concatenate(entropy),
+        None if information[0] is None else np.concatenate(information),
+    )
 
 
 def _largest(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
