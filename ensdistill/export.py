@@ -154,7 +154,8 @@ def _form(student: Student, precision: Precision) -> nn.Module:
     if isinstance(form, Sampled):
         form.body = InFewerBits(form.body, half)
     elif isinstance(form, FlowMatching):
-        form.network.backbone = InFewerBits(form.network.backbone, half)
+        backbone = form.network.get_submodule("backbone")
+        form.network.backbone = InFewerBits(backbone, half)
     else:
         form = InFewerBits(form, half)
     return form
@@ -226,7 +227,7 @@ def _onnx_model(name: str, program: ExportedProgram, precision: Precision) -> An
             )
     except Exception as error:
         raise _impossible(name, error) from error
-    assert exported is not None, "of torch.onnx.export with dynamo"
+    assert exported is not None
     most = MOST_BYTES if precision == "int8" else MOST_CONSTANT
     optimizer.optimize(exported.model, input_size_limit=most, output_size_limit=most)
     DeduplicateInitializersPass(size_limit=MOST_BYTES)(exported.model)

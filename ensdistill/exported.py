@@ -38,7 +38,8 @@ class OnnxStudent:
         _check_exists(path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors, which come as exceptions too
-        options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
+        threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+        options.intra_op_num_threads = int(threads) if threads.isdecimal() else 0
         try:
             self.session = onnxruntime.InferenceSession(
                 os.fspath(path), options, providers=["CPUExecutionProvider"]

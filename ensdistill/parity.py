@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ from ensdistill.images import evaluation_images
 
 MOST_DIFFERENCE = 1e-5
 """Of a probability, between a float32 file and PyTorch."""
+
+NEEDED: dict[Format, tuple[str, ...]] = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "torch": (),
+}
+"""Packages that are no dependencies of this one."""
 
 COMPARED, CALIBRATION = 500, 500
 """Images, at most, of the test split by which a file is compared, and of the validation split by
@@ -54,11 +61,17 @@ def export_student(
         temperature scaling.
 
     Raises:
-        InputError: the weights cannot be read or exported, or the file says something else.
+        InputError: the weights cannot be read or exported, a package is missing, or the file
+            says something else.
     """
     output = Path(output)
     if output.suffix.lower() != ENDINGS[to]:
         raise InputError(f"{output}: --to {to} makes a file whose name ends in {ENDINGS[to]}")
+    missing = [it for it in NEEDED[to] if not find_spec(it)]
+    if missing:
+        raise InputError(
+            f"--to {to} needs the package {missing[0]}: pip install 'ensdistill[onnx]'"
+        )
     if precision == "int8" and to == "torch":
         raise InputError("--int8 is for --to onnx alone: PyTorch's files have no static int8 here")
     reference = StudentWeights(student)

@@ -3,11 +3,14 @@
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ensdistill import InputError
+
+if TYPE_CHECKING:
+    from ensdistill.export import Precision
 
 
 class Format(StrEnum):
@@ -65,9 +68,7 @@ def export(
         raise InputError("--half and --int8 exclude each other")
     from ensdistill.parity import export_student
 
-    precision: Literal["float32", "float16", "int8"] = (
-        "float16" if half else "int8" if int8 else "float32"
-    )
+    precision: Precision = "float16" if half else "int8" if int8 else "float32"
     report = export_student(student, output, to.value, precision, uint8)
     typer.echo(json.dumps(report) if as_json else _text(report))
 
