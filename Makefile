@@ -28,7 +28,6 @@ lint: .venv/installed-test types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check .
-	$(BIN)/mypy
 	$(BIN)/snakemake --lint
 	$(BIN)/codespell
 

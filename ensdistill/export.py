@@ -75,8 +75,8 @@ def write_exported(
         deployment: what is known of it.
         to, precision: see `Format` and `Precision`.
         uint8: whether the file takes images as bytes, which it divides by 255, instead of float32.
-        calibration: images (N, C, H, W), by which the ranges of activations in int8 are found.
-            Other precisions need none.
+        calibration: images (N, C, H, W), by which the ranges of activations in int8 are found;
+            other precisions need none.
 
     Raises:
         InputError: PyTorch cannot export the network, or not into one file.
@@ -99,8 +99,7 @@ def write_exported(
         _write_torch(path, program, known)
         return
     model = _onnx_model(name, program, precision)
-    if precision == "int8":
-        assert calibration is not None
+    if calibration is not None:
         model = _quantised(model, calibration, uint8)
     _write_onnx(path, model, known)
 

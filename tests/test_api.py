@@ -1,6 +1,7 @@
 """The functions of `import ensdistill`, against the workflow's training and explicit formulas."""
 
 import copy
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ensdistill
@@ -205,6 +207,26 @@ def test_without_its_module_an_own_student_says_what_it_needs(own, tmp_path):
         "it too, as in ensdistill.load(path, network=module)"
     )
     assert "fit no network" in message(ensdistill.load, path, network=Net(5))
+
+
+def test_a_header_can_name_no_module(own, tmp_path):
+    """It is JSON: what it calls a module is none."""
+    path = tmp_path / "own.safetensors"
+    ensdistill.save(own[0], path)
+    header, tensors = read_header(path), load_file(path)
+    header["spec"]["architecture"]["module"] = "os.system"
+    save_file(tensors, path, metadata={"ensdistill": json.dumps(header)})
+    assert "its network is a module of your own (Net)" in message(ensdistill.load, path)
+
+
+def test_a_deployment_of_another_version_is_one_sentence(own, tmp_path):
+    path = tmp_path / "own.safetensors"
+    ensdistill.save(own[0], path)
+    header, tensors = read_header(path), load_file(path)
+    header["deployment"]["colour"] = "red"
+    save_file(tensors, path, metadata={"ensdistill": json.dumps(header)})
+    said = message(ensdistill.load, path, network=own[1])
+    assert said.startswith(f"{path}: its header is not of this version (")
 
 
 def test_teachers_are_asked_in_eval_mode(own, splits):

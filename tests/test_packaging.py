@@ -8,10 +8,14 @@ import tomllib
 import zipfile
 from importlib.metadata import packages_distributions
 
+import pandas as pd
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from ensdistill.parity import export_student
+from tests.deployed import CLASSES, deploy
 from tests.project import PARTS, REPOSITORY
+from tests.test_init import write_images
 from tests.wheel import built, clean_environment, installed
 
 
@@ -101,19 +105,24 @@ def test_the_small_distribution_is_the_same_package_with_fewer_dependencies(tmp_
         if not FULL_ONLY.isdisjoint(map(canonicalize_name, of))
     ]
     assert {"torch", "yaml", "sklearn"} <= {*modules}
+    weights = deploy(tmp_path / "study")
+    export_student(weights, tmp_path / "student.onnx", to="onnx")
+    write_images(tmp_path / "pictures", {"a": 3}, (8, 8))
     refusing = f"""if True:
         import sys
 
         sys.modules.update(dict.fromkeys({modules}))  # an import of these fails
-        import ensdistill.deployment
         from ensdistill.cli import main
 
         sys.argv = ["ensdistill", *{{arguments}}]
         main()
     """
+    lacks = "is not installed: `pip install ensdistill` brings it"
     for arguments, status, told in (
-        (["--help"], 0, "ensemble"),
-        (["init", "new"], 1, "is not installed: `pip install ensdistill` brings it"),
+        (["--help"], 0, "predict"),
+        (["predict", "student.onnx", "pictures", "-o", "answers.csv"], 0, "images: 3"),
+        (["init", "new"], 1, lacks),
+        (["predict", str(weights), "pictures", "-o", "answers.csv"], 1, lacks),
     ):
         done = subprocess.run(
             [sys.executable, "-c", refusing.format(arguments=arguments)],
@@ -125,3 +134,6 @@ def test_the_small_distribution_is_the_same_package_with_fewer_dependencies(tmp_
         assert done.returncode == status, done.stderr
         assert told in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
+    answers = pd.read_csv(tmp_path / "answers.csv")
+    assert answers.error.isna().all()
+    assert answers["class"].isin(CLASSES).all()

@@ -43,10 +43,10 @@ def _options(
 
 
 app.command()(init)
-app.command()(card)
-app.command()(export)
 app.command()(predict)
 app.command()(evaluate)
+app.command()(export)
+app.command()(card)
 
 
 def main() -> None:
