@@ -1,7 +1,10 @@
 """The tutorials' commands, run as they stand on the page, on small images."""
 
+import os
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -30,7 +33,9 @@ def script(name):
 
 def follow(name, folder, images="/data/flowers"):
     text = script(name).replace("/data/flowers", str(images))
-    done = subprocess.run(["bash", "-c", text], cwd=folder, capture_output=True, text=True)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as when activated
+    known = {"cwd": folder, "env": {**os.environ, "PATH": path}}
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, **known)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
