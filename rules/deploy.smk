@@ -22,7 +22,8 @@ def of_teachers_of_student(pattern):
 def exported(wildcards):
     """The exported file that a card tells of: if the study asks for it, or if there is one."""
     path = "results/{study}/deployed/{method}/{seed}/model.onnx".format(**wildcards)
-    return [path] if STUDIES[wildcards.study].deploy.export or os.path.exists(path) else []
+    exists = os.path.exists(placed(path))
+    return [path] if STUDIES[wildcards.study].deploy.export or exists else []
 
 
 # Needs ensdistill[onnx].
