@@ -369,7 +369,8 @@ def cards(study):
 def exported(wildcards):
     """The exported file that a card tells of: if the study asks for it, or if there is one."""
     path = "results/{study}/deployed/{method}/{seed}/model.onnx".format(**wildcards)
-    return [path] if STUDIES[wildcards.study].deploy.export or os.path.exists(path) else []
+    exists = os.path.exists(placed(path))
+    return [path] if STUDIES[wildcards.study].deploy.export or exists else []
 
 
 def backbone_of_student(wildcards):
