@@ -7,7 +7,6 @@ functions that need it: an exported file predicts without.
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -279,10 +278,8 @@ def save(student: "TorchStudent", path: PathLike) -> None:
 
     if not isinstance(student, TorchStudent):
         raise InputError(f"{path}: only a student with weights can be saved, not an exported file")
-    known = asdict(student.deployment)
-    del known["origin"]  # the header has it
     made = student.made if "digest" in student.made else attributes(**student.made)
-    save_student(path, student.student, {**made, "deployment": known})
+    save_student(path, student.student, {**made, "deployment": student.deployment.in_header()})
 
 
 def _study(members: int, method: Mapping[str, Any], others: Mapping[str, Any]) -> "Study":

@@ -32,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
 
-FACTS = "config.json"
-"""What stands beside weights that have left their study, as `Deployment.to_json` writes it. The
-Hugging Face Hub counts downloads by a file of this name."""
 MOST_SCORES = 1000
 """Calibration scores that are taken along; of more a random choice, which is as valid."""
 
@@ -81,6 +78,10 @@ class Deployment:
         known = json.loads(text)
         size = known.pop("size")
         return cls(**known, size=size and tuple(size))
+
+    def in_header(self) -> dict[str, Any]:
+        """As a weights file's header has it, which says by itself what made them."""
+        return {key: value for key, value in asdict(self).items() if key != "origin"}
 
     @property
     def mode(self) -> str:
@@ -252,8 +253,7 @@ def open_student(path: str | os.PathLike[str], device: str = "cpu") -> Predictor
 def deployment_of(path: str | os.PathLike[str]) -> Deployment:
     """What is known of a student by its weights, and by the study in whose folder they lie.
 
-    Where `FACTS` that are about these weights lie beside them, they say it instead; a file that
-    `ensdistill.save` wrote says all of it itself.
+    Weights that `ensdistill.save` or a card wrote say all of it themselves, in their header.
 
     Raises:
         InputError: as of `stored_header`, or a file of the study is damaged.
@@ -261,8 +261,6 @@ def deployment_of(path: str | os.PathLike[str]) -> Deployment:
     from ensdistill.images import read_description
 
     header = stored_header(path)
-    if known_beside := _beside(path, header["digest"]):
-        return known_beside
     spec = header["spec"]
     architecture = spec["architecture"]
     kept = ("study", "method", "replicate", "digest", "ensdistill", "torch")
@@ -311,15 +309,6 @@ def stored_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     with reading(path, "weights of this package"), safe_open(path, "numpy") as file:
         header = json.loads(file.metadata()["ensdistill"])
         return {**header, "spec": header["spec"], "digest": header["digest"]}
-
-
-def _beside(path: str | os.PathLike[str], digest: str) -> Deployment | None:
-    """The facts that lie beside weights, if they are about these weights."""
-    try:
-        found = Deployment.from_json(Path(path).with_name(FACTS).read_text(encoding="utf-8"))
-        return found if found.origin.get("digest") == digest else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None  # nothing, or another program's
 
 
 def study_folder(path: str | os.PathLike[str]) -> Path | None:

@@ -5,6 +5,7 @@ the study's files or computed from its stored logits; what is not there is left 
 says so. The same files give the same bytes. Its words stand in README.md.jinja.
 """
 
+import json
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from ensdistill.card.facts import (
     training_of,
 )
 from ensdistill.card.measured import BINS, Measured, measured, row_of, teachers_of
-from ensdistill.deployment import FACTS, Deployment, deployment_of, stored_header, study_folder
+from ensdistill.deployment import Deployment, deployment_of, stored_header, study_folder
 from ensdistill.files import atomic, write_text
 from ensdistill.markup import markdown
 from ensdistill.metrics import METRICS
@@ -40,6 +41,8 @@ WEIGHTS, EXPORTED, FIGURE, CARD = (
     "reliability.png",
     "README.md",
 )
+FACTS = "config.json"
+"""The deployment, for whoever reads it; the Hugging Face Hub counts downloads by this name."""
 TAGS = ["deep-ensemble", "knowledge-distillation", "uncertainty", "calibration"]
 ON_THE_HUB = {"acc": "accuracy", "nll": "nll", "bs": "brier_score", "ece": "ece"}
 """What the Hub calls metrics, where it has a name for them."""
@@ -97,12 +100,15 @@ def make_card(
     student = _student(weights)
     card = Card(Path(folder or student.folder / "deployed" / Path(*student.place.parts[-2:])))
     files = _files(student, card)
-    text = _text(student, card, {*files}, repository, licence)
+    text = _text(student, card, {WEIGHTS, *files}, repository, licence)
     for name, source in files.items():
         _copy(source, card.folder / name)
+    _write_weights(student, card.folder / WEIGHTS)
     write_text(card.folder / FACTS, student.deployment.to_json() + "\n")
     write_text(card.folder / CARD, text)  # last: the card is there once all that it tells of is
-    card.files = {name: (card.folder / name).stat().st_size for name in [CARD, FACTS, *files]}
+    card.files = {
+        name: (card.folder / name).stat().st_size for name in [CARD, FACTS, WEIGHTS, *files]
+    }
     return card
 
 
@@ -125,7 +131,8 @@ def _student(weights: str | os.PathLike[str]) -> Student:
 
 def _files(student: Student, card: Card) -> dict[str, Path]:
     """Files that belong beside the card: where they are, by their names there."""
-    files, figure = {WEIGHTS: student.weights}, student.folder / "figures/reliability.png"
+    files: dict[str, Path] = {}
+    figure = student.folder / "figures/reliability.png"
     if figure.exists():
         files[FIGURE] = figure
     else:
@@ -139,6 +146,19 @@ def _files(student: Student, card: Card) -> dict[str, Path]:
             return {**files, EXPORTED: path}
     card.left_out["exported file"] = f"the student has not been exported to {EXPORTED}"
     return files
+
+
+def _write_weights(student: Student, path: Path) -> None:
+    """The weights, which say in their header what only their study knew, as `ensdistill.save`'s."""
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    if path.exists() and path.samefile(student.weights):  # those of the study stay as they are
+        return
+    header = json.dumps({**student.header, "deployment": student.deployment.in_header()})
+    with safe_open(student.weights, "numpy") as file, atomic(path) as temporary:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        save_file(tensors, temporary, metadata={"ensdistill": header})
 
 
 def _copy(source: Path, path: Path) -> None:
