@@ -124,7 +124,13 @@ def read_csv(path: str | os.PathLike[str]) -> "pandas.DataFrame":
     text = {"name": str, "system": str}
     with reading(path, "a table", lambda error: isinstance(error, ValueError)) as file:
         content = io.BytesIO(file.read())
-        return pandas.read_csv(content, dtype=text, keep_default_na=False, na_values=[""])
+        return pandas.read_csv(
+            content,
+            dtype=text,
+            keep_default_na=False,
+            na_values=[""],
+            float_precision="round_trip",  # else pandas 2 reads the last digit as another one
+        )
 
 
 @dataclass

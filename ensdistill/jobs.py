@@ -1,5 +1,6 @@
 """What every workflow script does around its one call: logging, signals, errors in one sentence."""
 
+import atexit
 import errno
 import gc
 import hashlib
@@ -64,6 +65,7 @@ def job(snakemake: Any) -> Iterator[None]:
     try:
         yield
         gc.freeze()  # or the interpreter would search all of PyTorch for garbage before it ends
+        atexit.register(_say_no_more)
         return
     except Interrupted as interruption:
         for number in ENDINGS:
@@ -116,6 +118,13 @@ def deferred_interrupts() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _say_no_more() -> None:
+    """Let nothing be printed while the interpreter ends: Triton calls leaked what is frozen."""
+    sys.stderr.flush()
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
 
 
 def _interrupt(number: int, frame: Any) -> None:
