@@ -256,6 +256,8 @@ def _quantised(model: Any, images: NDArray[np.uint8], uint8: bool) -> Any:
 
     Weights have a scale per channel out, activations one each, by the least and the greatest that
     calibration images gave. Weights have 7 bits: processors without VNNI add two products in 16.
+    Products with several matrices at once, as of a packed linear layer, stay float32: ONNX Runtime
+    1.27 and older refuse scales per channel there.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -271,10 +273,12 @@ def _quantised(model: Any, images: NDArray[np.uint8], uint8: bool) -> Any:
                 return None
             return {"images": batch if uint8 else batch.astype(np.float32) / np.float32(255)}
 
+    several = {it.name for it in model.graph.initializer if len(it.dims) == 3}
     chosen = [
         node.name
         for node in model.graph.node
         if node.op_type in ("Conv", "Gemm", "MatMul")
+        and several.isdisjoint(node.input)
         and any("in_fewer_bits" in it.value for it in node.metadata_props)
     ]
     with tempfile.TemporaryDirectory() as folder:
