@@ -29,14 +29,17 @@ def save_student(
         student: made by `build_student`.
         attributes: what made the weights; the header holds them beside `spec`, the student's own.
     """
-    architecture = {k: v for k, v in student.spec["architecture"].items() if k != "module"}
-    spec = {**student.spec, "architecture": architecture}
-    header = json.dumps({**attributes, "spec": spec}, default=str)
+    header = json.dumps({**attributes, "spec": student.spec}, default=_in_header)
     with atomic(path) as temporary:
         state = student.network.state_dict()
         tensors = {key: value.contiguous() for key, value in state.items()}
         # One key only: the format does not keep the order of several.
         save_file(tensors, temporary, metadata={"ensdistill": header})
+
+
+def _in_header(value: Any) -> str | None:
+    """What JSON has no form for; of a module in memory nothing."""
+    return None if isinstance(value, nn.Module) else str(value)
 
 
 def load_student(
