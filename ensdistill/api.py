@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 
 from ensdistill import InputError
-from ensdistill.asking import as_trained
+from ensdistill.asking import as_trained, content_of
 from ensdistill.config_errors import sentence
 from ensdistill.deployment import (
     Answers,
@@ -26,7 +26,6 @@ from ensdistill.deployment import (
     joined,
     open_student,
 )
-from ensdistill.files import explain
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -306,10 +305,7 @@ def _read(paths: Sequence[PathLike], known: Deployment) -> NDArray[np.uint8]:
     """Pictures (n, C, H, W) as the student wants them."""
     found: list[NDArray[np.uint8]] = []
     for path in paths:
-        try:
-            found.append(as_trained(Path(path).read_bytes(), known, os.fspath(path))[0])
-        except OSError as error:
-            raise InputError(explain(error)) from error
+        found.append(as_trained(content_of(Path(path)), known, os.fspath(path))[0])
         if found[-1].shape != found[0].shape:  # of a student whose size is not known
             sizes = ("×".join(map(str, it.shape[:0:-1])) for it in (found[-1], found[0]))
             raise InputError("{}: has {} pixels, the first {}".format(path, *sizes))

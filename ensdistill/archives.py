@@ -193,7 +193,7 @@ def _in_tar(root: Path) -> Iterator[Entry]:
     with tarfile.open(root, tarinfo=_Member) as archive:
         while True:
             while member := archive.next():
-                # tarfile keeps them all.
+                # tarfile keeps them all, in attributes of which its types lack some.
                 archive.members, archive.pax_headers = [], {}  # type: ignore[attr-defined]
                 if archive.offset <= member.offset:
                     raise tarfile.ReadError("a member ends before it begins")

@@ -80,7 +80,7 @@ def image_files(paths: Iterable[str | os.PathLike[str]], skipped: Counter[str]) 
 
 def _below(root: Path, skipped: Counter[str]) -> Iterator[Found]:
     if not root.is_dir() and not root.name.lower().endswith(PACKED):
-        yield Found(str(root), (root.name,), partial(_content, root))
+        yield Found(str(root), (root.name,), partial(content_of, root))
         return
     try:
         for entry in entries(root):
@@ -93,8 +93,12 @@ def _below(root: Path, skipped: Counter[str]) -> Iterator[Found]:
         yield Found(str(root), (), partial(_fail, error))
 
 
-def _content(path: Path) -> bytes:
-    """Of a file that was named, and may be gone by now."""
+def content_of(path: Path) -> bytes:
+    """Of an image file that was named, and may be gone by now.
+
+    Raises:
+        InputError: it cannot be read, or is too large to be an image.
+    """
     try:
         size = path.stat().st_size
     except OSError as error:

@@ -181,8 +181,8 @@ def _deviations(sides: Sequence[Estimate], log: bool) -> _Deviations:
         scale = np.log if log else np.asarray
         pairs = [(scale(side.measured), scale(side.resampled)) for side in sides]
         signed = list(zip((1, -1)[: len(pairs)], pairs, strict=True))
-        seeds: Array = sum(sign * measured for sign, (measured, _) in signed)  # type: ignore[assignment]  # of one or two
-        means: Array = sum(sign * resampled.mean(1) for sign, (_, resampled) in signed)
+        seeds = np.asarray(sum(sign * measured for sign, (measured, _) in signed))
+        means = np.asarray(sum(sign * resampled.mean(1) for sign, (_, resampled) in signed))
     estimate, count = seeds.mean(), len(seeds)
     if not (np.isfinite(estimate) and np.isfinite(means).all()):
         return _Deviations(np.nan, means, np.nan, count)

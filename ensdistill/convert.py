@@ -175,7 +175,7 @@ def with_attention(module: nn.Module) -> nn.Module:
     network = _replaced(
         copy.deepcopy(module),
         lambda it: type(it).forward is nn.MultiheadAttention.forward,
-        Attention,  # type: ignore[arg-type]  # of those alone
+        Attention,
     )
     for it in network.modules():
         if isinstance(it, nn.TransformerEncoder):
@@ -249,7 +249,7 @@ def check_members(network: nn.Module, members: int, x: Tensor) -> None:
 def _replaced(
     network: nn.Module,
     chosen: Callable[[nn.Module], bool],
-    make: Callable[[nn.Module], nn.Module],
+    make: Callable[[Any], nn.Module],
 ) -> nn.Module:
     """The network with every chosen module replaced, in place."""
     root = nn.ModuleDict({"network": network})

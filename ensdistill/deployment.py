@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ensdistill import InputError, metrics
+from ensdistill import DamagedFile, InputError, metrics
 from ensdistill.calibration import apply_temperature, optimal_temperature
 from ensdistill.conformal import calibration_half, label_scores, lac_scores, threshold
-from ensdistill.files import reading
+from ensdistill.headers import read_header
 from ensdistill.predictions import PREDICTIONS, Mixture, Prediction, read_prediction
 
 if TYPE_CHECKING:
@@ -75,9 +75,13 @@ class Deployment:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """From what `to_json` gave."""
-        known = json.loads(text)
-        size = known.pop("size")
-        return cls(**known, size=size and tuple(size))
+        return cls.of(json.loads(text))
+
+    @classmethod
+    def of(cls, known: Mapping[str, Any]) -> Self:
+        """From the same, parsed."""
+        size = known["size"]
+        return cls(**{**known, "size": size and tuple(size)})
 
     def in_header(self) -> dict[str, Any]:
         """As a weights file's header has it, which says by itself what made them."""
@@ -227,11 +231,11 @@ class StudentWeights(TorchStudent):
         device: str = "cpu",
         network: "nn.Module | None" = None,
     ):
-        from ensdistill.weights import load_student, read_header
+        from ensdistill.weights import load_student
 
         student, header = load_student(path, device, network), read_header(path)
         made = {key: value for key, value in header.items() if key not in ("spec", "deployment")}
-        super().__init__(student, deployment_of(path), made)
+        super().__init__(student, deployment_of(path, header), made)
 
 
 def open_student(path: str | os.PathLike[str], device: str = "cpu") -> Predictor:
@@ -250,35 +254,43 @@ def open_student(path: str | os.PathLike[str], device: str = "cpu") -> Predictor
     return TorchExported(path, device) if ending == ".pt2" else StudentWeights(path, device)
 
 
-def deployment_of(path: str | os.PathLike[str]) -> Deployment:
+def deployment_of(
+    path: str | os.PathLike[str], header: Mapping[str, Any] | None = None
+) -> Deployment:
     """What is known of a student by its weights, and by the study in whose folder they lie.
 
     Weights that `ensdistill.save` or a card wrote say all of it themselves, in their header.
 
+    Args:
+        path: the weights.
+        header: theirs, if it has been read already.
+
     Raises:
-        InputError: as of `stored_header`, or a file of the study is damaged.
+        InputError: as of `read_header`, or a file of the study is damaged.
     """
     from ensdistill.images import read_description
 
-    header = stored_header(path)
-    spec = header["spec"]
-    architecture = spec["architecture"]
+    header = read_header(path) if header is None else header
     kept = ("study", "method", "replicate", "digest", "ensdistill", "torch")
     origin = {key: header[key] for key in kept if key in header}
     if "deployment" in header:
         try:
-            return Deployment.from_json(json.dumps({**header["deployment"], "origin": origin}))
+            return Deployment.of({**header["deployment"], "origin": origin})
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: its header is not of this version ({error})") from error
     keys = {"prediction", "concentration_offset"} & header.keys()
     prediction = {"prediction": "mixture"} | {key: header[key] for key in sorted(keys)}
-    known: dict[str, Any] = {
-        "classes": [str(number) for number in range(architecture["num_classes"])],
-        "channels": architecture["in_channels"],
-        "members": spec.get("samples", spec["members"]),  # samples, of students that have some
-        "prediction": prediction,
-        "origin": origin,
-    }
+    try:
+        spec, digest = header["spec"], header["digest"]
+        known: dict[str, Any] = {
+            "classes": [str(it) for it in range(spec["architecture"]["num_classes"])],
+            "channels": spec["architecture"]["in_channels"],
+            "members": spec.get("samples", spec["members"]),  # samples, of students with some
+            "prediction": prediction,
+            "origin": origin,
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedFile(path, f"not weights of this package ({error})") from error
     folder = study_folder(path)
     if folder is None:
         logger.warning(
@@ -293,22 +305,8 @@ def deployment_of(path: str | os.PathLike[str]) -> Deployment:
     if evaluation:
         known |= {"resize": evaluation["resize"], "crop": evaluation["crop"]}
     logits = folder / "logits" / Path(path).absolute().parent.relative_to(folder)
-    calibration = _calibration(logits.with_suffix(".h5"), header["digest"])
+    calibration = _calibration(logits.with_suffix(".h5"), digest)
     return Deployment(**known, **calibration)
-
-
-def stored_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a weights file says of itself: as `weights.read_header`, but without reading tensors.
-
-    Raises:
-        InputError: there is no such file.
-        DamagedFile: it is damaged, or holds no weights of this package.
-    """
-    from safetensors import safe_open
-
-    with reading(path, "weights of this package"), safe_open(path, "numpy") as file:
-        header = json.loads(file.metadata()["ensdistill"])
-        return {**header, "spec": header["spec"], "digest": header["digest"]}
 
 
 def study_folder(path: str | os.PathLike[str]) -> Path | None:

@@ -32,7 +32,7 @@ WIDTH = 6.8
 INK, GREY, PALE = "#222222", "#666666", "#d0d0d0"
 
 TICKS = {"labelsize": 7, "major.size": 2.5, "major.width": 0.6}
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine draws the same
     "font.size": 7,
     "text.color": INK,
@@ -53,7 +53,7 @@ STYLE: dict[str, Any] = {
     "figure.constrained_layout.h_pad": 0.05,
     "pdf.fonttype": 42,
 }
-styled = matplotlib.rc_context(STYLE)  # type: ignore[arg-type]  # keys are texts
+styled = matplotlib.rc_context(STYLE)
 
 # Okabe and Ito's palette without black, the ensembles', and yellow, which is too light for lines.
 COLOURS = ["#56B4E9", "#CC79A7", "#009E73", "#E69F00", "#0072B2", "#D55E00"]

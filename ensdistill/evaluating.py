@@ -7,7 +7,6 @@ rounding; of Dirichlet distributions only the mean is known, so that their diver
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -226,7 +225,7 @@ def evaluate(answered: Answered, known: Deployment) -> dict[str, Any]:
         "temperature": known.temperature,
         "metrics": measured(prediction, labels, known),
         "scaled": None,
-        "calibration": asdict(check(prediction.probs(), labels, known)),
+        "calibration": vars(check(prediction.probs(), labels, known)),
     }
     if known.temperature is not None:
         found["scaled"] = measured(scaled(prediction, known.temperature), labels, known)
@@ -238,8 +237,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Interval):
         return _plain({"value": value.estimate, "low": value.low, "high": value.high})
     if isinstance(value, dict):
-        if value.keys() == {"estimate", "low", "high"}:
-            return _plain(Interval(**value))
         return {key: _plain(it) for key, it in value.items()}
     return None if isinstance(value, float) and not np.isfinite(value) else value
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ensdistill import InputError
 from ensdistill.architectures import LIBRARIES, parse_architecture
 from ensdistill.files import atomic, reading
+from ensdistill.headers import WEIGHTS, header_of
+from ensdistill.headers import read_header as read_header
 from ensdistill.layers import WithoutRandomNumbers
 from ensdistill.students import Student, build_student
 
@@ -125,11 +127,6 @@ def _unfilled(
     return student
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a weights file says of itself; errors as `load_student`."""
-    return _read(path, None)[0]
-
-
 def origin(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What made a weights file, for the header of a file that is computed from it.
 
@@ -143,12 +140,11 @@ def origin(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _read(
-    path: str | os.PathLike[str], device: torch.device | str | None
+    path: str | os.PathLike[str], device: torch.device | str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and, where a device is named, tensors of a weights file."""
-    with reading(path, "weights of this package") as file:
+    """Header and tensors of a weights file."""
+    with reading(path, WEIGHTS) as file:
         content = file.read()
         tensors = load(content)  # checks the header, too
-        length = int.from_bytes(content[:8], "little")
-        header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["ensdistill"])
-    return header, {name: tensor.to(device) for name, tensor in tensors.items()} if device else {}
+        header = header_of(content)
+    return header, {name: tensor.to(device) for name, tensor in tensors.items()}

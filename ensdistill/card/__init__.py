@@ -26,8 +26,10 @@ from ensdistill.card.facts import (
     training_of,
 )
 from ensdistill.card.measured import BINS, Measured, measured, row_of, teachers_of
-from ensdistill.deployment import Deployment, deployment_of, stored_header, study_folder
-from ensdistill.files import atomic, write_text
+from ensdistill.deployment import Deployment, deployment_of, study_folder
+from ensdistill.files import atomic, reading, write_text
+from ensdistill.headers import WEIGHTS as KIND
+from ensdistill.headers import read_header
 from ensdistill.markup import markdown
 from ensdistill.metrics import METRICS
 from ensdistill.page.columns import read_columns
@@ -119,14 +121,14 @@ def _check(option: str, value: str, pattern: str, example: str) -> None:
 
 def _student(weights: str | os.PathLike[str]) -> Student:
     path = Path(weights)
-    header, folder = stored_header(path), study_folder(path)
+    header, folder = read_header(path), study_folder(path)
     place = path.absolute().parent.relative_to(folder) if folder else Path()
     if folder is None or place.parts[0] not in ("students", "teachers", "judged"):
         raise InputError(
             f"{path}: lies in no study's folder, such as results/<study>/students/<method>/<seed>: "
             "a card tells of the study's images (images.h5) and logits, which are not here"
         )
-    return Student(path, folder, place, header, deployment_of(path))
+    return Student(path, folder, place, header, deployment_of(path, header))
 
 
 def _files(student: Student, card: Card) -> dict[str, Path]:
@@ -150,14 +152,14 @@ def _files(student: Student, card: Card) -> dict[str, Path]:
 
 def _write_weights(student: Student, path: Path) -> None:
     """The weights, which say in their header what only their study knew, as `ensdistill.save`'s."""
-    from safetensors import safe_open
-    from safetensors.numpy import save_file
+    from safetensors.numpy import load, save_file
 
     if path.exists() and path.samefile(student.weights):  # those of the study stay as they are
         return
     header = json.dumps({**student.header, "deployment": student.deployment.in_header()})
-    with safe_open(student.weights, "numpy") as file, atomic(path) as temporary:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with reading(student.weights, KIND) as file:
+        tensors = load(file.read())
+    with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"ensdistill": header})
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ensdistill.bootstrap import Interval, Weights, image_weights, interval, mean_of
 from ensdistill.calibration import apply_temperature, optimal_temperature
 from ensdistill.conformal import WANTED
-from ensdistill.deployment import Deployment
+from ensdistill.deployment import Deployment, conformal_sets
 from ensdistill.metrics import brier, nll
 from ensdistill.predictions import (
     Labels,
@@ -106,10 +106,8 @@ def _coverage(
 ) -> Coverage:
     """Of the sets that `ensdistill predict --coverage` gives."""
     scaled = apply_temperature(probs, deployment.temperature or 1.0)
-    sets = scaled >= deployment.threshold(WANTED)
-    rows = np.arange(len(labels))
-    sets[rows, scaled.argmax(1)] = True
-    inside, sizes = 100.0 * sets[rows, labels], sets.sum(1)
+    sets = conformal_sets(scaled, deployment.threshold(WANTED))
+    inside, sizes = 100.0 * sets[np.arange(len(labels)), labels], sets.sum(1)
     return Coverage(WANTED, *(interval(mean_of(it, weights)) for it in (inside, sizes)))
 
 
