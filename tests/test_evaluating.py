@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
-from scipy.special import logsumexp, softmax
+from scipy.special import log_softmax, logsumexp, softmax
 from scipy.stats import betabinom, binomtest
 from typer.testing import CliRunner
 
@@ -327,3 +327,24 @@ def test_without_a_temperature_the_probabilities_as_they_are_are_asked(tmp_path,
     assert found["calibration"]["coverage"] is None
     shown = run(alone, tmp_path / "new").stdout
     assert "Calibration, without temperature scaling:" in shown
+
+
+def test_the_interval_of_the_temperature_is_as_wide_as_new_images_would_make_it():
+    """By fits to resamples, of log T, with another minimiser."""
+    rng = np.random.default_rng(5)
+    logits = rng.normal(0, 3, (500, 4))
+    right = softmax(logits / 1.7, axis=1)
+    labels = (right.cumsum(1) > rng.random((500, 1))).argmax(1)
+
+    def fitted(rows):
+        def loss(log_t):
+            scaled = log_softmax(logits[rows] / np.exp(log_t), axis=1)
+            return -scaled[np.arange(len(rows)), labels[rows]].mean()
+
+        return minimize_scalar(loss, bounds=(-2, 2), method="bounded").x
+
+    found = refit(softmax(logits, axis=1), labels)
+    assert np.log(found.estimate) == pytest.approx(fitted(np.arange(500)), abs=1e-4)
+    spread = np.std([fitted(rng.integers(0, 500, 500)) for _ in range(300)])
+    half = np.log([found.estimate / found.low, found.high / found.estimate])
+    assert half == pytest.approx([1.96 * spread] * 2, rel=0.15)
