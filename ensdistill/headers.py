@@ -4,8 +4,6 @@ import json
 import os
 from typing import Any
 
-from safetensors import deserialize
-
 from ensdistill.files import reading
 
 WEIGHTS = "weights of this package"
@@ -19,6 +17,8 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         InputError: there is no such file, or the system cannot read it.
         DamagedFile: it is damaged, or holds no weights of this package.
     """
+    from safetensors import deserialize  # what only predicts from exported files lacks it
+
     with reading(path, WEIGHTS) as file:
         content = file.read()
         deserialize(content)  # checks all of it

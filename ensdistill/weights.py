@@ -67,7 +67,8 @@ def load_student(
         student = _unfilled(tensors, **spec)
         if _is_of_library(spec):
             # Its modules may hold tensors that no file has, such as the places of a window.
-            with WithoutRandomNumbers():
+            # Initialised like a new one: some draw again until all numbers are near enough.
+            with torch.random.fork_rng(devices=[]):
                 student = build_student(**spec)
         student.network.load_state_dict(tensors, assign=True)
     except InputError as error:

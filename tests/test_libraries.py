@@ -344,6 +344,41 @@ def test_a_students_file_says_how_pixels_are_normalised(own_networks):
         assert torch.equal(loaded(x), student.eval()(x))
 
 
+PATIENT = """
+import torch
+from torch import nn
+
+
+def build(num_classes):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, num_classes))
+    if network[1].weight.is_meta:
+        return network
+    for _ in range(1000):
+        if network[1].weight.data.normal_().abs().max() < 4:
+            return network
+    raise ValueError("no number came near enough")
+"""
+
+
+def test_a_network_that_draws_until_its_numbers_fit_is_loaded(own_networks, monkeypatch):
+    """As `torch.nn.init.trunc_normal_` does: in memory left as it was found it drew for ever."""
+    (own_networks / "models/patient.py").write_text(PATIENT)
+    own = {"name": "file:models/patient.py:build", "num_classes": K, "in_channels": 3}
+    student = build_student("single", own | {"mean": [0.0] * 3, "std": [1.0] * 3}, 1)
+    save_student(own_networks / "weights", student, {})
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    before = torch.get_rng_state()
+    try:
+        torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+        loaded = load_student(own_networks / "weights")
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    assert torch.equal(before, torch.get_rng_state())
+    x = torch.rand(2, 3, 2, 2)
+    assert torch.equal(loaded(x), student.eval()(x))
+
+
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
