@@ -221,7 +221,7 @@ TEACHER = Method(label="teacher", student="single", objective="labels")
 class Study(Section):
     """One data set, one architecture, one ensemble and the students that learn from it."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"teachers", "judge", "deploy"})
+    later: ClassVar[frozenset[str]] = frozenset({"cuda_graphs", "teachers", "judge", "deploy"})
 
     images: Images = Images()
     """The data."""
@@ -254,6 +254,9 @@ class Study(Section):
     """Arithmetic of training: float32; on GPUs that have it TF32, which is float32 with products of
     10 bits; or bfloat16 autocast where the processor has bfloat16, else float32. Logits are always
     computed and stored in float32."""
+    cuda_graphs: bool = False
+    """Whether a GPU computes a training step as one CUDA graph, which a CPU begins by one call
+    instead of many hundreds. Not yet tried on a GPU: tests replay steps on a CPU alone."""
     augmentation: Augmentation = Augmentation()
     """Random changes to training images."""
     teacher: TeacherRecipe = TeacherRecipe()
