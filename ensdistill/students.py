@@ -250,7 +250,7 @@ def teacher_logits(teachers: Sequence[nn.Module], x: Tensor) -> Tensor:
     """
     with torch.no_grad():
         own = x if x.ndim == 5 else [x] * len(teachers)
-        calls = [partial(*pair) for pair in zip(teachers, own, strict=True)]
+        calls = [partial(nn.Module.__call__, *it) for it in zip(teachers, own, strict=True)]
         logits = torch.stack(_beside(calls) if _is_captured(x) else [call() for call in calls])
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

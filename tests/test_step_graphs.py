@@ -90,11 +90,12 @@ def test_a_training_by_graphs_goes_on_within_an_epoch(repeats, monkeypatch, tmp_
     same(by_graphs(monkeypatch, "batch_ensemble_conf_ods", state=state), whole)
 
 
-def steps_of(capturer, recipe, precision="fp32", undeclared=False, spoil=None):
+def steps_of(capturer, recipe, precision="fp32", undeclared=False, spoil=None, device="cpu"):
     """Weights after eight steps with other images, teachers and rates each, by a capturer."""
     torch.manual_seed(0)
     teachers = [build_student("single", ARCHITECTURE, 1).network.eval() for _ in range(2)]
-    student = build_student("batch_ensemble", ARCHITECTURE, 2).train()
+    teachers = [it.to(device) for it in teachers]
+    student = build_student("batch_ensemble", ARCHITECTURE, 2).train().to(device)
     how = learning(
         teachers,
         {"name": "one_to_one", "alpha": 0.9, "temperature": 2.0},
@@ -109,7 +110,7 @@ def steps_of(capturer, recipe, precision="fp32", undeclared=False, spoil=None):
 
     run = training.Run(student, optimizer)
     taken = StepGraphs(take, optimizer, capturer) if capturer else take
-    draws, images = (torch.Generator(), torch.Generator()), torch.Generator().manual_seed(1)
+    draws, images = (torch.Generator(device), torch.Generator()), torch.Generator().manual_seed(1)
     for number in range(8):
         run.epoch = 1 + number // 2
         run.set_learning_rate(recipe)
@@ -117,7 +118,7 @@ def steps_of(capturer, recipe, precision="fp32", undeclared=False, spoil=None):
             it.manual_seed(number)
         x = torch.rand(6, 1, 8, 8, generator=images)
         y = torch.randint(0, 4, (6,), generator=images)
-        taken(Step(student, teachers, x, y, 0.0, *draws))
+        taken(Step(student, teachers, x.to(device), y.to(device), 0.0, *draws))
         if spoil:
             spoil(taken)
     return [it.detach().clone() for it in student.parameters()], taken
