@@ -78,7 +78,10 @@ class CudaCapturer:
         now.wait_stream(self.stream)
         if not torch.equal(torch.get_rng_state(), on_cpu):
             return UNKNOWN
-        waits = [it for it in found if "synchroniz" in str(it.message)]
+        waits = [it for it in found if "called a synchronizing" in str(it.message)]
+        for it in found:
+            if it not in waits:
+                warnings.warn_explicit(it.message, it.category, it.filename, it.lineno)
         return (
             f"a step waits for the GPU ({waits[0].filename}:{waits[0].lineno})" if waits else None
         )
