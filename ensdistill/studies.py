@@ -221,7 +221,7 @@ TEACHER = Method(label="teacher", student="single", objective="labels")
 class Study(Section):
     """One data set, one architecture, one ensemble and the students that learn from it."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"teachers", "judge", "deploy"})
+    later: ClassVar[frozenset[str]] = frozenset({"teachers", "judge", "deploy", "gpus_per_job"})
 
     images: Images = Images()
     """The data."""
@@ -254,6 +254,9 @@ class Study(Section):
     """Arithmetic of training: float32; on GPUs that have it TF32, which is float32 with products of
     10 bits; or bfloat16 autocast where the processor has bfloat16, else float32. Logits are always
     computed and stored in float32."""
+    gpus_per_job: Count = 1
+    """GPUs, or processes where there are none, that train one network together, each with an equal
+    part of every batch; what it comes to is the same but for rounding."""
     augmentation: Augmentation = Augmentation()
     """Random changes to training images."""
     teacher: TeacherRecipe = TeacherRecipe()
@@ -317,6 +320,19 @@ class Study(Section):
             except ValidationError as error:
                 message = error.errors()[0]["msg"].removeprefix("Value error, ")
                 raise ValueError(f"methods.{name}.recipe: {message}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _batches_have_equal_parts(self) -> Self:
+        recipes = {"teacher": self.teacher} | {
+            f"methods.{name}": self.recipe(name) for name in self.methods
+        }
+        for name, recipe in recipes.items():
+            if recipe.batch_size % self.gpus_per_job:
+                raise ValueError(
+                    f"{name}: a batch_size of {recipe.batch_size} images is no multiple of "
+                    f"'gpus_per_job' ({self.gpus_per_job})"
+                )
         return self
 
     @model_validator(mode="after")

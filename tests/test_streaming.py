@@ -202,7 +202,7 @@ def test_a_reader_that_is_killed_is_one_sentence(tmp_path):
     with pytest.raises(RuntimeError) as caught:
         for _ in reading:
             pass
-    assert _sentence(caught.value).startswith("a process that reads images was killed")
+    assert to_tell(caught.value).startswith("a process that reads images was killed")
 
 
 def test_a_reader_that_does_not_end_by_itself_is_ended(tmp_path, monkeypatch):
