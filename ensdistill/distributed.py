@@ -1,15 +1,15 @@
 """Several processes that train one network together, each on a device of its own.
 
 Each has all weights and computes an equal part of every batch. PyTorch's DistributedDataParallel
-averages their gradients [Li et al. 2020, VLDB]. What depends on a whole batch is made as one process
-makes it: random numbers are drawn for all of it, batch statistics are those of all its rows. So they
-compute what one process would, but for rounding. Each draws for its part alone only what comes from
-PyTorch's global generator: dropout, and the order of images in MIMO.
+averages their gradients [Li et al. 2020, VLDB]. What depends on a whole batch is made as one
+process makes it: random numbers are drawn for all of it, batch statistics are those of all its
+rows. So they compute what one process would, but for rounding. Each draws for its part alone only
+what comes from PyTorch's global generator: dropout, and the order of images in MIMO.
 
 A process that has joined no others is alone, and everything here then leaves it as it is.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -131,7 +131,7 @@ def averaged(part: Tensor) -> Tensor:
     return part if place().count == 1 else summed(part) / place().count
 
 
-def averaged_parts(parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def averaged_parts(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """The loss of a step and its parts, which are scalars: means over the processes."""
     if place().count == 1:
         return parts

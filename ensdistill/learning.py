@@ -99,6 +99,49 @@ def train_step(
     return {name: value.detach() for name, value in parts.items()}
 
 
+class RunningSums:
+    """Sums over steps of what `train_step` returned, in float64, where it was computed.
+
+    So a step needs the memory of one before it alone, and no GPU is waited for until they are read.
+    Float32 numbers are added up exactly while none of them is 2²⁹ times as small as the sum; then
+    their mean does not depend on the order.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.sums = self.finite = torch.empty(0)
+
+    def add(self, parts: Parts) -> None:
+        """Add those of a step, which has the same ones as the steps before it."""
+        values = torch.stack([*parts.values()]).double()
+        if not self.names:
+            self.names = [*parts]
+            self.sums, self.finite = torch.zeros_like(values), torch.zeros_like(values)
+        self.sums += values
+        # A sum stays infinite or NaN once it is.
+        self.finite += self.sums.isfinite()
+
+    def clear(self) -> None:
+        """Begin anew, in the same memory."""
+        self.sums.zero_()
+        self.finite.zero_()
+
+    def read(self) -> dict[str, tuple[float, int]]:
+        """Each sum, and in how many steps from the first it was finite."""
+        found = torch.stack([self.sums, self.finite], 1).tolist()
+        return {key: (total, int(n)) for key, (total, n) in zip(self.names, found, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"names": self.names, "sums": self.sums, "finite": self.finite}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.names, self.sums, self.finite = (state[key] for key in ("names", "sums", "finite"))
+
+    def to(self, device: torch.device) -> None:
+        """Bring them to a device."""
+        self.sums, self.finite = self.sums.to(device), self.finite.to(device)
+
+
 def check_first_step(
     student: Student,
     learning: Learning,

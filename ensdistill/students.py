@@ -3,6 +3,7 @@
 Their contract is in student.py. A teacher is a `single` student that learnt from labels.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ensdistill import InputError
 from ensdistill.batch_ensemble import BatchEnsembleLayer, Init, init_factors
 from ensdistill.convert import BatchEnsembleMap, check_members
 from ensdistill.flow_matching import FlowMatching
@@ -25,6 +27,8 @@ from ensdistill.networks import build_network
 from ensdistill.packed import Packed
 from ensdistill.stored_images import StoredImages
 from ensdistill.student import Student
+
+logger = logging.getLogger(__name__)
 
 ROWS = 500
 """Rows of 32×32 pixels that `predict` gives a network at once."""
@@ -247,7 +251,8 @@ def predict(student: Student, images: Tensor | StoredImages) -> NDArray[np.float
 def predictions(student: Student, images: Tensor | StoredImages) -> Iterator[Tensor]:
     """Logits of a student in eval mode, batch by batch; its mode is restored afterwards.
 
-    As many images are taken at once as make `ROWS` rows, fewer where they are larger than 32×32.
+    As many images are taken at once as make `ROWS` rows, fewer where they are larger than 32×32,
+    and where a GPU has no memory for so many half of them, down to one.
 
     Args:
         student: on the device of the images, or where they are to be brought.
@@ -257,14 +262,27 @@ def predictions(student: Student, images: Tensor | StoredImages) -> Iterator[Ten
         (B, M, K) float32 on that device; M = 1 for a single network.
 
     Raises:
-        InputError: images cannot be read.
+        InputError: images cannot be read; or the GPU has no memory for one of them.
     """
     training, device = student.training, next(student.parameters()).device
     student.eval()
     pixels = max(images.shape[2] * images.shape[3], 32 * 32)
     batch_size = max(1, ROWS * 32 * 32 // (student.rows * pixels))
     for batch in in_batches(images, batch_size, device):
-        yield student(batch.float() / 255).transpose(0, 1).float()
+        while len(batch):
+            try:
+                logits = student(batch[:batch_size].float() / 255)
+            except torch.OutOfMemoryError as error:
+                if batch_size == 1:
+                    size = "×".join(map(str, batch.shape[1:]))
+                    raise InputError(
+                        f"the GPU has no memory left for an image of {size}"
+                    ) from error
+                batch_size //= 2
+                logger.info("the GPU's memory is full: now %d images at once", batch_size)
+                continue
+            yield logits.transpose(0, 1).float()
+            batch = batch[batch_size:]
     student.train(training)
 
 

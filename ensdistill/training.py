@@ -4,7 +4,6 @@ import copy
 import logging
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -36,6 +35,7 @@ from ensdistill.images import read_description
 from ensdistill.jobs import Interrupted, deferred_interrupts
 from ensdistill.learning import (
     Learning,
+    RunningSums,
     check_first_step,
     learning,
     learning_rate_factor,
@@ -84,35 +84,29 @@ class Run:
     """The predictor's state at that validation."""
     epoch: int = 1
     """The epoch under way."""
-    measured: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    """What `train_step` returned in each step of that epoch."""
+    steps: int = 0
+    """Steps of that epoch that are done."""
+    measured: RunningSums = field(default_factory=RunningSums)
+    """What `train_step` returned in these steps."""
     seconds: float = 0.0
     """What that epoch has taken."""
 
-    PARTS = ("student", "optimizer")
-
-    @property
-    def steps(self) -> int:
-        """Steps of the epoch under way that are done."""
-        return len(self.measured["loss"])
+    PARTS = ("student", "optimizer", "measured")
 
     def state_dict(self) -> dict[str, Any]:
         """For a file; tensors may be on any device."""
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        measured = {name: torch.stack(values) for name, values in self.measured.items() if values}
-        plain = ("history", "best_accuracy", "best", "epoch", "seconds")
-        return {**parts, **{name: getattr(self, name) for name in plain}, "measured": measured}
+        plain = ("history", "best_accuracy", "best", "epoch", "steps", "seconds")
+        return {**parts, **{name: getattr(self, name) for name in plain}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; tensors are brought to the student's device."""
         for name, value in state.items():
             if name in self.PARTS:
                 getattr(self, name).load_state_dict(value)
-            elif name != "measured":
+            else:
                 setattr(self, name, value)
-        device = next(self.student.parameters()).device
-        for name, values in state["measured"].items():
-            self.measured[name] = list(values.to(device))
+        self.measured.to(next(self.student.parameters()).device)
         logger.info("going on from epoch %d, after %d of its steps", self.epoch, self.steps)
 
     def set_learning_rate(self, recipe: Recipe) -> float:
@@ -130,7 +124,7 @@ class Run:
         self.history.append(row)
         self.epoch += 1
         self.measured.clear()
-        self.seconds = 0.0
+        self.steps, self.seconds = 0, 0.0
 
 
 def seeds(seed: int, epoch: int, step: int, count: int) -> list[int]:
@@ -181,6 +175,9 @@ def fit(
     size = validation[0].shape[2:]
     batches = training_batches(*train, recipe.batch_size, size=size, **augmentation)
     _log_sizes(student, train[0], batches)
+    # All batches have one shape, so cuDNN may try which of its algorithms is the fastest.
+    torch.backends.cudnn.benchmark = train[1].is_cuda
+    held = validation[0], validation[1].cpu()
     run = Run(student, new_optimizer(student, recipe))
     if state and (saved := in_turn(state.load)):
         run.load_state_dict(saved)
@@ -195,7 +192,7 @@ def fit(
             _train_epoch(run, learning, batches, recipe, seed, precision, keep)
             row = _summary(run, len(batches), rate)
             if is_first() and is_validated(epoch, recipe.epochs, recipe.validate_every):
-                row |= _validate(run, validation, learning)
+                row |= _validate(run, held, learning)
             row["seconds"] = run.seconds
             logger.info(" ".join(f"{name} {value:.5g}" for name, value in row.items()))
             run.finish_epoch(row)
@@ -252,17 +249,15 @@ def _train_epoch(
     run.student.set_progress(progress)
     generator, host = torch.Generator(batches.labels.device), torch.Generator()
     generator.manual_seed(*seeds(seed, run.epoch, 0, 1))
-    done = run.steps
-    for number, (x, y) in enumerate(batches.epoch(generator, done), done + 1):
+    for number, (x, y) in enumerate(batches.epoch(generator, run.steps), run.steps + 1):
         own = seeds(seed, run.epoch, number, 3 + place().rank)
         # The global generator is for dropout and the like.
         for draw, its_seed in zip((generator, host, torch), (*own[:2], own[-1]), strict=True):
             cast(Any, draw).manual_seed(its_seed)
         step = Step(run.student, learning.teachers, x, y, progress, generator, host)
         measured = train_step(step, learning, run.optimizer, precision, recipe.clip_norm)
-        for name, value in averaged_parts(measured).items():
-            run.measured[name].append(value)
-        run.seconds = time.perf_counter() - started
+        run.measured.add(averaged_parts(measured))
+        run.steps, run.seconds = number, time.perf_counter() - started
         keep.after_step()
 
 
@@ -272,22 +267,21 @@ def _summary(run: Run, steps: int, rate: float) -> dict[str, float]:
     Raises:
         InputError: a loss was not finite.
     """
-    measured = {name: torch.stack(values).cpu() for name, values in run.measured.items()}
-    finite = measured["loss"].isfinite()
-    if not finite.all():
-        step = (run.epoch - 1) * steps + int((~finite).nonzero()[0]) + 1
+    measured = run.measured.read()
+    if (finite := measured["loss"][1]) < steps:
+        step = (run.epoch - 1) * steps + finite + 1
         raise InputError(
             f"the loss is not finite at step {step} (epoch {run.epoch}) with learning rate "
             f"{rate:g}: try a smaller one"
         )
-    means = {name: values.double().mean().item() for name, values in measured.items()}
+    means = {name: total / steps for name, (total, _) in measured.items()}
     return {"epoch": run.epoch, "learning_rate": rate, **means}
 
 
 def _validate(run: Run, validation: tuple[Images, Tensor], learning: Learning) -> dict[str, float]:
-    """Accuracy [%] and NLL on validation; the best predictor so far is kept."""
+    """Accuracy [%] and NLL on validation, labels on the CPU; the best predictor so far is kept."""
     started = time.perf_counter()
-    predictor, labels = run.student.predictor(), validation[1].cpu()
+    predictor, labels = run.student.predictor(), validation[1]
     probs = learning.probs(predict(predictor, validation[0]))
     found = {"val_accuracy": accuracy(probs, labels), "val_nll": nll(probs, labels)}
     if found["val_accuracy"] >= run.best_accuracy:

@@ -16,7 +16,7 @@ import torch
 
 from ensdistill import InputError, analysis, batches, files, loading, training
 from ensdistill.batches import StreamedBatches, TrainingBatches
-from ensdistill.jobs import Interrupted, _sentence
+from ensdistill.jobs import Interrupted, to_tell
 from ensdistill.learning import learning
 from ensdistill.loading import free_memory, in_batches, load_images, mixed, read_ahead
 from ensdistill.recipes import Recipe

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from ensdistill import InputError
 from ensdistill.flow_matching import FlowMatching
 from ensdistill.mimo import MIMO
 from ensdistill.numerics import check_gradients
@@ -218,3 +219,39 @@ def test_predict_takes_fewer_images_at_once_where_they_are_larger(monkeypatch):
     predict(student, torch.zeros(9, 3, 32, 32, dtype=torch.uint8))
     predict(student, torch.zeros(3, 3, 64, 64, dtype=torch.uint8))
     assert sizes == [8, 1, 2, 1]
+
+
+class Full:
+    """A network on a GPU with memory for so many images at once."""
+
+    def __init__(self, student, most):
+        self.most, self.sizes = most, []
+        student.register_forward_pre_hook(self.look)
+
+    def look(self, student, given):
+        self.sizes.append(len(given[0]))
+        if self.sizes[-1] > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+
+
+def test_predict_halves_its_images_until_the_gpu_has_the_memory(monkeypatch, caplog):
+    student = student_of("batch_ensemble", members=2)
+    images = torch.randint(0, 256, (23, 3, 8, 8), dtype=torch.uint8)
+    monkeypatch.setattr("ensdistill.students.ROWS", 20)
+    expected = predict(student, images)
+    full = Full(student, 3)
+    with caplog.at_level("INFO"):
+        np.testing.assert_allclose(predict(student, images), expected, rtol=1e-4, atol=1e-5)
+    assert full.sizes == [10, 5, *[2] * 5, *[2] * 5, 2, 1]
+    assert caplog.messages == [
+        f"the GPU's memory is full: now {count} images at once" for count in (5, 2)
+    ]
+
+
+def test_predict_gives_up_where_one_image_is_too_large(monkeypatch):
+    student = student_of("single", members=1)
+    full = Full(student, 0)
+    monkeypatch.setattr("ensdistill.students.ROWS", 3)
+    with pytest.raises(InputError, match=r"^the GPU has no memory left for an image of 3×8×8$"):
+        predict(student, torch.zeros(5, 3, 8, 8, dtype=torch.uint8))
+    assert full.sizes == [3, 1]

@@ -9,7 +9,13 @@ import torch
 from torch.nn import functional as F
 
 from ensdistill import InputError, training
-from ensdistill.learning import learning, learning_rate_factor, new_optimizer, train_step
+from ensdistill.learning import (
+    RunningSums,
+    learning,
+    learning_rate_factor,
+    new_optimizer,
+    train_step,
+)
 from ensdistill.networks import build_network
 from ensdistill.objectives import OBJECTIVES, distillation_loss
 from ensdistill.perturbations import PERTURBATIONS, conf_ods_direction, ods_direction
@@ -333,6 +339,29 @@ def test_a_merged_predictor_is_validated_kept_and_returned():
 def test_a_loss_that_is_not_finite_stops_with_step_and_learning_rate():
     with pytest.raises(InputError, match=r"not finite at step \d+ .*learning rate 1e\+30"):
         small_fit(learning_rate=1e30)
+
+
+def test_running_sums_give_the_mean_of_all_numbers_at_once_to_the_bit():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(700, 2, generator=generator).exp() * torch.tensor([1.0, 100.0])
+    sums = RunningSums()
+    for loss, accuracy in values:
+        sums.add({"loss": loss, "accuracy": accuracy})
+    means = [total / len(values) for total, _ in sums.read().values()]
+    assert means == values.double().mean(0).tolist()
+    sums.clear()
+    sums.add({"loss": torch.tensor(2.0), "accuracy": torch.tensor(3.0)})
+    assert sums.read() == {"loss": (2.0, 1), "accuracy": (3.0, 1)}
+
+
+def test_running_sums_know_the_first_step_that_is_not_finite():
+    sums, parts = (
+        RunningSums(),
+        {"loss": [1, math.inf, 2, -math.inf], "accuracy": [1, 2, math.nan, 4]},
+    )
+    for values in zip(*parts.values(), strict=True):
+        sums.add(dict(zip(parts, map(torch.tensor, map(float, values)), strict=True)))
+    assert {name: finite for name, (_, finite) in sums.read().items()} == {"loss": 1, "accuracy": 2}
 
 
 def test_labels_of_the_training_set_are_learnt():
