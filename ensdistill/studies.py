@@ -328,7 +328,9 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
-    def _batches_have_equal_parts(self) -> Self:
+    def _several_devices_are_possible(self) -> Self:
+        if self.cuda_graphs and self.gpus_per_job > 1:
+            raise ValueError("'cuda_graphs' is for one GPU, and 'gpus_per_job' asks for more")
         recipes = {"teacher": self.teacher} | {
             f"methods.{name}": self.recipe(name) for name in self.methods
         }
