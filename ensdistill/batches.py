@@ -1,7 +1,7 @@
 """Training batches, of images that stay on the device as uint8 or are read in the background."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ensdistill.augmentation import Augmentation
+from ensdistill.distributed import own, part_of, place
 from ensdistill.loading import images_per_read, mixed
 from ensdistill.stored_images import StoredImages
 
@@ -58,14 +59,15 @@ class TrainingBatches:
             first: how many of the first batches are left out.
 
         Yields:
-            x float32 (B, C, H, W) in [0, 1], channels_last, and y int64 (B,).
+            x float32 (B, C, H, W) in [0, 1], channels_last, and y int64 (B,); of several processes
+            each gets its part.
         """
         count = len(self.labels)
         order = torch.randperm(count, device=self.labels.device, generator=generator)
         changes = self.augmentation.draw(count, generator)
 
         def batch(start: int) -> tuple[Tensor, Tensor]:
-            chosen = slice(start, start + self.batch_size)
+            chosen = own(slice(start, start + self.batch_size))
             index = order[chosen]
             return changes(self.padded, index, chosen), self.labels[index]
 
@@ -98,18 +100,19 @@ class StreamedBatches(TrainingBatches):
         windows, order = self._plan(generator)
         changes = self.augmentation.draw(count, generator)
         labels = self.labels.cpu()[order]
-        parts = mixed(self.stored, windows, order, size, first)
-        for number, pixels in enumerate(parts, first):
-            chosen = slice(number * size, (number + 1) * size)
+        batches = [own(slice(end - size, end)) for end in range(size, count + 1, size)]
+        parts = mixed(self.stored, *_of(batches, windows, order), first)
+        for chosen, pixels in zip(batches[first:], parts, strict=True):
             yield self._changed(pixels, changes, chosen), labels[chosen].to(device)
 
     def any_batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Of images at random places, read when they are asked for."""
         device, size = self.labels.device, self.batch_size
-        index = torch.randperm(len(self.labels), device=device, generator=generator)[:size]
+        chosen = part_of(size)
+        index = torch.randperm(len(self.labels), device=device, generator=generator)[chosen]
         changes = self.augmentation.draw(len(self.labels), generator)
         pixels = torch.from_numpy(self.stored.read(index.cpu().numpy())).permute(0, 2, 3, 1)
-        return self._changed(pixels, changes, slice(size)), self.labels[index]
+        return self._changed(pixels, changes, chosen), self.labels[index]
 
     def _changed(self, pixels: Tensor, changes: Any, chosen: slice) -> Tensor:
         device = self.labels.device
@@ -136,6 +139,21 @@ class StreamedBatches(TrainingBatches):
         joined = map(np.concatenate, windows)
         mixed_up = [it[torch.randperm(len(it), **on).cpu().numpy()] for it in joined]
         return windows, np.concatenate(mixed_up)
+
+
+def _of(
+    batches: Sequence[slice], windows: list[list[NDArray[np.int64]]], order: NDArray[np.int64]
+) -> tuple[list[list[NDArray[np.int64]]], NDArray[np.int64], int]:
+    """What `mixed` takes of an epoch, for these parts of its batches alone."""
+    size = batches[0].stop - batches[0].start
+    if place().count == 1:
+        return windows, order, size
+    chosen = np.concatenate([order[part] for part in batches])
+    mine = np.zeros(len(order), bool)
+    mine[chosen] = True
+    fewer = ([part[mine[part]] for part in window] for window in windows)
+    reads = [[part for part in window if len(part)] for window in fewer]
+    return [window for window in reads if window], chosen, size
 
 
 def _split(places: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:

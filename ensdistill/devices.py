@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import logging
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,12 @@ def prepare(threads: int, resources: Mapping[str, Any]) -> "torch.device":
         threads: for PyTorch on the CPU.
         resources: of the job; `jobs_per_gpu` (1 unless given) says how many jobs share a card.
     """
-    card = lease_card(resources.get("jobs_per_gpu", 1))  # before CUDA starts
+    lease_card(resources.get("jobs_per_gpu", 1))  # before CUDA starts
+    return set_up(threads)
+
+
+def set_up(threads: int) -> "torch.device":
+    """The GPU that this process sees, else the CPU with so many threads."""
     _keep_freed_memory()
     import torch
 
@@ -48,6 +54,7 @@ def prepare(threads: int, resources: Mapping[str, Any]) -> "torch.device":
         logger.info("computing on the CPU, threads: %d", threads)
         return torch.device("cpu")
     device = torch.device("cuda")
+    card = os.environ.get("CUDA_VISIBLE_DEVICES")
     logger.info("computing on %s, card %s", torch.cuda.get_device_name(device), card)
     atexit.register(_log_peak_memory, device)
     return device
@@ -66,38 +73,64 @@ def _keep_freed_memory() -> None:
 
 
 def lease_card(jobs_per_gpu: int = 1) -> str | None:
-    """Make one card this process's only one, and keep others from it until the process ends.
+    """`lease_cards` of one: its index or UUID; None where there is nothing to choose."""
+    cards = lease_cards(1, jobs_per_gpu)
+    return cards[0] if cards else None
+
+
+def lease_cards(count: int, jobs_per_gpu: int = 1) -> list[str]:
+    """Make some cards this process's only ones, and keep others from them until it ends.
 
     Snakemake counts GPUs but does not assign them. The lease is a file lock, which the kernel
     releases however the process dies; it holds for all users with the same temporary folder. Must
     run before CUDA starts.
 
     Args:
+        count: how many; they are taken all at once or not at all, so that no two processes wait
+            for each other's.
         jobs_per_gpu: processes that may hold one card at a time.
 
     Returns:
-        The card's index or UUID; None where there is nothing to choose.
+        The cards' indices or UUIDs; none where there is nothing to choose.
 
     Raises:
-        InputError: the temporary folder has no locks.
+        InputError: there are not so many, or the temporary folder has no locks.
     """
     cards = visible_cards()
     if not cards:
-        return None
+        return []
+    if len(cards) < count:
+        raise InputError(
+            f"gpus_per_job is {count}, and this job sees {len(cards)} GPUs: {', '.join(cards)}"
+        )
     waiting = False
     while True:
-        # Every card's first place before any card's second.
-        for place in range(jobs_per_gpu):
-            for card, name in cards.items():
-                if _take(_lease(name, len(cards), place)):
-                    os.environ["CUDA_VISIBLE_DEVICES"] = card
-                    return card
+        if len(held := _take_some(cards, count, jobs_per_gpu)) == count:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(held)
+            return held
         if not waiting:
-            sentence = f"waiting for a GPU: other jobs hold {', '.join(cards)}"
+            wanted = "a GPU" if count == 1 else f"{count} GPUs"
+            sentence = f"waiting for {wanted}: other jobs hold {', '.join(cards)}"
             logger.info(sentence)
             print(sentence, file=sys.stderr)
             waiting = True
-        time.sleep(1)
+        time.sleep(random.uniform(0.5, 1.5))  # or two that need the same would collide each time
+
+
+def _take_some(cards: Mapping[str, str], count: int, jobs_per_gpu: int) -> list[str]:
+    """Lease so many cards; where there are fewer that are free, none is kept."""
+    before = len(_held)
+    held: list[str] = []
+    # Every card's first place before any card's second.
+    for place in range(jobs_per_gpu):
+        for card, name in cards.items():
+            wanted = len(held) < count and card not in held
+            if wanted and _take(_lease(name, len(cards), place)):
+                held.append(card)
+    if len(held) < count:
+        while len(_held) > before:
+            os.close(_held.pop())
+    return held
 
 
 def _lease(name: str, count: int, place: int) -> Path:

@@ -21,6 +21,7 @@ UNCOUNTED = {
     "ensdistill.digests",
     "ensdistill.files",
     "ensdistill.jobs",
+    "ensdistill.launching",
     "ensdistill.locks",
     "ensdistill.own_data",
     "ensdistill.state",

@@ -128,6 +128,8 @@ def download(name: str, path: str | os.PathLike[str]) -> None:
     from requests import RequestException
     from urllib3.exceptions import HTTPError
 
+    from ensdistill.files import replace
+
     url, md5 = {**ARCHIVES, **ANSWERS}[name]
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
@@ -155,7 +157,7 @@ def download(name: str, path: str | os.PathLike[str]) -> None:
         if _digests(part)[0] != md5:
             part.unlink()
             raise InputError(f"{url}: what came has another checksum than the official archive")
-        part.replace(path)
+        replace(part, path)
 
 
 def _fetch(url: str, part: Path) -> None:

@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -56,7 +56,8 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; renamed to it on success, removed on failure.
 
     The temporary name keeps the ending, by which many writers choose their format. What is renamed
-    is on the disk: a power failure leaves the old file or the new one.
+    is on the disk: a power failure leaves the old file or the new one, and the new one once this
+    has returned. So Snakemake never notes of a file what a power failure then takes back.
 
     Raises:
         OSError: the disk is full, whatever the writer made of that, or it cannot be written;
@@ -73,9 +74,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     except InputError:
         raise
     except Exception as error:
@@ -94,6 +93,27 @@ def _check_space(path: Path, error: Exception) -> None:
             file.write(bytes(1 << 20))
     except OSError as full:
         raise OSError(full.errno, full.strerror, str(path)) from error
+
+
+def replace(finished: Path, path: Path) -> None:
+    """Rename a finished file to `path`, in the same folder, so that no power failure undoes it.
+
+    Raises:
+        OSError: the disk is full, or it cannot be written.
+    """
+    _force(finished)
+    os.replace(finished, path)
+    with suppress(OSError):  # not every file system can do this to a folder
+        _force(path.parent)
+
+
+def _force(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

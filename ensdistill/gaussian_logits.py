@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ensdistill.distributed import averaged, summed
 from ensdistill.networks import build_network
 from ensdistill.student import Student
 
@@ -97,10 +98,10 @@ def posterior(residual: Tensor, loadings: Tensor, lower: Tensor, variance: Tenso
     """
     inputs = (residual, loadings, lower, variance)
     exact, loadings, lower, variance = (it.double() for it in inputs)
-    a, u = torch.linalg.eigh(loadings.mT @ loadings)
+    a, u = torch.linalg.eigh(summed(loadings.mT @ loadings))
     b, v = torch.linalg.eigh(lower.mT @ lower)
     scale = variance + a.clamp(min=0)[:, None] * b.clamp(min=0)
-    rotated = u.mT @ (loadings.mT @ exact @ lower) @ v / scale
+    rotated = u.mT @ (summed(loadings.mT @ exact) @ lower) @ v / scale
     found = (u @ rotated @ v.mT).mT, u, v, variance / scale
     return Posterior(*(it.to(residual.dtype) for it in found))
 
@@ -142,7 +143,7 @@ def scaled_loss(squares: Tensor, variance: Tensor, size: int) -> Tensor:
         ½·squares/BK + ½w·(squares/(BKσ²) + ln σ²), with w and the second squares constant.
     """
     squares = squares / size
-    known, now = squares.detach(), variance.detach()
+    known, now = averaged(squares.detach()), variance.detach()
     weight = now / (now + known)
     return squares / 2 + weight * (known / variance + variance.log()) / 2
 

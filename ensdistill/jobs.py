@@ -1,6 +1,7 @@
 """What every workflow script does around its one call: logging, signals, errors in one sentence."""
 
 import atexit
+import ctypes
 import errno
 import gc
 import hashlib
@@ -19,6 +20,8 @@ from ensdistill.files import explain, is_of_memory, reading, set_aside
 
 ENDINGS = (signal.SIGTERM, signal.SIGINT)
 """Signals that ask a process to end."""
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Interrupted(KeyboardInterrupt):
@@ -60,7 +63,7 @@ def job(snakemake: Any) -> Iterator[None]:
     sys.unraisablehook = lambda it: logging.debug("%s", it.err_msg, exc_info=it.exc_value)
     sys.excepthook = lambda *error: logging.debug("", exc_info=error)
     for number in ENDINGS:
-        signal.signal(number, _interrupt)
+        signal.signal(number, interrupt)
     status = 1
     try:
         yield
@@ -75,7 +78,7 @@ def job(snakemake: Any) -> Iterator[None]:
     except DamagedFile as error:
         sentence = f"{error}; {_set_aside(error.path)}"
     except Exception as error:
-        sentence = _sentence(error)
+        sentence = to_tell(error)
         if sentence is None:
             logging.exception("unforeseen")
             sys.excepthook = sys.__excepthook__
@@ -127,7 +130,15 @@ def _say_no_more() -> None:
         os.dup2(nowhere.fileno(), 2)
 
 
-def _interrupt(number: int, frame: Any) -> None:
+def end_with_parent() -> None:
+    """Be killed when the process that started this one ends, however it does (on Linux)."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def interrupt(number: int, frame: Any) -> None:
+    """What a job does at a signal in `ENDINGS`."""
     raise Interrupted(number)
 
 
@@ -142,7 +153,7 @@ def _set_aside(path: str | os.PathLike[str]) -> str:
         return f"delete it ({error.strerror}), {again}"
 
 
-def _sentence(error: Exception) -> str | None:
+def to_tell(error: Exception) -> str | None:
     """What to tell the user; None if the error was not foreseen."""
     if isinstance(error, InputError):
         return str(error)

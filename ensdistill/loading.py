@@ -1,6 +1,5 @@
 """Images on the device: all at once where they fit, else read in the background."""
 
-import ctypes
 import logging
 import math
 import multiprocessing
@@ -18,6 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ensdistill import InputError
+from ensdistill.distributed import place
+from ensdistill.jobs import end_with_parent
 from ensdistill.stored_images import StoredImages
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,6 @@ jobs begin at the same time."""
 
 READ = 2**21
 """Bytes of pixels that a process reads at a time."""
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def load_images(
@@ -42,14 +41,16 @@ def load_images(
 
     Returns:
         uint8 (N, C, H, W) on the device; or, where they are more than `SHARE` of the memory, the
-        same that were given, to be read in the background, as the log then says.
+        same that were given, to be read in the background, as the log then says. Of the memory of
+        several processes that train together each has an equal part.
 
     Raises:
         InputError: they cannot be read.
     """
     labels = torch.from_numpy(stored.labels).to(device)
-    most = SHARE * free_memory(device)
-    facts = stored.split, stored.nbytes / 2**20, SHARE, most / SHARE / 2**20
+    share = SHARE / place().count
+    most = share * free_memory(device)
+    facts = stored.split, stored.nbytes / 2**20, share, most / share / 2**20
     if stored.nbytes > most:
         logger.info(
             "%s: %.0f MiB of pixels are read in the background, by as many processes as the job "
@@ -213,9 +214,7 @@ def _become_reader(number: int) -> None:
     """End with the process that is read for; what it makes of signals is its own affair."""
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, signal.SIG_IGN)
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # of Linux alone
-    if prctl:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
 
 
 def mixed(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Dirichlet, kl_divergence
 from torch.nn import functional as F
 
+from ensdistill.distributed import drawn, part_of, place
 from ensdistill.flow_matching import NOISE, FlowMatching, flow_matching_loss, random_times
 from ensdistill.gaussian_logits import (
     GaussianLogits,
@@ -276,8 +277,9 @@ def flow_matching(step: Step, x_distill: Tensor) -> Parts:
     (logits,) = teacher_logits([teacher], x_distill)
     with torch.autocast(x_distill.device.type, enabled=False):
         h1 = logits - logits.mean(-1, keepdim=True)
-        h0 = NOISE * torch.empty_like(h1).normal_(generator=step.generator)
-        times = random_times(len(h1), step.generator).to(h1.dtype)
+        h0 = NOISE * drawn(h1, lambda it: it.normal_(generator=step.generator))
+        count = len(h1) * place().count
+        times = random_times(count, step.generator)[part_of(count)].to(h1.dtype)
         error = flow_matching_loss(lambda h, t: network.velocity(h, features, t), h0, h1, times)
         with torch.no_grad():
             zeros = torch.zeros_like(h1)

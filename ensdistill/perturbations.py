@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ensdistill.distributed import drawn, gathered, part_of
 from ensdistill.students import Step, Student, any_teacher
 
 
@@ -96,7 +97,7 @@ def _ods(
         probs = (logits.detach().to(x.dtype) / temperature).softmax(1)
         own = w
         if own is None:
-            own = torch.empty_like(probs).uniform_(-1, 1, generator=generator)
+            own = drawn(probs, lambda it: it.uniform_(-1, 1, generator=generator))
         # g = Jᵀv, v = p∘(w − wᵀp)/τ. Only its direction counts, so v may be shifted and scaled:
         # w relative to the top class survives p ≈ one-hot, max|v| = 1 survives bfloat16.
         own = own - own.gather(1, probs.argmax(1, keepdim=True))
@@ -192,7 +193,7 @@ def none(step: Step) -> Tensor:
 
 def gaussian(step: Step, *, eta: float) -> Tensor:
     """x̃ with ε ~ N(0, I): the baseline that needs no teacher."""
-    return _moved(step, eta, lambda x: torch.empty_like(x).normal_(generator=step.generator))
+    return _moved(step, eta, lambda x: drawn(x, lambda it: it.normal_(generator=step.generator)))
 
 
 def ods(step: Step, *, eta: float, temperature: float) -> Tensor:
@@ -239,8 +240,9 @@ def tdiv_sdiv(step: Step, *, eta: float, sdiv: bool) -> Tensor:
 def mixup(step: Step, *, beta: float) -> Tensor:
     """x̃ = (1 − λ)·x + λ·x_π, λ ~ Beta(β, β) per batch, π a permutation [Zhang et al. 2018]."""
     share = step.decide(lambda it: np.random.default_rng(_seed(it)).beta(beta, beta))
-    order = torch.randperm(len(step.x), generator=step.generator, device=step.x.device)
-    return step.x.lerp(step.x[order], share)
+    whole = gathered(step.x)
+    order = torch.randperm(len(whole), generator=step.generator, device=whole.device)
+    return step.x.lerp(whole[order[part_of(len(whole))]], share)
 
 
 def held_out(step: Step) -> Tensor:

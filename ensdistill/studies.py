@@ -221,7 +221,9 @@ TEACHER = Method(label="teacher", student="single", objective="labels")
 class Study(Section):
     """One data set, one architecture, one ensemble and the students that learn from it."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"cuda_graphs", "teachers", "judge", "deploy"})
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"cuda_graphs", "deploy", "gpus_per_job", "judge", "teachers"}
+    )
 
     images: Images = Images()
     """The data."""
@@ -257,6 +259,9 @@ class Study(Section):
     cuda_graphs: bool = False
     """Whether a GPU computes a training step as one CUDA graph, which a CPU begins by one call
     instead of many hundreds. Not yet tried on a GPU: tests replay steps on a CPU alone."""
+    gpus_per_job: Count = 1
+    """GPUs, or processes where there are none, that train one network together, each with an equal
+    part of every batch; what it comes to is the same but for rounding."""
     augmentation: Augmentation = Augmentation()
     """Random changes to training images."""
     teacher: TeacherRecipe = TeacherRecipe()
@@ -320,6 +325,21 @@ class Study(Section):
             except ValidationError as error:
                 message = error.errors()[0]["msg"].removeprefix("Value error, ")
                 raise ValueError(f"methods.{name}.recipe: {message}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _several_devices_are_possible(self) -> Self:
+        if self.cuda_graphs and self.gpus_per_job > 1:
+            raise ValueError("'cuda_graphs' is for one GPU, and 'gpus_per_job' asks for more")
+        recipes = {"teacher": self.teacher} | {
+            f"methods.{name}": self.recipe(name) for name in self.methods
+        }
+        for name, recipe in recipes.items():
+            if recipe.batch_size % self.gpus_per_job:
+                raise ValueError(
+                    f"{name}: a batch_size of {recipe.batch_size} images is no multiple of "
+                    f"'gpus_per_job' ({self.gpus_per_job})"
+                )
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,17 @@ from tqdm import tqdm
 from ensdistill import InputError
 from ensdistill.batches import TrainingBatches, training_batches
 from ensdistill.digests import attributes
+from ensdistill.distributed import (
+    agreed,
+    alone,
+    averaged_parts,
+    in_turn,
+    is_first,
+    join,
+    parallel,
+    part_of,
+    place,
+)
 from ensdistill.files import write_csv
 from ensdistill.images import read_description
 from ensdistill.jobs import Interrupted, deferred_interrupts
@@ -176,33 +188,35 @@ def fit(
     torch.backends.cudnn.benchmark = train[1].is_cuda
     held = validation[0], validation[1].cpu()
     run = Run(student, new_optimizer(student, recipe))
-    if state and (saved := state.load()):
+    if state and (saved := in_turn(state.load)):
         run.load_state_dict(saved)
+    learning = replace(learning, objective=parallel(student, learning.objective))
 
     def take(step: Step) -> None:
         found = train_step(step, learning, run.optimizer, precision, recipe.clip_norm)
-        run.measured.add(found)
+        run.measured.add(averaged_parts(found))
 
     device = train[1].device
     taken = by_graphs(take, run.optimizer, device) if cuda_graphs else take
     draws = torch.Generator(device), torch.Generator()
-    hidden = None if progress is None else not progress
+    hidden = None if progress is None and is_first() else not progress
     with deferred_interrupts() as interrupted:
-        keep = _Keeper(state, run, interrupted)
+        keep = _Keeper(state, run, lambda: agreed(interrupted()))
         # disable=None: a bar on a terminal, plain lines in a log.
         epochs = range(run.epoch, recipe.epochs + 1)
         for epoch in tqdm(epochs, "epoch", leave=False, disable=hidden):
             rate = run.set_learning_rate(recipe)
             _train_epoch(run, learning, batches, recipe, seed, draws, taken, keep)
             row = _summary(run, len(batches), rate)
-            if is_validated(epoch, recipe.epochs, recipe.validate_every):
+            if is_first() and is_validated(epoch, recipe.epochs, recipe.validate_every):
                 row |= _validate(run, held, learning)
             row["seconds"] = run.seconds
             logger.info(" ".join(f"{name} {value:.5g}" for name, value in row.items()))
             run.finish_epoch(row)
         keep.save()
     predictor = student.predictor()
-    predictor.load_state_dict(run.best)
+    if is_first():
+        predictor.load_state_dict(run.best)
     return predictor, run.history
 
 
@@ -222,7 +236,7 @@ class _Keeper:
         self.saved_at = time.perf_counter()
 
     def save(self) -> None:
-        if self.state:
+        if self.state and is_first():
             self.state.save(self.run.state_dict())
         self.saved_at = time.perf_counter()
 
@@ -254,9 +268,9 @@ def _train_epoch(
     generator, host = draws
     generator.manual_seed(*seeds(seed, run.epoch, 0, 1))
     for number, (x, y) in enumerate(batches.epoch(generator, run.steps), run.steps + 1):
-        own = seeds(seed, run.epoch, number, 3)
+        own = seeds(seed, run.epoch, number, 3 + place().rank)
         # The global generator is for dropout and the like.
-        for draw, its_seed in zip((generator, host, torch), own, strict=True):
+        for draw, its_seed in zip((generator, host, torch), (*own[:2], own[-1]), strict=True):
             cast(Any, draw).manual_seed(its_seed)
         step = Step(run.student, learning.teachers, x, y, progress, generator, host)
         take(learning.completed(step))
@@ -310,6 +324,7 @@ def train_student(
     cuda_graphs: bool = False,
     origin: Mapping[str, Any],
     fingerprint: str,
+    processes: int = 1,
 ) -> None:
     """Train a student, or a teacher, from images.h5; write its weights and its history.
 
@@ -325,10 +340,13 @@ def train_student(
         recipe, augmentation, precision, cuda_graphs: as in the configuration.
         origin: who is trained (study, method, …); written into the weights' header.
         fingerprint: of all that decides the outcome.
+        processes: how many train it together, of which this is one; see distributed.py.
 
     Raises:
         InputError: another process trains the same student; or as `fit`.
     """
+    if processes > 1:
+        join(device)
     precision, reason = choose_precision(precision, device)
     set_float32(precision)
     logger.info("precision: %s", reason)
@@ -341,6 +359,8 @@ def train_student(
     settings = {**augmentation, "seed": seed, "precision": precision}
     stored = StoredImages(images, "train")
     train = load_images(stored, device, logging.INFO)
+    if agreed(train[0] is stored):  # by one process, then by all: the order of images may differ
+        train = stored, train[1]
     blocks = {"block": stored.block} if train[0] is stored and stored.block > 1 else {}
     made = attributes(
         **origin,
@@ -353,6 +373,7 @@ def train_student(
         device=device.type,
         **({"cuda_graphs": True} if cuda_graphs else {}),
         **blocks,
+        **({"processes": processes} if processes > 1 else {}),
         **{key: description[key] for key in ("evaluation",) if key in description},
     )
     # Random numbers differ by device, rounding by version and precision too, and the order of
@@ -360,7 +381,7 @@ def train_student(
     here = {"device": device.type, "torch": torch.__version__, "precision": precision, **blocks}
     same = attributes(fingerprint=fingerprint, **here)
     state = TrainingState(Path(weights).parent / "state.pt", same["digest"])
-    with state.exclusive():
+    with state.exclusive() if is_first() else nullcontext():
         held_out = _held_out(images, device, recipe, augmentation) if "held_out" in parts else None
         taught = learning_of(networks, parts, held_out)
         validation = load_images(StoredImages(images, "val"), device)
@@ -376,8 +397,9 @@ def train_student(
             cuda_graphs=cuda_graphs,
             **settings,
         )
-        write_csv(history, pd.DataFrame(rows))
-        save_student(weights, predictor, made)
+        if is_first():
+            write_csv(history, pd.DataFrame(rows))
+            save_student(weights, predictor, made)
 
 
 def check_and_fit(
@@ -400,8 +422,10 @@ def check_and_fit(
     Raises:
         InputError: it does not; see `Student.check` and `check_first_step`.
     """
-    student.check(first[0][:2].float() / 255)
-    check_first_step(student, learning, first, recipe.batch_size, precision)
+    part = part_of(min(recipe.batch_size, len(train[1])))
+    with alone():
+        student.check(first[0][:2].float() / 255)
+        check_first_step(student, learning, first, part.stop - part.start, precision)
     return fit(student, learning, train, validation, recipe, precision=precision, **settings)
 
 

@@ -242,7 +242,7 @@ def on_the_page(wildcards):
     """What the first page says of a study's configuration."""
     study = STUDIES[wildcards.study]
     labels = {name: method.label for name, method in study.methods.items()}
-    unused = {"methods", "grid", "published", "deploy"}
+    unused = {"methods", "grid", "published", "deploy", "gpus_per_job"}
     return study.model_dump(exclude=unused) | {"methods": labels}
 
 
@@ -512,6 +512,16 @@ def growing(base, per_mb=0):
         return math.ceil(attempt * min(base + growth, MOST_MB))
 
     return amount
+
+
+def together(wildcards):
+    """The processes that train a network, each on a card of its own: no part of any digest."""
+    return 1 if elsewhere_of(wildcards) else STUDIES[wildcards.study].gpus_per_job
+
+
+def training_memory(wildcards, input, attempt):
+    """A resource function: each process that trains has the images, and PyTorch, for itself."""
+    return together(wildcards) * growing(4000, 4)(wildcards, input, attempt)
 
 
 def computing(passes):

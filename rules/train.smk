@@ -1,5 +1,5 @@
-# One thread per training job unless a profile says otherwise: as many jobs as cores is the best
-# use of a CPU, and results do not depend on how many cores a machine has.
+# One thread per process that trains unless a profile says otherwise: as many jobs as cores is the
+# best use of a CPU, and results do not depend on how many cores a machine has.
 
 
 rule teacher:
@@ -16,10 +16,11 @@ rule teacher:
         "results/{study}/benchmarks/teachers/{seed}.tsv"
     conda:
         "../envs/ensdistill.yaml"
-    threads: 1
+    threads: together
     resources:
-        gpu=1,
-        mem_mb=growing(4000, 4),
+        gpu=together,
+        gpus_per_job=together,
+        mem_mb=training_memory,
         runtime=computing(training_passes),
     params:
         training=training,
@@ -43,10 +44,11 @@ rule student:
         "results/{study}/benchmarks/students/{method}/{seed}.tsv"
     conda:
         "../envs/ensdistill.yaml"
-    threads: 1
+    threads: together
     resources:
-        gpu=1,
-        mem_mb=growing(4000, 4),
+        gpu=together,
+        gpus_per_job=together,
+        mem_mb=training_memory,
         runtime=computing(training_passes),
     params:
         training=training,

@@ -32,6 +32,8 @@ from ensdistill.files import (
 from ensdistill.state import TrainingState
 from ensdistill.students import build_student
 from ensdistill.weights import load_student, save_student
+from tests import lossy_disk
+from tests.lossy_disk import LossyDisk
 
 # --- whole files -----------------------------------------------------------------------------
 
@@ -91,6 +93,27 @@ def test_an_error_of_the_system_names_the_file_that_it_is_about(tmp_path, monkey
         write_text(tmp_path / "x.txt", "")
     assert caught.value.filename == str(tmp_path / "x.txt")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk that loses at a power failure what was not forced to it, and its folder."""
+    if reason := lossy_disk.why_not():
+        pytest.skip(reason)
+    with LossyDisk(tmp_path) as disk:
+        yield disk, tmp_path
+
+
+@pytest.mark.parametrize("kind", lossy_disk.KINDS)
+def test_after_a_power_failure_a_finished_file_is_there_and_whole(disk, kind):
+    disk, folder = disk
+    for text in ("older", "newer"):
+        write_text(folder / "new" / "x.txt", text)
+        (folder / "not_forced.txt").write_text("lost")
+        (folder / "new" / "open.txt").write_text("lost")
+        lost = disk.cut(kind, seed=0)
+        assert (folder / "new" / "x.txt").read_text() == text
+        assert lost["data"] == (0 if kind == lossy_disk.KINDS[0] else 2)
 
 
 def test_atomic_replaces_an_older_file(tmp_path):

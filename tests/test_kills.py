@@ -1,44 +1,60 @@
-"""A campaign of kill -9 at random moments over a whole study: nothing of it may show in the end.
+"""A campaign of kill -9 and power failures at random moments: nothing of it may show in the end.
 
-Takes minutes: `python -m pytest -m kills -s` runs it, and prints a line that sums it up.
+Takes minutes: `python -m pytest -m kills -s` runs it, and prints lines that sum it up.
 """
 
 import os
 import random
 import re
 import signal
-import subprocess
 import sys
+from collections import Counter
 
 import pandas as pd
 import psutil
 import pytest
 
+from tests.lossy_disk import KINDS, LossyDisk, why_not
 from tests.project import Project
 
-KILLS = 30
+KILLS = 50  # of each kind
 EPOCHS = 150
 
 
-def start(project):
-    return psutil.Popen(
-        [sys.executable, "-m", "snakemake", "--cores", "2"],
-        cwd=project.folder,
-        env={**os.environ, "PYTHONPATH": str(project.folder)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+def start(project, output):
+    with output.open("wb") as file:
+        return psutil.Popen(
+            [sys.executable, "-m", "snakemake", "--cores", "2"],
+            cwd=project.folder,
+            env={**os.environ, "PYTHONPATH": str(project.folder)},
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
 
 
 def kill_something(run, rng):
-    """Everything at once, as a power failure does, or one process; what was hit."""
+    """Everything at once, or one process; what was hit."""
     if rng.random() < 0.5:
         os.killpg(run.pid, signal.SIGKILL)
         return "everything"
     victim = rng.choice([run, *run.children(recursive=True)])
     victim.kill()
     return "snakemake" if victim == run else "a job"
+
+
+class PowerFailures:
+    """Power failures of a disk, and how much of it each kind has cost."""
+
+    def __init__(self, disk):
+        self.disk, self.lost = disk, Counter()
+
+    def __call__(self, run, rng):
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        kind = rng.choice(KINDS)
+        self.lost.update(self.disk.cut(kind, rng.randrange(2**32)))
+        return f"power, lost: {kind}"
 
 
 class Trainings:
@@ -49,7 +65,7 @@ class Trainings:
 
     def read(self, project):
         for log in project.file("logs").glob("*/**/*.log"):
-            text = log.read_text()
+            text = log.read_text(errors="replace")  # of a log a power failure leaves anything
             epochs = [int(epoch) for epoch in re.findall(r"INFO epoch (\d+) .*\n", text)]
             first = re.search(r"going on from epoch (\d+)", text)
             if not epochs and not first:
@@ -59,8 +75,9 @@ class Trainings:
                 again = int(first[1]) if first else 1
                 self.resumed += first is not None
                 self.lost = max(self.lost, self.epochs[log] + 1 - again)
-            self.began[log] = began
-            self.epochs[log] = epochs[-1] if epochs else int(first[1]) - 1
+            last = epochs[-1] if epochs else int(first[1]) - 1
+            torn = self.began.get(log) == began and last < self.epochs[log]
+            self.began[log], self.epochs[log] = began, self.epochs[log] if torn else last
 
 
 def results(project):
@@ -77,11 +94,12 @@ def results(project):
     }
 
 
-def survive(project, rng, hits, trainings):
+def survive(project, rng, kill, hits, trainings, output):
     """Start a study again and again, with kills until there are enough, to its end."""
-    status = None
+    status, failed = None, 0
     while status != 0:
-        run = start(project)
+        before = len(hits)
+        run = start(project, output)
         status = None
         while status is None:
             enough = len(hits) >= KILLS
@@ -89,38 +107,78 @@ def survive(project, rng, hits, trainings):
                 status = run.wait(None if enough else rng.uniform(1, 12))
             except psutil.TimeoutExpired:
                 trainings.read(project)
-                hits.append(kill_something(run, rng))
+                hits.append(kill(run, rng))
         trainings.read(project)
+        failed = failed + 1 if status and len(hits) == before else 0
+        assert failed < 3, output.read_text()[-4000:]
         if any((project.folder / ".snakemake" / "locks").glob("*")):
             project.run("--unlock")
 
 
-@pytest.mark.kills
-def test_kills_at_random_moments_leave_no_trace(tmp_path):
-    rng = random.Random(0)
-    template = Project.new(tmp_path / "template")
-    template.edit("ensdistill/training.py", "SAVE_EVERY = 120", "SAVE_EVERY = 0")
-    for role in ("teacher", "student"):
-        template.change("studies", "tiny", role, "epochs", value=EPOCHS)
-    undisturbed = template.copy(tmp_path / "undisturbed")
-    undisturbed.run()
-    expected = results(undisturbed)
-    hits, trainings, compared, differences = [], Trainings(), 0, set()
-    while len(hits) < KILLS:
-        project = template.copy(tmp_path / f"after {len(hits)} kills")
-        survive(project, rng, hits, trainings)
-        survived = results(project)
-        compared += len(survived)
-        differences |= {
-            name
-            for name in expected.keys() | survived.keys()
-            if expected.get(name) != survived.get(name)
-        }
+def compare(expected, project, summary):
+    """How many files there are on either side, and the names of those that differ."""
+    survived = results(project)
+    names = expected.keys() | survived.keys()
+    differences = {name for name in names if expected.get(name) != survived.get(name)}
+    summary.update(compared=len(names), differences=len(differences))
+    return differences
+
+
+def conclude(hits, trainings, summary, differences):
     kinds = ", ".join(f"{hits.count(what)} of {what}" for what in sorted(set(hits)))
     print(
         f"\nkills {len(hits)} ({kinds}), resumed jobs {trainings.resumed}, epochs repeated at most "
-        f"{trainings.lost}, files compared {compared}, differences {len(differences)}"
+        f"{trainings.lost}, {', '.join(f'{what} {number}' for what, number in summary.items())}"
     )
     assert differences == set()
     assert trainings.resumed > 0
     assert trainings.lost <= 1
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    template = Project.new(tmp_path_factory.mktemp("template") / "project")
+    template.edit("ensdistill/training.py", "SAVE_EVERY = 120", "SAVE_EVERY = 0")
+    for role in ("teacher", "student"):
+        template.change("studies", "tiny", role, "epochs", value=EPOCHS)
+    return template
+
+
+@pytest.fixture(scope="module")
+def expected(template, tmp_path_factory):
+    """The results of a study that nobody disturbed."""
+    undisturbed = template.copy(tmp_path_factory.mktemp("undisturbed") / "project")
+    undisturbed.run()
+    return results(undisturbed)
+
+
+@pytest.mark.kills
+def test_kills_at_random_moments_leave_no_trace(tmp_path, template, expected):
+    rng = random.Random(0)
+    hits, trainings, summary, differences = [], Trainings(), Counter(), set()
+    while len(hits) < KILLS:
+        project = template.copy(tmp_path / f"after {len(hits)} kills")
+        survive(project, rng, kill_something, hits, trainings, tmp_path / "output")
+        differences |= compare(expected, project, summary)
+    conclude(hits, trainings, summary, differences)
+
+
+@pytest.mark.kills
+def test_power_failures_that_cost_what_was_not_forced_to_the_disk_leave_no_trace(
+    tmp_path, template, expected
+):
+    if reason := why_not():
+        pytest.skip(reason)
+    rng = random.Random(0)
+    hits, trainings, summary, differences = [], Trainings(), Counter(), set()
+    while len(hits) < KILLS:
+        folder = tmp_path / f"after {len(hits)} failures"
+        folder.mkdir()
+        with LossyDisk(folder) as disk:
+            project = template.copy(folder / "project")
+            disk.sync()
+            failures = PowerFailures(disk)
+            survive(project, rng, failures, hits, trainings, tmp_path / "output")
+            differences |= compare(expected, project, summary)
+            summary.update(failures.lost)
+    conclude(hits, trainings, summary, differences)

@@ -16,7 +16,7 @@ import torch
 
 from ensdistill import InputError, analysis, batches, files, loading, training
 from ensdistill.batches import StreamedBatches, TrainingBatches
-from ensdistill.jobs import Interrupted, _sentence
+from ensdistill.jobs import Interrupted, to_tell
 from ensdistill.learning import learning
 from ensdistill.loading import free_memory, in_batches, load_images, mixed, read_ahead
 from ensdistill.recipes import Recipe
@@ -202,7 +202,7 @@ def test_a_reader_that_is_killed_is_one_sentence(tmp_path):
     with pytest.raises(RuntimeError) as caught:
         for _ in reading:
             pass
-    assert _sentence(caught.value).startswith("a process that reads images was killed")
+    assert to_tell(caught.value).startswith("a process that reads images was killed")
 
 
 def test_a_reader_that_does_not_end_by_itself_is_ended(tmp_path, monkeypatch):
