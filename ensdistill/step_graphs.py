@@ -134,7 +134,7 @@ class StepGraphs:
         self.met: Counter[Hashable] = Counter()
         self.graphs: dict[Hashable, Call] = {}
         self.inputs: dict[str, Any] = {}
-        self.steps = self.by_graphs = 0
+        self.steps = 0
         self.given_up = False
         for group in optimizer.param_groups:
             device = group["params"][0].device
@@ -159,7 +159,6 @@ class StepGraphs:
             self.take(step)
             return
         self.graphs[outcome]()
-        self.by_graphs += 1
 
     def _outcome(self, step: Step) -> tuple[Hashable, ...]:
         """What the host decides in a step, with the draws that this takes."""
@@ -219,6 +218,7 @@ class StepGraphs:
         finally:
             for group in capturable:
                 group["capturable"] = False
+        logger.info("CUDA graph %d, made at step %d", len(self.graphs), self.steps)
         return True
 
     def _give_up(self, reason: str) -> None:

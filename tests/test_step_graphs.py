@@ -137,9 +137,9 @@ ADAMW = Recipe(epochs=8, warmup_epochs=3, learning_rate=0.01, optimizer="adamw",
 )
 def test_optimisers_and_precisions(recipe, precision):
     ordinary, _ = steps_of(None, recipe, precision)
-    found, graphs = steps_of(Repeats(), recipe, precision)
+    found, graphs = steps_of(capturer := Repeats(), recipe, precision)
     assert equal(found, ordinary)
-    assert 0 < graphs.by_graphs < graphs.steps == 8
+    assert 0 < capturer.repeated < graphs.steps == 8
 
 
 def test_rates_stay_where_a_graph_looks_for_them():
@@ -176,7 +176,7 @@ def test_without_graphs_training_goes_on_and_says_once_why(capturer, reason, cap
         found, graphs = steps_of(capturer, RECIPE)
     assert equal(found, steps_of(None, RECIPE)[0])
     assert caplog.messages == [f"steps are not computed by CUDA graphs: {reason}"]
-    assert graphs.by_graphs == 0
+    assert not graphs.graphs
 
 
 def test_a_draw_that_is_not_declared_is_refused(caplog):
