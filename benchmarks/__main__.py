@@ -15,6 +15,7 @@ results/benchmarks.md the same as a table.
 import json
 import sys
 
+from benchmarks.forms import forms
 from benchmarks.measurements import (
     ceiling,
     dry_run,
@@ -27,6 +28,7 @@ from benchmarks.measurements import (
     workflow,
 )
 from benchmarks.predictions import predictions
+from benchmarks.roofline import roofline
 from benchmarks.rows import Bench, hardware, table
 from benchmarks.streaming import streaming
 from benchmarks.workloads import Workload, shapes, threads
@@ -50,7 +52,9 @@ def main() -> None:
             steps(bench, key, workload)
             if key in ("digits", "resnet32"):
                 methods(bench, key, workload)
+    forms(bench)
     ceiling(bench, workloads)
+    roofline(bench, workloads)
     hours(bench, workloads["resnet32"])
     shares = operations(bench, workloads["resnet32"])
     if not bench.rows:

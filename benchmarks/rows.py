@@ -46,9 +46,11 @@ class Bench:
 
     def _seconds(self, call: Call) -> float:
         if self.device.type == "cpu":
-            started = time.perf_counter()
+            # Of one thread the processor's time, which other processes hardly change.
+            clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+            started = clock()
             call()
-            return time.perf_counter() - started
+            return clock() - started
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()

@@ -22,11 +22,36 @@ Init = Literal["normal", "signs", "ones"]
 """How the factors r and s begin: N(1, σ²), random signs, or all 1."""
 
 SCALED = {"cpu": 2**19, "cuda": 2**23}
-"""Up to so many numbers in its input a layer scales activations, beyond it makes M weights.
+"""Up to so many numbers in its input a layer scales activations, whatever its weight.
 
-Scaling goes over every activation several times, M weights cost M calls. On a CPU this is where
-they measured alike; on a GPU it is an estimate, by launches of 5 µs and memory of 3 TB/s.
+Beyond it, see `scales_activations`. On a CPU this is where both forms measured alike for small
+weights; on a GPU it is an estimate, by launches of 5 µs and memory of 3 TB/s.
 """
+
+PER_WEIGHT = 2
+"""Numbers in the input that cost as much to scale as one number of the M weights costs to make."""
+
+
+def scales_activations(numbers: int, weights: int, device: str) -> bool:
+    """Whether a layer scales activations (equation 5) or makes M weights (equation 1).
+
+    Scaling goes over all activations several times, making weights over all of the M weights, and
+    it costs M calls. The choice depends on sizes alone, never on a measurement of the moment, so a
+    training that is resumed or repeated computes the same bits. Both forms wait for memory, so the
+    instruction set does not change where they cost the same; `python -m benchmarks form` measures
+    it.
+
+    Args:
+        numbers: in the input of the layer, of all members.
+        weights: numbers in the weights of all members, M·|W|.
+        device: the type of the device.
+
+    >>> scales_activations(64 * 4 * 16 * 32 * 32, 4 * 16 * 16 * 9, "cpu")  # many activations
+    False
+    >>> scales_activations(4 * 4 * 640 * 8 * 8, 4 * 640 * 640 * 9, "cpu")  # 15 million weights
+    True
+    """
+    return numbers <= SCALED.get(device, 0) + PER_WEIGHT * weights
 
 
 def _as_autocast(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -160,8 +185,9 @@ class BatchEnsembleLayer(nn.Module):
             raise ValueError(
                 f"{x.shape[0]} rows cannot be shared out evenly among {self.ensemble_size} members"
             )
-        few = x.numel() <= SCALED.get(x.device.type, 0)
-        return self._scaled(x) if few else self._explicit(x)
+        weights = self.ensemble_size * self.weight.numel()
+        scales = scales_activations(x.numel(), weights, x.device.type)
+        return self._scaled(x) if scales else self._explicit(x)
 
     def _explicit(self, x: Tensor) -> Tensor:
         """Equation 1: every member's rows through its own weight W_j = W ∘ (s_j r_jᵀ)."""

@@ -22,6 +22,8 @@ Scores = Callable[[ArrayLike], Array]
 
 WANTED = 0.9
 """The share of labels that the sets should hold."""
+MOST_RANKED = 64
+"""Classes that are sorted at first: few images have larger sets."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,39 @@ def sets_of(
     probs, labels = paired(probs, labels)
     inside = scores(probs) <= limit
     return inside[np.arange(len(labels)), labels], inside.sum(axis=1)
+
+
+def aps_sets(
+    probs: ArrayLike, labels: ArrayLike, limit: float
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """What `sets_of` finds by `aps_scores`, from the most probable classes alone.
+
+    A set is all classes at least as probable as the last one whose score is up to the limit.
+
+    >>> inside, sizes = aps_sets([[0.2, 0.5, 0.2, 0.1]], [3], limit=0.8)
+    >>> inside.tolist(), sizes.tolist()
+    ([False], [3])
+    """
+    probs, labels = paired(probs, labels)
+    least = _least(probs, limit, MOST_RANKED)
+    unknown = np.isnan(least)
+    least[unknown] = _least(probs[unknown], limit, probs.shape[1])
+    inside = probs[np.arange(len(labels)), labels] >= least
+    return inside, np.count_nonzero(probs >= least[:, None], axis=1)
+
+
+def _least(probs: Array, limit: float, ranked: int) -> Array:
+    """The least probable class with a score up to a limit, (N,); NaN if more than so many have."""
+    ranked = min(ranked, probs.shape[1])
+    first = np.partition(probs, -ranked, axis=1)[:, -ranked:]
+    first = np.sort(first, axis=1)[:, ::-1]
+    above = np.cumsum(first, axis=1)
+    count = 1 + np.count_nonzero(above <= limit, axis=1)  # nothing is above the first
+    beyond = count > ranked
+    found = first[np.arange(len(first)), np.minimum(count, ranked) - 1]
+    if ranked < probs.shape[1]:
+        found[beyond] = np.nan
+    return found
 
 
 def calibration_half(images: int) -> NDArray[np.int64]:

@@ -72,6 +72,7 @@ def distilled(
             held,
             recipe,
             progress=progress,
+            cuda_graphs=study.cuda_graphs,
             **learnt,
         )
     made = {**parts, **learnt, "recipe": recipe.model_dump(), "device": where.type}

@@ -38,7 +38,6 @@ from ensdistill.predictions import (
     Array,
     Labels,
     Prediction,
-    read_ensemble,
     read_prediction,
     splits_of,
 )
@@ -359,8 +358,8 @@ def measured(
     copied = len(read_prediction(shifted_ensemble[0], corrupted[0])[1])
     # Which test images were copied is not said, so the draws are independent.
     of_copies = image_weights(copied, seed=1)
-    alone = np.mean([_on_copies([path], corrupted) for path in shifted_ensemble], axis=0)
     one, ensemble = ensemble_nll(pool, labels, (1, members))
+    alone, together = _on_copies(shifted_ensemble, corrupted, (1, len(shifted_ensemble)))
     systems = Systems(
         members,
         one=mean_of(one, weights),
@@ -368,27 +367,28 @@ def measured(
         images=len(labels),
         shifted_images=copied,
         shifted_one=mean_of(alone, of_copies),
-        shifted_ensemble=mean_of(_on_copies(shifted_ensemble, corrupted), of_copies),
+        shifted_ensemble=mean_of(together, of_copies),
     )
     for label, paths in students.items():
         _add(systems, label, paths, weights)
         if label not in shifted_students:  # its logits alone are known
             continue
-        copies = [_on_copies([path], corrupted) for path in shifted_students[label]]
+        copies = [_on_copies([path], corrupted, (1,))[0] for path in shifted_students[label]]
         systems.shifted[label] = mean_of(np.stack(copies, axis=1), of_copies)
     return systems
 
 
-def _on_copies(paths: Sequence[str], splits: Sequence[str]) -> Array:
-    """NLL (N,) of an ensemble on corrupted copies of each image, mean over kinds and severities."""
-    total: Array | float = 0.0
+def _on_copies(paths: Sequence[str], splits: Sequence[str], sizes: Sequence[int]) -> list[Array]:
+    """NLL (N,) of ensembles on corrupted copies of each image, mean over kinds and severities.
+
+    Of every size the mean over the ensembles of so many of the networks.
+    """
+    totals: list[Array | float] = [0.0] * len(sizes)
     for split in splits:
-        total = total + _nll(*read_ensemble(paths, split)) / len(splits)
-    return np.asarray(total)
-
-
-def _nll(prediction: Prediction, labels: Labels) -> Array:
-    return prediction.per_image(lambda it, known: nll(it.probs(), known, "none"), labels)
+        read = [read_prediction(path, split) for path in paths]
+        found = ensemble_nll([copies for copies, _ in read], read[0][1], sizes)
+        totals = [total + values / len(splits) for total, values in zip(totals, found, strict=True)]
+    return [np.asarray(total) for total in totals]
 
 
 def _both_nll(temperature: float, prediction: Prediction, labels: Labels) -> list[Array]:
@@ -403,7 +403,7 @@ def _add(systems: Systems, label: str, paths: Sequence[str], weights: Weights) -
     scaled: list[Array] = []
     for path in paths:
         validation, known = read_prediction(path, "val")
-        on_validation.append(_nll(validation, known).mean())
+        on_validation.append(validation.nll(known).mean())
         (temperature,) = optimal_temperatures([validation], known)
         test, known = read_prediction(path, "test")
         of_test = test.per_image(partial(_both_nll, temperature), known)

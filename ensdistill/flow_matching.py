@@ -134,10 +134,10 @@ def integrate(velocity: Velocity, h: Tensor, times: Sequence[float]) -> Tensor:
     """
     last = len(times) - 2
     for index, (now, then) in enumerate(pairwise(times)):
-        slope = velocity(h, h.new_tensor(now))
+        slope = velocity(h, h.new_full((), now))  # new_tensor would copy, and a GPU wait
         if index < last:
             ahead = h + (then - now) * slope
-            slope = (slope + velocity(ahead, h.new_tensor(then))) / 2
+            slope = (slope + velocity(ahead, h.new_full((), then))) / 2
         h = h + (then - now) * slope
     return h
 

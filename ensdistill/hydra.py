@@ -135,6 +135,10 @@ class Hydra(Student):
     def member_logits(self, x: Tensor) -> Tensor:
         return self.network(x, self.alone)
 
+    @property
+    def phase(self) -> bool:
+        return self.alone
+
     def set_progress(self, progress: float) -> None:
         was_alone, self.alone = self.alone, progress < self.together
         if was_alone and not self.alone:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +14,13 @@ from ensdistill.calibration import (
     apply_temperature,
     clipped_log,
     optimal_temperature,
-    root_temperature,
-    scaled_means,
+    search_temperature,
+    slopes,
     surest,
 )
 from ensdistill.conformal import (
     aps_scores,
+    aps_sets,
     calibration_half,
     label_scores,
     lac_scores,
@@ -89,17 +90,19 @@ class Judged:
     def lac(self) -> tuple[NDArray, NDArray]:
         """Whether the label is in the set by `conformal.lac_scores`, and the set's size, (n,) each;
         NaN where no threshold is known."""
-        return self._sets(lac_scores, self.fit.lac)
+        return self._sets(partial(sets_of, lac_scores), self.fit.lac)
 
     @cached_property
     def aps(self) -> tuple[NDArray, NDArray]:
         """The same of `conformal.aps_scores`."""
-        return self._sets(aps_scores, self.fit.aps)
+        return self._sets(aps_sets, self.fit.aps)
 
-    def _sets(self, scores: Callable[..., Array], limit: float) -> tuple[NDArray, NDArray]:
+    def _sets(
+        self, sets: Callable[..., tuple[NDArray, NDArray]], limit: float
+    ) -> tuple[NDArray, NDArray]:
         if np.isnan(limit):
             return (np.full(len(self.labels), np.nan),) * 2
-        return sets_of(scores, self.probs, self.labels, limit)
+        return sets(self.probs, self.labels, limit)
 
 
 @dataclass(frozen=True)
@@ -160,21 +163,27 @@ def judge(
         fits: by `fitted`, one per system.
     """
 
+    # What several metrics are made of is kept once.
+    functions = dict.fromkeys(metric.function for metric in chosen.values())
+
     def values(images: slice) -> list[list[Any]]:
         people = None if human is None else human[images]
         seen = (
             Judged(system.part(images), labels[images], n_bins, fit, people)
             for system, fit in zip(systems, fits or [Fit()] * len(systems), strict=True)
         )
-        return [[metric.function(it) for metric in chosen.values()] for it in seen]
+        return [[function(it) for function in functions] for it in seen]
 
-    return [
-        {
-            key: np.nan if found is None else metric.whole(found, n_bins)
-            for (key, metric), found in zip(chosen.items(), of_system, strict=True)
-        }
-        for of_system in collect(systems, values)
-    ]
+    judged = []
+    for found in collect(systems, values):
+        known = dict(zip(functions, found, strict=True))
+        judged.append(
+            {
+                key: np.nan if known[it.function] is None else it.whole(known[it.function], n_bins)
+                for key, it in chosen.items()
+            }
+        )
+    return judged
 
 
 def fitted(systems: Sequence["Prediction"], labels: Labels) -> list[Fit]:
@@ -195,35 +204,25 @@ def fitted(systems: Sequence["Prediction"], labels: Labels) -> list[Fit]:
 
 
 def optimal_temperatures(systems: Sequence["Prediction"], labels: Labels) -> list[float]:
-    """`optimal_temperature` of several systems.
-
-    Each is the root of a slope, a sum over images. In order that all systems share the passes over
-    the images, each root is sought with the slopes that are known, until it asks for one more.
-    """
+    """`optimal_temperature` of several systems, which share the passes over the images."""
     if len(list(blocks(systems))) == 1:
         whole = slice(0, len(labels))
         return [optimal_temperature(it.part(whole).probs(), labels) for it in systems]
-    known: list[dict[float, float]] = [{} for _ in systems]
-    while True:
-        asked: dict[int, float] = {}
-        found = []
-        for place, slopes in enumerate(known):
-            try:
-                found.append(root_temperature(slopes.__getitem__))
-            except KeyError as unknown:
-                asked[place] = unknown.args[0]
-        if not asked:
-            return found
+    searches = [search_temperature() for _ in systems]
+    asked = {place: next(search) for place, search in enumerate(searches)}
+    found = [np.nan] * len(systems)
+    while asked:
 
-        def terms(images: slice, asked: Mapping[int, float] = asked) -> list[list[Array]]:
+        def terms(images: slice, asked: Mapping[int, float] = asked) -> list[tuple[Array, Array]]:
             logs = (clipped_log(systems[it].part(images).probs(), TINY) for it in asked)
-            at_label = np.arange(images.stop - images.start), labels[images]
-            return [
-                [scaled_means(log_probs, inverse), log_probs[at_label]]
-                for log_probs, inverse in zip(logs, asked.values(), strict=True)
-            ]
+            known = labels[images]
+            return [slopes(its, known, at) for its, at in zip(logs, asked.values(), strict=True)]
 
-        for (place, inverse), (scaled, own) in zip(
-            asked.items(), collect(systems, terms), strict=True
-        ):
-            known[place][inverse] = float(scaled.mean() - own.mean())
+        sums, going = collect(systems, terms), dict[int, float]()
+        for place, (slope, curvature) in zip(asked, sums, strict=True):
+            try:
+                going[place] = searches[place].send((slope.mean(), curvature.mean()))
+            except StopIteration as end:
+                found[place] = end.value
+        asked = going
+    return found

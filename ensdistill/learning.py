@@ -41,10 +41,15 @@ class Learning:
     held_out: TrainingBatches | None = None
     """Images that no network is trained on, for `Step.held_out`."""
 
+    def completed(self, step: Step) -> Step:
+        """A step with the held-out images that it needs; they are drawn unless it has them."""
+        if self.held_out is None or step.held_out is not None:
+            return step
+        return replace(step, held_out=self.held_out.any_batch(step.generator)[0])
+
     def parts(self, step: Step) -> Parts:
-        """The loss of a step, and its parts; `Step.held_out` is drawn here."""
-        if self.held_out:
-            step = replace(step, held_out=self.held_out.any_batch(step.generator)[0])
+        """The loss of a step, and its parts."""
+        step = self.completed(step)
         x_distill = self.perturbation(step)
         if self.single_pass:
             step = replace(step, x=x_distill)

@@ -105,9 +105,9 @@ def brier(
     0.02
     """
     probs, labels = paired(probs, labels)
-    errors = probs.copy()
-    errors[np.arange(len(labels)), labels] -= 1
-    return _reduce(np.square(errors).sum(axis=1), reduction)
+    at_label = probs[np.arange(len(labels)), labels]
+    others = np.einsum("nk,nk->n", probs, probs) - at_label**2
+    return _reduce(others + (1 - at_label) ** 2, reduction)
 
 
 @overload
@@ -123,7 +123,9 @@ def entropy(probs: ArrayLike, reduction: Literal["mean", "none"] = "mean") -> fl
     0.6931
     """
     probs = np.asarray(probs, dtype=np.float64)
-    return _reduce(-np.sum(probs * clipped_log(probs), axis=-1), reduction)
+    terms = clipped_log(probs)
+    terms *= probs
+    return _reduce(-terms.sum(axis=-1), reduction)
 
 
 @overload
@@ -164,11 +166,10 @@ def disagreement(logits: ArrayLike) -> Array:
     >>> disagreement([[[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]]).round(4).tolist()
     [0.6667]
     """
-    logits = np.asarray(logits)
-    members, classes = logits.shape[1:]
-    votes = (logits.argmax(2)[:, :, None] == np.arange(classes)).sum(1)
-    agreeing = (votes * (votes - 1)).sum(1)
-    return 1 - agreeing / (members * (members - 1)) if members > 1 else np.zeros(len(logits))
+    votes = np.asarray(logits).argmax(2)
+    members = votes.shape[1]
+    agreeing = (votes[:, :, None] == votes[:, None]).sum((1, 2)) - members
+    return 1 - agreeing / (members * (members - 1)) if members > 1 else np.zeros(len(votes))
 
 
 def mutual_information(logits: ArrayLike) -> Array:
@@ -237,6 +238,11 @@ def _reduce(values: Array, reduction: str) -> float | Array:
     return float(values.mean()) if reduction == "mean" else values
 
 
+def _surest(judged: Judged) -> tuple[Array, NDArray[np.int64]]:
+    """What all metrics that look at the confidence alone are made of."""
+    return judged.surest
+
+
 METRICS: dict[str, Metric] = {
     "acc": Metric(
         "ACC",
@@ -264,7 +270,7 @@ METRICS: dict[str, Metric] = {
     ),
     "ece": Metric(
         "ECE",
-        lambda it: it.surest,
+        _surest,
         LOWER,
         meaning="expected calibration error",
         whole=lambda pair, n_bins: ece(pair[0], pair[1], n_bins),
@@ -328,7 +334,7 @@ METRICS: dict[str, Metric] = {
     ),
     "aurc": Metric(
         "AURC",
-        lambda it: it.surest,
+        _surest,
         LOWER,
         meaning="area under the risk–coverage curve, the error rate among the k surest images "
         "averaged over k",
@@ -337,7 +343,7 @@ METRICS: dict[str, Metric] = {
     ),
     "augrc": Metric(
         "AUGRC",
-        lambda it: it.surest,
+        _surest,
         LOWER,
         meaning="area under the generalised risk–coverage curve, the k surest images' errors as a "
         "share of all images, averaged over k",
@@ -346,7 +352,7 @@ METRICS: dict[str, Metric] = {
     ),
     "rejection_ratio": Metric(
         "Rejection ratio",
-        lambda it: it.surest,
+        _surest,
         HIGHER,
         meaning="how much of the AURC between a random ranking (0) and one with all errors last "
         "(1) is gained",
@@ -363,7 +369,7 @@ METRICS: dict[str, Metric] = {
     ),
     "adaptive_ece": Metric(
         "Adaptive ECE",
-        lambda it: it.surest,
+        _surest,
         LOWER,
         meaning="calibration error in bins of equally many images",
         in_table=False,
@@ -371,7 +377,7 @@ METRICS: dict[str, Metric] = {
     ),
     "smooth_ece": Metric(
         "Smooth ECE",
-        lambda it: it.surest,
+        _surest,
         LOWER,
         meaning="calibration error smoothed over confidences instead of binned",
         in_table=False,

@@ -23,7 +23,7 @@ from ensdistill.gaussian_logits import (
     scaled_loss,
 )
 from ensdistill.student import Student
-from ensdistill.students import Step, teacher_logits
+from ensdistill.students import Step, any_teacher, teacher_logits
 
 Parts = dict[str, Tensor]
 """Scalars: `loss`, and what the training history keeps beside it (detached)."""
@@ -206,7 +206,7 @@ def proxy_dirichlet_loss(
 
 def dirichlet(step: Step, x_distill: Tensor, *, first_temperature: float) -> Parts:
     """`dirichlet_loss`; in the second half of the training τ falls linearly to 1."""
-    share = min(2 * (1 - step.progress), 1)
+    share = step.decide(lambda it: min(2 * (1 - it.progress), 1))
     temperature = 1 + share * (first_temperature - 1)
     return _of_one(step, x_distill, lambda z, t: dirichlet_loss(z, t, temperature))
 
@@ -245,7 +245,7 @@ def gaussian_likelihood(step: Step, x_distill: Tensor) -> Parts:
         given = logits - logits.mean(-1, keepdim=True) - mean, loadings, network.lower
         variance = network.log_variance.exp()
         penalty: Tensor | float = 0.0
-        if step.progress < FREE_PHASE:
+        if step.decide(lambda it: it.progress < FREE_PHASE):
             latents = student.latents
             squares, penalty = known_squares(*given, latents), discrepancy(latents)
         else:
@@ -273,8 +273,8 @@ def flow_matching(step: Step, x_distill: Tensor) -> Parts:
     """
     network = cast(FlowMatching, step.student).network
     features = network.features(x_distill)
-    index = int(torch.randint(len(step.teachers), (), generator=step.host))
-    (logits,) = teacher_logits([step.teachers[index]], x_distill)
+    teacher = step.teachers[step.decide(any_teacher)]
+    (logits,) = teacher_logits([teacher], x_distill)
     with torch.autocast(x_distill.device.type, enabled=False):
         h1 = logits - logits.mean(-1, keepdim=True)
         h0 = NOISE * drawn(h1, lambda it: it.normal_(generator=step.generator))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ensdistill.distributed import drawn, gathered, part_of
-from ensdistill.students import Step, Student
+from ensdistill.students import Step, Student, any_teacher
 
 
 def ods_direction(
@@ -233,15 +233,13 @@ def tdiv_sdiv(step: Step, *, eta: float, sdiv: bool) -> Tensor:
 
     Without `sdiv`, or where no student is asked, by the teachers' part alone.
     """
-    first, second = torch.randperm(len(step.teachers), generator=step.host)[:2].tolist()
-    student, pair = step.student if sdiv else None, (first, second)
+    student, pair = step.student if sdiv else None, step.decide(_pair)
     return _moved(step, eta, lambda x: tdiv_sdiv_direction(step.teachers, student, x, pair))
 
 
 def mixup(step: Step, *, beta: float) -> Tensor:
     """x̃ = (1 − λ)·x + λ·x_π, λ ~ Beta(β, β) per batch, π a permutation [Zhang et al. 2018]."""
-    seed = int(torch.randint(2**63 - 1, (), generator=step.host))
-    share = np.random.default_rng(seed).beta(beta, beta)
+    share = step.decide(lambda it: np.random.default_rng(_seed(it)).beta(beta, beta))
     whole = gathered(step.x)
     order = torch.randperm(len(whole), generator=step.generator, device=whole.device)
     return step.x.lerp(whole[order[part_of(len(whole))]], share)
@@ -260,7 +258,17 @@ def _moved(step: Step, eta: float, direction: Callable[[Tensor], Tensor]) -> Ten
 
 def _source(step: Step) -> nn.Module:
     """A teacher, drawn uniformly; on the host, so that a GPU need not wait."""
-    return step.teachers[int(torch.randint(len(step.teachers), (), generator=step.host))]
+    return step.teachers[step.decide(any_teacher)]
+
+
+def _pair(step: Step) -> tuple[int, int]:
+    """Two different teachers, drawn uniformly."""
+    first, second = torch.randperm(len(step.teachers), generator=step.host)[:2].tolist()
+    return first, second
+
+
+def _seed(step: Step) -> int:
+    return int(torch.randint(2**63 - 1, (), generator=step.host))
 
 
 PERTURBATIONS: dict[str, Callable[..., Tensor]] = {

@@ -10,7 +10,7 @@ gets it block by block (see `ensdistill.blocks`), and several things at once by 
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from math import prod
 from typing import Any, Self
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ensdistill import DamagedFile, InputError, blocks, metrics
-from ensdistill.calibration import softmax, surest
+from ensdistill.calibration import clipped_log, paired, surest
 from ensdistill.files import open_hdf5
 
 Array = NDArray[np.float64]
@@ -79,6 +79,10 @@ class Prediction(ABC):
     def probs(self) -> Array:
         """The predicted distribution p̄ over the classes, (N, K)."""
 
+    def nll(self, labels: Labels) -> Array:
+        """−log p̄ of the labels, (N,)."""
+        return metrics.nll(self.probs(), labels, "none")
+
     def member_probs(self) -> Array:
         """What each member predicts, (N, M, K); their mean is p̄."""
         raise NotImplementedError
@@ -137,23 +141,71 @@ class Mixture(Prediction):
         return joined
 
     _parts: Sequence[Self] = ()
+    """What was joined: in ensembles of one pool each network computes what is its own once."""
 
     @cached_property
-    def _members(self) -> Array:
-        """Their probabilities, (N, M, K): in ensembles of one pool each network's are the same."""
-        if self._parts:
-            return np.concatenate([part._members for part in self._parts], axis=1)
-        return softmax(self.logits)
+    def _softmax(self) -> tuple[Array, Array]:
+        """Probabilities of the members (N, M, K), and log Σ_k e^z_k (N, M, 1), by one exponential
+        of each logit."""
+        most = self.logits.max(axis=2, keepdims=True)
+        probs = self.logits.astype(np.float64)
+        probs -= most
+        np.exp(probs, out=probs)
+        sums = probs.sum(axis=2, keepdims=True)
+        probs /= sums
+        return probs, most + np.log(sums)
+
+    @cached_property
+    def _log_probs(self) -> Array:
+        """Of the members, (N, M, K)."""
+        logs = self.logits.astype(np.float64)
+        logs -= self._softmax[1]
+        return logs
+
+    @cached_property
+    def _own(self) -> Array:
+        """Σ_k p_k log p_k of each member, (N, M)."""
+        return np.einsum("nmk,nmk->nm", self._softmax[0], self._log_probs)
+
+    @cached_property
+    def _member_entropies(self) -> Array:
+        """As `metrics.entropy`, which clips, has them; (N, M)."""
+        return metrics.entropy(self._softmax[0], "none")
+
+    def _each(self, function: Callable[["Mixture"], Array]) -> Iterator[Array]:
+        """What a function finds of every part, (N, M, …), one after the other."""
+        parts: Sequence[Mixture] = self._parts or [self]
+        return map(function, parts)
+
+    def _sum(self, function: Callable[["Mixture"], Array]) -> Array:
+        """Over all members, in their order, of what a function finds of every part."""
+        found = (values[:, j] for values in self._each(function) for j in range(values.shape[1]))
+        total = next(found)
+        for place, values in enumerate(found):
+            total = np.add(total, values, out=total if place else None)
+        return total
+
+    @cached_property
+    def _total(self) -> Array:
+        return self._sum(lambda it: it._softmax[0])
 
     @cached_property
     def _probs(self) -> Array:
-        return self._members.mean(axis=1)
+        return self._total / self.shape[1] if self.shape[1] > 1 else self._total
 
     def probs(self) -> Array:
         return self._probs
 
+    def nll(self, labels: Labels) -> Array:
+        def at_labels(part: Mixture) -> Array:
+            members = part._softmax[0]
+            rows = np.arange(len(members))
+            return members[rows, :, paired(members[:, 0], labels)[1]]
+
+        return -clipped_log(self._sum(at_labels) / self.shape[1])
+
     def member_probs(self) -> Array:
-        return self._members
+        return np.concatenate([*self._each(lambda it: it._softmax[0])], axis=1)
 
     def mean_logits(self) -> Array:
         return self.logits.mean(axis=1, dtype=np.float64)
@@ -161,10 +213,17 @@ class Mixture(Prediction):
     def mutual_information(self) -> Array | None:
         if self.shape[1] == 1:
             return None
-        return self.entropy() - metrics.entropy(self._members, "none").mean(1)
+        entropies = np.concatenate([*self._each(lambda it: it._member_entropies)], axis=1)
+        return self.entropy() - entropies.mean(1)
 
     def diversity(self) -> Array | None:
-        return metrics.pairwise_kl(self.logits, "none") if self.shape[1] > 1 else None
+        """As `metrics.pairwise_kl`, of what each member computes once."""
+        members = self.shape[1]
+        if members == 1:
+            return None
+        logs, own = self._sum(lambda it: it._log_probs), self._sum(lambda it: it._own)
+        crossed = np.einsum("nk,nk->n", self._total, logs)
+        return (members * own - crossed) / (members * (members - 1))
 
     def disagreement(self) -> Array | None:
         return metrics.disagreement(self.logits) if self.shape[1] > 1 else None
@@ -304,6 +363,9 @@ class Joined(Prediction):
         if not others:
             return first
         return type(first).join([first, *others])
+
+    def nll(self, labels: Labels) -> Array:
+        return self.per_image(lambda part, known: part.nll(known), labels)
 
     probs, entropy, doubt = map(_by_block, ("probs", "entropy", "doubt"))
     mean_logits, energy, max_logit = map(_by_block, ("mean_logits", "energy", "max_logit"))

@@ -61,7 +61,7 @@ def ensemble_nll(pool: Sequence[Prediction], labels: Labels, sizes: Sequence[int
 
     def means(images: slice) -> list[NDArray]:
         known = labels[images]
-        of_sizes = ([nll(it.part(images).probs(), known, "none") for it in its] for its in joined)
+        of_sizes = ([it.part(images).nll(known) for it in its] for its in joined)
         return [np.mean(scores, axis=0) for scores in of_sizes]
 
     return collect([ensembles[0] for ensembles in joined], means)

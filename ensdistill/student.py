@@ -85,6 +85,11 @@ class Student(nn.Module):
         """Rows that the network computes for an image."""
         return self.members
 
+    @property
+    def phase(self) -> bool:
+        """What `set_progress` may change in a step: some students have a second phase."""
+        return False
+
     def set_progress(self, progress: float) -> None:
         """Told before each epoch which share of the training is done, 0 … 1."""
 

@@ -4,8 +4,9 @@ Their contract is in student.py. A teacher is a `single` student that learnt fro
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -214,6 +215,25 @@ class Step:
     """Of random numbers on the CPU, for what the host must know: asking a GPU would stop it."""
     held_out: Tensor | None = None
     """Images (·, C, H, W) in [0, 1] that no network is trained on, where there are some."""
+    decider: Callable[["Choice", "Step"], Any] | None = None
+    """Who decides instead, or takes note; see step_graphs.py."""
+
+    def decide(self, choice: "Choice") -> Any:
+        """What the host must know in a step, such as which teacher is asked: choice(step).
+
+        It depends on `host`, `progress` and the number of teachers alone, so that it can be known
+        before the step is computed.
+        """
+        return choice(self) if self.decider is None else self.decider(choice, self)
+
+
+Choice = Callable[[Step], Any]
+"""One decision of the host; what it returns can be hashed."""
+
+
+def any_teacher(step: Step) -> int:
+    """The number of a teacher, drawn uniformly: a choice of the host."""
+    return int(torch.randint(len(step.teachers), (), generator=step.host))
 
 
 def teacher_logits(teachers: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -230,9 +250,28 @@ def teacher_logits(teachers: Sequence[nn.Module], x: Tensor) -> Tensor:
     """
     with torch.no_grad():
         own = x if x.ndim == 5 else [x] * len(teachers)
-        answers = [teacher(images) for teacher, images in zip(teachers, own, strict=True)]
-        logits = torch.stack(answers)
+        calls = [partial(nn.Module.__call__, *it) for it in zip(teachers, own, strict=True)]
+        logits = torch.stack(_beside(calls) if _is_captured(x) else [call() for call in calls])
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _is_captured(x: Tensor) -> bool:
+    """Whether what is computed with x becomes part of a CUDA graph."""
+    # Without a driver PyTorch cannot tell, and nothing can be captured.
+    return x.is_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _beside(calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+    """Results of calls on streams of their own, which may run at the same time, and are joined."""
+    now, found = torch.cuda.current_stream(), []
+    streams = [torch.cuda.Stream() for _ in calls]
+    for stream, call in zip(streams, calls, strict=True):
+        stream.wait_stream(now)
+        with torch.cuda.stream(stream):
+            found.append(call())
+    for stream in streams:
+        now.wait_stream(stream)
+    return found
 
 
 def predict(student: Student, images: Tensor | StoredImages) -> NDArray[np.float32]:

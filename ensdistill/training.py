@@ -50,6 +50,7 @@ from ensdistill.numerics import Precision, choose_precision, set_float32
 from ensdistill.predictions import PROBS
 from ensdistill.recipes import Recipe
 from ensdistill.state import TrainingState
+from ensdistill.step_graphs import by_graphs
 from ensdistill.stored_images import StoredImages
 from ensdistill.students import Step, Student, build_student, count_parameters, predict
 from ensdistill.weights import load_student, read_header, save_student
@@ -116,7 +117,13 @@ class Run:
         )
         groups = parameter_groups(self.student, recipe)
         for group, peak in zip(self.optimizer.param_groups, groups, strict=True):
-            group["lr"] = factor * peak["lr"]
+            rate = factor * peak["lr"]
+            if group["params"][0].is_cuda:
+                rate = torch.tensor(rate).item()  # float32, as a graph has it
+            if isinstance(group["lr"], Tensor):  # which a graph looks up
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         return factor * recipe.learning_rate
 
     def finish_epoch(self, row: dict[str, float]) -> None:
@@ -143,6 +150,7 @@ def fit(
     precision: Precision,
     state: TrainingState | None = None,
     progress: bool | None = None,
+    cuda_graphs: bool = False,
     **augmentation: Any,
 ) -> tuple[Student, list[dict[str, float]]]:
     """Train a student in place.
@@ -161,6 +169,7 @@ def fit(
         seed: of data order, augmentation and perturbations.
         state: what to go on from, and where to save; None to begin anew and save nothing.
         progress: whether a bar of epochs is shown; None where a terminal shows it.
+        cuda_graphs: whether a GPU computes each step as one graph.
         **augmentation: see `Augmentation`.
 
     Returns:
@@ -182,6 +191,14 @@ def fit(
     if state and (saved := in_turn(state.load)):
         run.load_state_dict(saved)
     learning = replace(learning, objective=parallel(student, learning.objective))
+
+    def take(step: Step) -> None:
+        found = train_step(step, learning, run.optimizer, precision, recipe.clip_norm)
+        run.measured.add(averaged_parts(found))
+
+    device = train[1].device
+    taken = by_graphs(take, run.optimizer, device) if cuda_graphs else take
+    draws = torch.Generator(device), torch.Generator()
     hidden = None if progress is None and is_first() else not progress
     with deferred_interrupts() as interrupted:
         keep = _Keeper(state, run, lambda: agreed(interrupted()))
@@ -189,7 +206,7 @@ def fit(
         epochs = range(run.epoch, recipe.epochs + 1)
         for epoch in tqdm(epochs, "epoch", leave=False, disable=hidden):
             rate = run.set_learning_rate(recipe)
-            _train_epoch(run, learning, batches, recipe, seed, precision, keep)
+            _train_epoch(run, learning, batches, recipe, seed, draws, taken, keep)
             row = _summary(run, len(batches), rate)
             if is_first() and is_validated(epoch, recipe.epochs, recipe.validate_every):
                 row |= _validate(run, held, learning)
@@ -239,7 +256,8 @@ def _train_epoch(
     batches: TrainingBatches,
     recipe: Recipe,
     seed: int,
-    precision: Precision,
+    draws: tuple[torch.Generator, torch.Generator],
+    take: Callable[[Step], None],
     keep: _Keeper,
 ) -> None:
     """The steps of an epoch that are not done yet."""
@@ -247,7 +265,7 @@ def _train_epoch(
     started = time.perf_counter() - run.seconds
     run.student.train()
     run.student.set_progress(progress)
-    generator, host = torch.Generator(batches.labels.device), torch.Generator()
+    generator, host = draws
     generator.manual_seed(*seeds(seed, run.epoch, 0, 1))
     for number, (x, y) in enumerate(batches.epoch(generator, run.steps), run.steps + 1):
         own = seeds(seed, run.epoch, number, 3 + place().rank)
@@ -255,8 +273,7 @@ def _train_epoch(
         for draw, its_seed in zip((generator, host, torch), (*own[:2], own[-1]), strict=True):
             cast(Any, draw).manual_seed(its_seed)
         step = Step(run.student, learning.teachers, x, y, progress, generator, host)
-        measured = train_step(step, learning, run.optimizer, precision, recipe.clip_norm)
-        run.measured.add(averaged_parts(measured))
+        take(learning.completed(step))
         run.steps, run.seconds = number, time.perf_counter() - started
         keep.after_step()
 
@@ -304,6 +321,7 @@ def train_student(
     recipe: Mapping[str, Any],
     augmentation: Mapping[str, Any],
     precision: Precision,
+    cuda_graphs: bool = False,
     origin: Mapping[str, Any],
     fingerprint: str,
     processes: int = 1,
@@ -319,7 +337,7 @@ def train_student(
         backbone: weights file of the student that this one starts from, if it does.
         seed: of initialisation, data order, augmentation and perturbations.
         parts: what is trained how, as `studies.Study.parts` returns it.
-        recipe, augmentation, precision: as in the configuration.
+        recipe, augmentation, precision, cuda_graphs: as in the configuration.
         origin: who is trained (study, method, …); written into the weights' header.
         fingerprint: of all that decides the outcome.
         processes: how many train it together, of which this is one; see distributed.py.
@@ -353,6 +371,7 @@ def train_student(
         **({"starts_from": [read_header(path)["digest"] for path in backbone]} if backbone else {}),
         precision_reason=reason,
         device=device.type,
+        **({"cuda_graphs": True} if cuda_graphs else {}),
         **blocks,
         **({"processes": processes} if processes > 1 else {}),
         **{key: description[key] for key in ("evaluation",) if key in description},
@@ -369,7 +388,14 @@ def train_student(
         first = _first(stored, recipe["batch_size"], validation[0].shape[2:], device)
         splits = train, validation
         predictor, rows = check_and_fit(
-            student, taught, first, *splits, Recipe(**recipe), state=state, **settings
+            student,
+            taught,
+            first,
+            *splits,
+            Recipe(**recipe),
+            state=state,
+            cuda_graphs=cuda_graphs,
+            **settings,
         )
         if is_first():
             write_csv(history, pd.DataFrame(rows))

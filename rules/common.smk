@@ -111,6 +111,7 @@ def training(wildcards):
         "recipe": recipe.model_dump(),
         "augmentation": study.augmentation.model_dump(),
         "precision": study.precision,
+        **({"cuda_graphs": True} if study.cuda_graphs else {}),
         "origin": {
             "study": wildcards.study,
             "method": method or "teacher",

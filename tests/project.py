@@ -10,6 +10,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from tests.preloaded import snakemake
+
 REPOSITORY = Path(__file__).parents[1]
 PARTS = ["Snakefile", "rules", "workflow_scripts", "ensdistill", "report", "envs", "profiles"]
 
@@ -87,17 +89,23 @@ class Project:
         (self.folder / file).write_text(text.replace(old, new))
 
     def snakemake(self, *arguments, cores=("--cores", "2"), **options):
-        environment = {**os.environ, "PYTHONPATH": str(self.folder)}
+        """As users run it."""
         return subprocess.run(
             [sys.executable, "-m", "snakemake", *cores, *arguments],
             cwd=self.folder,
             capture_output=True,
             text=True,
-            **{"env": environment, **options},
+            **{"env": self.environment, **options},
         )
 
+    @property
+    def environment(self):
+        return {**os.environ, "PYTHONPATH": str(self.folder)}
+
     def run(self, *arguments):
-        done = self.snakemake(*arguments)
+        """Quickly, and to its end."""
+        known = {"folder": self.folder, "environment": self.environment}
+        done = snakemake("--cores", "2", *arguments, **known)
         assert done.returncode == 0, done.stderr[-4000:]
         return done
 

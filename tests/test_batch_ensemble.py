@@ -1,13 +1,20 @@
 """BatchEnsemble layers and networks against M explicit networks W∘(s_j r_jᵀ), in float64."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ensdistill.batch_ensemble import SCALED, BatchEnsembleConv2d, BatchEnsembleLinear
+from ensdistill.batch_ensemble import (
+    SCALED,
+    BatchEnsembleConv2d,
+    BatchEnsembleLinear,
+    scales_activations,
+)
+from ensdistill.layers import WithoutRandomNumbers
 from ensdistill.networks import build_network
 from ensdistill.students import build_student
 
@@ -137,13 +144,45 @@ def test_each_member_is_a_plain_network_with_its_own_weights(name):
         torch.testing.assert_close(each[j], plain(own[j]), rtol=1e-10, atol=1e-10)
 
 
-def test_activations_are_scaled_where_they_are_few(monkeypatch):
-    layer = BatchEnsembleLinear(16, 4, ensemble_size=2)
-    monkeypatch.setitem(SCALED, "cpu", 64)
-    monkeypatch.setattr(layer, "_scaled", lambda x: "scaled")
-    monkeypatch.setattr(layer, "_explicit", lambda x: "explicit")
-    assert layer(torch.zeros(4, 16)) == "scaled"
-    assert layer(torch.zeros(6, 16)) == "explicit"
+@pytest.mark.parametrize(
+    ("channels", "side", "images", "form"),
+    [
+        (16, 8, 64, "scaled"),  # the default study's
+        (32, 4, 64, "scaled"),
+        (64, 2, 64, "scaled"),
+        (16, 32, 64, "explicit"),  # ResNet-32
+        (32, 16, 64, "explicit"),
+        (64, 8, 64, "explicit"),
+        (16, 32, 128, "explicit"),
+        (64, 8, 128, "explicit"),
+        (16, 32, 4, "scaled"),
+        (160, 32, 4, "explicit"),  # WRN-28-10
+        (320, 16, 4, "scaled"),
+        (640, 8, 4, "scaled"),
+        (160, 32, 16, "explicit"),
+        (320, 16, 16, "scaled"),
+        (640, 8, 16, "scaled"),
+        (640, 8, 256, "explicit"),
+    ],
+)
+def test_the_form_of_a_layer_follows_from_its_sizes(channels, side, images, form, monkeypatch):
+    with torch.device("meta"), WithoutRandomNumbers():
+        layer = BatchEnsembleConv2d(channels, channels, 3, ensemble_size=4, padding=1)
+        x = torch.empty(4 * images, channels, side, side)
+    for name in ("scaled", "explicit"):
+        monkeypatch.setattr(layer, f"_{name}", lambda x, name=name: name)
+    monkeypatch.setitem(SCALED, "meta", SCALED["cpu"])
+    assert layer(x) == form
+
+
+def test_no_bit_depends_on_when_a_form_is_chosen():
+    """A pure function of sizes: nothing that a training would have to store to be resumed."""
+    assert [*inspect.signature(scales_activations).parameters] == ["numbers", "weights", "device"]
+    limit = 2**19 + 2 * 1000
+    assert scales_activations(limit, 1000, "cpu")
+    assert not scales_activations(limit + 1, 1000, "cpu")
+    assert scales_activations(2**23, 0, "cuda")
+    assert not scales_activations(2**23 + 1, 0, "cuda")
 
 
 def test_rows_must_be_shared_out_evenly():

@@ -209,7 +209,10 @@ ROWS = {
         setting("student", value={**RECIPE, "epochs": 4}),
         {"costs", *STUDENTS, *AFTER_STUDENTS, *REDRAWN},
     ),
-    "`architecture`, `augmentation`, `precision`": (setting("precision", value="bf16"), TRAINING),
+    "`architecture`, `augmentation`, `precision`, `cuda_graphs`": (
+        setting("precision", value="bf16"),
+        TRAINING,
+    ),
     "more `student_seeds`": (
         setting("student_seeds", value=3),
         {*OF_STUDENTS, *REDRAWN}.union(*(of_method(m, (1, 2)) for m in METHODS)),

@@ -334,6 +334,14 @@ def test_an_impossible_architecture_is_named(name):
 
 
 TOGETHER = [
+    (
+        {"cuda_graphs": True, "gpus_per_job": 2},
+        "'cuda_graphs' is for one GPU, and 'gpus_per_job' asks for more",
+    ),
+    (
+        {"gpus_per_job": 3, "teacher": {"batch_size": 64}},
+        "teacher: a batch_size of 64 images is no multiple of 'gpus_per_job' (3)",
+    ),
     ({"pool": 3}, "'pool' (3) is smaller than 'members' (4)"),
     ({"members": 6}, "'pool' (5) is smaller than 'members' (6)"),
     ({"teacher": {"epochs": 4}}, "teacher: 'warmup_epochs' is larger than 'epochs'"),

@@ -16,7 +16,7 @@ from ensdistill.predictions import (
     read_attributes,
     read_prediction,
 )
-from ensdistill.systems import Students, subsets
+from ensdistill.systems import MOST_SUBSETS, Students, subsets
 
 READS = {
     "teachers": "logits/{pool}.h5",
@@ -49,15 +49,16 @@ def table(
     pool = {split: [read_prediction(path, split) for path in teachers] for split in SPLITS}
     sizes, (first, labels) = [_parameters(path) for path in teachers], pool["test"][0]
     answers = read_answers(human[0], labels, first.shape[2]) if human else None
-    for size in range(1, len(teachers) + 1):
-        chosen = subsets(len(teachers), size)
-        validation, test = (
-            ([join([networks[i][0] for i in subset]) for subset in chosen], networks[0][1])
+    ensembles = [it for size in range(len(teachers)) for it in subsets(len(teachers), size + 1)]
+    for start in range(0, len(ensembles), MOST_SUBSETS):  # those that look at the images together
+        some = ensembles[start : start + MOST_SUBSETS]
+        test, validation = (
+            ([join([networks[i][0] for i in subset]) for subset in some], networks[0][1])
             for networks in pool.values()
         )
-        for subset, found in zip(chosen, measured(validation, test, n_bins, answers), strict=True):
+        for subset, found in zip(some, measured(test, validation, n_bins, answers), strict=True):
             known: dict[str, Any] = {
-                "system": f"DE-{size}",
+                "system": f"DE-{len(subset)}",
                 "replicate": "+".join(map(str, subset)),
             }
             rows.append({**known, "parameters": sum(cast(int, sizes[i]) for i in subset), **found})
@@ -65,8 +66,8 @@ def table(
         for replicate, path in enumerate(paths):
             known = {"system": label, "replicate": str(replicate), "parameters": _parameters(path)}
             pairs = (read_prediction(path, split) for split in SPLITS)
-            validation, test = (([prediction], labels) for prediction, labels in pairs)
-            (found,) = measured(validation, test, n_bins, answers)
+            test, validation = (([prediction], labels) for prediction, labels in pairs)
+            (found,) = measured(test, validation, n_bins, answers)
             rows.append({**known, **found})
     return _with_equivalents(pd.DataFrame(rows).astype({"parameters": "Int64"}))
 
