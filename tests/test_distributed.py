@@ -422,3 +422,24 @@ def test_what_ended_first_is_told(tmp_path):
     assert str(launching._cause([lost], 2)) == "Connection closed by peer"
     ended = launching._cause([lost, failure(128 + signal.SIGTERM)], 2)
     assert (type(ended), ended.number) == (Interrupted, signal.SIGTERM)
+
+
+SEVERAL_LOG = """
+import logging, sys
+from types import SimpleNamespace
+from ensdistill.jobs import job
+
+with job(SimpleNamespace(log=sys.argv[1:], rule="teacher", wildcards=[])):
+    logging.getLogger("ensdistill").info("first")
+    with open(sys.argv[1], "a") as file:
+        file.write("of another process\\n")
+    logging.getLogger("ensdistill").info("last")
+"""
+
+
+def test_all_processes_of_a_job_write_to_its_log(tmp_path):
+    log = tmp_path / "train.log"
+    log.write_text("of an earlier run\n")
+    subprocess.run([sys.executable, "-c", SEVERAL_LOG, str(log)], cwd=REPOSITORY, check=True)
+    lines = log.read_text().splitlines()
+    assert [line.split("INFO ")[-1] for line in lines] == ["first", "of another process", "last"]
