@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ensdistill import DamagedFile, InputError
@@ -47,9 +48,11 @@ def job(snakemake: Any) -> Iterator[None]:
     signal's number. An input that is found damaged is set aside. Anything unforeseen is raised on,
     its traceback in the log too.
     """
+    # Emptied first and then added to, as other processes of the job may add to it too.
+    Path(snakemake.log[0]).write_bytes(b"")
     logging.basicConfig(
         filename=snakemake.log[0],
-        filemode="w",
+        filemode="a",
         format="%(asctime)s %(levelname)s %(message)s",
     )
     label = " ".join([snakemake.rule, *snakemake.wildcards])

@@ -36,7 +36,7 @@ def train_together(
         threads: of the CPU, for all of them together.
         resources: as of `devices.prepare`.
         log: file to which the first process logs; the others add their warnings.
-        **arguments: of `train_student`, but its device; they are written as JSON.
+        **arguments: of `train_student`, but its device; they are written as JSON, paths as texts.
 
     Raises:
         InputError: there are fewer cards than processes, or one of them was killed.
@@ -52,7 +52,7 @@ def train_together(
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(GRACE)
     package = str(Path(__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join([package, *filter(None, sys.path[1:])])
-    _run(processes, json.dumps({"threads": each, "log": log, "arguments": arguments}))
+    _run(processes, json.dumps({"threads": each, "log": log, "arguments": arguments}, default=str))
 
 
 def _run(processes: int, told: str) -> None:
@@ -125,14 +125,21 @@ def main(told: str) -> None:
         device = set_up(known["threads"])
         train_student(**known["arguments"], device=device, processes=processes)
     except Interrupted as interruption:
+        _pay_no_heed()
         sys.exit(128 + interruption.number)
     except Exception as error:
-        logging.debug("process %d", rank, exc_info=error)
+        _pay_no_heed()
         if to_tell(error) is None:
             logging.exception("process %d: unforeseen", rank)
         path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
         path.write_text(json.dumps({"message": pickle.dumps(error).hex()}), encoding="ascii")
         sys.exit(1)
+
+
+def _pay_no_heed() -> None:
+    """Of signals, by which the others are ended: this process ends by itself."""
+    for number in ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _log_to(path: str, rank: int) -> None:

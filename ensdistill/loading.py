@@ -228,7 +228,7 @@ def mixed(
 
     Args:
         windows: reads; all of a window are done before the first of its images is used.
-        order: places of all images, window by window.
+        order: places of all images that are wanted, window by window.
         batch_size: images of a batch; an incomplete one is left out.
         first: how many of the first batches are left out.
 
@@ -241,7 +241,7 @@ def mixed(
     skipped = int(np.searchsorted(ends, first * batch_size, side="right"))
     reads = [read for window in windows[skipped:] for read in window]
     incoming = zip(reads, read_ahead(images, reads, batch_size, True), strict=True)
-    ranks = np.empty_like(order)
+    ranks = np.empty(order.max() + 1, order.dtype)
     ranks[order] = np.arange(len(order))
     # Of rank n in row n modulo their number: of the windows of a batch, and of the next one.
     _, channels, height, width = images.shape

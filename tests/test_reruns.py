@@ -259,6 +259,7 @@ ROWS = {
         OF_SHIFTED,
     ),
     "`corruptions`, `out_of_distribution`": (setting("corruptions", "images", value=10), SHIFTED),
+    "`gpus_per_job`": (setting("gpus_per_job", value=2), NOTHING),
     "`published`": (
         setting("published", value={"source": "a paper", "scores": {"KD": {"nll": 0.5}}}),
         TABLE,

@@ -98,6 +98,32 @@ def test_no_job_asks_for_more_time_than_the_partition_gives(project):
     assert all(minutes <= 1440 for _, minutes in bounded.values())
 
 
+def test_a_training_by_several_asks_for_as_many_cards_processors_and_as_much_more_memory(project):
+    config = {**CONFIG, "studies": {**CONFIG["studies"]}}
+    study = {**CONFIG["studies"]["cifar10_resnet32"], "gpus_per_job": 4}
+    config["studies"]["cifar10_resnet32"] = study
+    several = project.copy(project.folder.parent / "several")
+    several.configure({**config, "run": ["cifar10_resnet32"]})
+    target = "results/cifar10_resnet32/students/kd/0/weights.safetensors"
+    gres = ["--profile", "profiles/slurm", "--workflow-profile", "profiles/slurm-gres"]
+    for profile, cards in ([], "gpu=4"), (gres, "gres=gpu:4"):
+        plan = ["--dry-run", "--forceall", target, *profile]
+        planned = several.snakemake(*plan, cores=("--cores", "99"))
+        assert planned.returncode == 0, planned.stderr
+        jobs = [
+            it
+            for it in re.split(r"^rule ", planned.stdout, flags=re.M)
+            if re.match("teacher|student", it)
+        ]
+        assert len(jobs) == 4 + 1
+        for job in jobs:
+            assert re.search(rf"resources: .*\b{cards}(,|$)", job, re.M), job
+            assert re.search(r"^ *threads: 4$", job, re.M)
+            if job.startswith("student"):
+                memory = int(re.search(r"mem_mb=(\d+)", job)[1])
+                assert memory == pytest.approx(4 * (4000 + 4 * (176 + 4)), abs=4)
+
+
 def test_the_slurm_profile_says_all_that_the_default_one_says():
     default, slurm = (
         yaml.safe_load((REPOSITORY / "profiles" / name / "profile.yaml").read_text())

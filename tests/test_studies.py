@@ -42,7 +42,7 @@ def complaint(config):
         read_configuration(config)
     message = str(caught.value)
     assert "\n" not in message
-    assert len(message) < 320
+    assert len(message) < 340
     assert caught.value.__cause__ is None
     assert message.startswith("config.yaml")
     return message
