@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.measurements import arithmetic
 from benchmarks.rows import Bench
-from benchmarks.workloads import CONF_ODS, CPU_THREADS, Call, Workload, threads
+from benchmarks.workloads import CONF_ODS, Call, Workload, threads
 
 KINDS = {
     "convolution": ("convolution",),
