@@ -24,6 +24,7 @@ from benchmarks.measurements import (
     judging_at_scale,
     methods,
     operations,
+    passes,
     steps,
     workflow,
 )
@@ -52,6 +53,7 @@ def main() -> None:
             steps(bench, key, workload)
             if key in ("digits", "resnet32"):
                 methods(bench, key, workload)
+                passes(bench, key, workload)
     forms(bench)
     ceiling(bench, workloads)
     roofline(bench, workloads)

@@ -37,7 +37,7 @@ from tests.project import REPOSITORY, Project
 ON_CPU = 2
 """Jobs at a time in the copies of the workflow, one thread each."""
 
-UNTIMED_IMAGES = {"wrn28x10", "calls"}
+UNTIMED_IMAGES = {"wrn28x10", "wrn28x10_4", "calls"}
 """Workloads whose images are the same as resnet32's, or too small to tell anything."""
 
 
@@ -112,6 +112,27 @@ def methods(bench: Bench, key: str, workload: Workload) -> None:
                 workload.step_of_method(study.parts(name)),
                 workload.step_of_method(kd),
             ),
+            over=True,
+            shape=str(workload.shape),
+            precision="fp32",
+            rounds=max(5, workload.shape.rounds // 3),
+        )
+
+
+def passes(bench: Bench, key: str, workload: Workload) -> None:
+    """A step that asks every teacher at its own images, or makes one pass, over the paper's."""
+    paper = {"student": {"name": "batch_ensemble"}, "members": MEMBERS, **CONF_ODS}
+    each = {**paper, "perturbation": {**CONF_ODS["perturbation"], "name": "ods_each"}}
+    others = {
+        "conf_ods_once": ("ConfODS in one pass of the student", {**paper, "single_pass": True}),
+        "ods_each": ("ODS-each", each),
+        "ods_each_once": ("ODS-each in one pass of the student", {**each, "single_pass": True}),
+    }
+    for name, (label, parts) in others.items():
+        bench.compare(
+            f"passes_{name}_{key}",
+            f"step by {label}, with its images / by ConfODS",
+            lambda parts=parts: (workload.step_of_method(parts), workload.step_of_method(paper)),
             over=True,
             shape=str(workload.shape),
             precision="fp32",

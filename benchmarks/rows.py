@@ -124,7 +124,8 @@ def hardware(device: torch.device) -> str:
     model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
     features = next((line.split() for line in lines if line.startswith("flags")), [])
     known = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in features]
-    return f"{model}, {CPU_THREADS} threads, {' '.join(known)}"
+    used = torch.backends.cpu.get_cpu_capability()
+    return f"{model}, {CPU_THREADS} threads, {' '.join(known)}, of which PyTorch uses {used}"
 
 
 def table(rows: list[Row], shares: Mapping[str, float]) -> str:

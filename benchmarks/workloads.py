@@ -69,6 +69,8 @@ def shapes(device: torch.device) -> dict[str, Shape]:
         "wrn28x10": Shape(
             "wrn28x10", 32, classes=100, images=64 // part, teacher_images=256 // part, rounds=2
         ),
+        # Where weights count, not activations.
+        "wrn28x10_4": Shape("wrn28x10", 32, classes=100, images=4, teacher_images=4, rounds=2),
         "digits": Shape(  # as its jobs compute it
             "resnet8",
             8,

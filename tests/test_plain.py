@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from benchmarks import plain
 from benchmarks.measurements import steps
+from benchmarks.roofline import Operations
 from benchmarks.rows import Bench, table
 from benchmarks.workloads import CONF_ODS, DISTILLATION, FROM_LABELS, RECIPE, Shape, Workload, sgd
 from ensdistill.learning import learning, train_step
@@ -112,6 +113,26 @@ def test_folded_batch_norms_change_no_logits_and_no_input_gradients(workload):
         results.append((logits, *torch.autograd.grad(logits[:, 3].sum(), x)))
     for ours, theirs in zip(*results, strict=True):
         close(ours, theirs, torch.float64)
+
+
+def test_the_roofline_counts_arithmetic_and_memory_of_every_kind_of_operation():
+    x, weight = torch.ones(2, 3, 5, 5), torch.ones(4, 3, 3, 3, requires_grad=True)
+    rate, bandwidth = 1e6, 1e3
+    with Operations(rate, bandwidth) as seen:
+        F.relu(F.conv2d(x, weight, padding=1)).sum().backward()
+    forward = 2 * (2 * 4 * 5 * 5) * (3 * 3 * 3)  # of each output's multiply–adds
+    assert seen.flop["convolution"] == 2 * forward  # the images need no gradient
+    out, gradient = 4 * (2 * 4 * 5 * 5), 4 * (4 * 3 * 3 * 3)
+    read = 4 * (2 * 3 * 5 * 5) + gradient
+    assert seen.bytes["convolution"] == (read + out) + (out + read + gradient)
+    assert seen.bytes["ReLU"] == 2 * out + 3 * out
+    assert seen.flop["ReLU"] == 0
+    assert seen.roofline["ReLU"] == pytest.approx(5 * out / bandwidth)
+    longest = max(forward / rate, (read + out) / bandwidth)
+    longest += max(forward / rate, (out + read + gradient) / bandwidth)
+    assert seen.roofline["convolution"] == pytest.approx(longest)
+    assert seen.bytes["views"] == 0
+    assert all(seconds > 0 for seconds in seen.seconds.values())
 
 
 def test_rows_of_the_benchmark_hold_what_they_say():
