@@ -208,10 +208,12 @@ def apply_temperature(probs: ArrayLike, temperature: float) -> Array:
     >>> apply_temperature([[0.2, 0.8]], 0.5).round(4).tolist()
     [[0.0588, 0.9412]]
     """
-    logs = np.maximum(probs, TINY, dtype=np.float64)
-    np.log(logs, out=logs)
-    logs /= temperature
-    return _normalised(logs)
+    return scaled_by(clipped_log(probs, TINY), temperature)
+
+
+def scaled_by(log_probs: Array, temperature: float) -> Array:
+    """softmax(log p / T), of log p (N, K)."""
+    return _normalised(log_probs / temperature)
 
 
 def _normalised(logits: Array) -> Array:

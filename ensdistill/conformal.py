@@ -22,8 +22,9 @@ Scores = Callable[[ArrayLike], Array]
 
 WANTED = 0.9
 """The share of labels that the sets should hold."""
-MOST_RANKED = 64
-"""Classes that are sorted at first: few images have larger sets."""
+FEW = 64
+"""Classes that are sorted at once; of many the most probable quarter, and all where a set is
+larger."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def aps_sets(
     ([False], [3])
     """
     probs, labels = paired(probs, labels)
-    least = _least(probs, limit, MOST_RANKED)
+    least = _least(probs, limit, max(probs.shape[1] // 4, FEW))
     unknown = np.isnan(least)
     least[unknown] = _least(probs[unknown], limit, probs.shape[1])
     inside = probs[np.arange(len(labels)), labels] >= least

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from ensdistill.blocks import blocks, collect
 from ensdistill.calibration import (
     TINY,
-    apply_temperature,
     clipped_log,
     optimal_temperature,
+    scaled_by,
     search_temperature,
     slopes,
     surest,
@@ -77,9 +77,14 @@ class Judged:
         return self.prediction.probs()
 
     @cached_property
+    def log_probs(self) -> Array:
+        """As temperature scaling has them, of no less than `calibration.TINY`; (n, K)."""
+        return clipped_log(self.probs, TINY)
+
+    @cached_property
     def scaled(self) -> Array:
         """Probabilities after temperature scaling, (n, K)."""
-        return apply_temperature(self.probs, self.fit.temperature)
+        return scaled_by(self.log_probs, self.fit.temperature)
 
     @cached_property
     def surest(self) -> tuple[Array, Labels]:

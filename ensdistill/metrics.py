@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ensdistill.blocks import Total
 from ensdistill.calibration import (
+    SMALLEST_PROBABILITY,
     adaptive_ece,
     classwise_gaps,
     clipped_log,
@@ -37,6 +38,8 @@ from ensdistill.judging import judge as judge
 from ensdistill.selective import augrc, aurc, rejection_ratio
 
 Array = NDArray[np.float64]
+
+LOG_SMALLEST = np.log(SMALLEST_PROBABILITY)
 
 
 def ensemble_probs(logits: ArrayLike) -> Array:
@@ -327,7 +330,7 @@ METRICS: dict[str, Metric] = {
     ),
     "entropy": Metric(
         "Entropy",
-        lambda it: entropy(it.probs, "none"),
+        lambda it: -np.einsum("nk,nk->n", it.probs, np.maximum(it.log_probs, LOG_SMALLEST)),
         unit="nats",
         meaning="entropy of the prediction",
         in_table=False,

@@ -136,12 +136,21 @@ class Mixture(Prediction):
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
-        joined = super().join(parts)
+        joined = cls.__new__(cls)
         joined._parts = parts
         return joined
 
-    _parts: Sequence[Self] = ()
+    _parts: Sequence["Mixture"] = ()
     """What was joined: in ensembles of one pool each network computes what is its own once."""
+
+    @cached_property
+    def logits(self) -> NDArray:  # type: ignore[override]  # of what was joined, if asked for
+        return np.concatenate([part.logits for part in self._parts], axis=1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        images, members, classes = (self._parts or [self])[0].logits.shape
+        return images, sum(it.shape[1] for it in self._parts) or members, classes
 
     @cached_property
     def _softmax(self) -> tuple[Array, Array]:
@@ -174,8 +183,7 @@ class Mixture(Prediction):
 
     def _each(self, function: Callable[["Mixture"], Array]) -> Iterator[Array]:
         """What a function finds of every part, (N, M, …), one after the other."""
-        parts: Sequence[Mixture] = self._parts or [self]
-        return map(function, parts)
+        return map(function, self._parts or [self])
 
     def _sum(self, function: Callable[["Mixture"], Array]) -> Array:
         """Over all members, in their order, of what a function finds of every part."""

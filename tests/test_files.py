@@ -187,7 +187,7 @@ def test_arrays_and_attributes_come_back_as_written(tmp_path):
         for name, array in ARRAYS.items():
             assert file[name].dtype == array.dtype
             assert file[name].fletcher32
-            assert file[name].compression == "gzip"
+            assert file[name].compression == (None if array.dtype.kind == "f" else "gzip")
             np.testing.assert_array_equal(file[name][:], array)
         read = dict(file.attrs)
     assert json.loads(read.pop("nested")) == ATTRIBUTES["nested"]
