@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import math
@@ -493,10 +494,26 @@ FLOPS = 4e12
 a V100, a card of 2017, can do in float32. A CPU core reaches a thirtieth of it."""
 
 
+def short(wildcards):
+    """The group of a short job, where a profile puts such jobs together (`group-components`).
+
+    Elsewhere there is none: with each finished job Snakemake looks at all inputs of a group.
+    """
+    grouped = "tables" in workflow.group_settings.group_components
+    return "tables" if grouped or not workflow.is_main_process else None
+
+
 def sizes_mb(input):
-    """Sizes of input files. Snakemake's own way, which knows remote files, warns in a report."""
-    if all(map(os.path.exists, input)):
+    """Sizes of input files. Snakemake's own way, which knows remote files, warns in a report.
+
+    It also looks at every file until one is not there; here the first such one says that the
+    sizes are not known yet.
+    """
+    missing = next((path for path in input if not os.path.exists(path)), None)
+    if missing is None:
         return [os.path.getsize(path) / 2**20 for path in input]
+    if workflow.storage_settings.default_storage_provider is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), missing)
     return input.size_files_mb
 
 

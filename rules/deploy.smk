@@ -46,7 +46,7 @@ rule card:
     log:
         "results/{study}/logs/deployed/{method}/{seed}.log",
     group:
-        "tables"
+        short
     conda:
         "../envs/ensdistill.yaml"
     resources:

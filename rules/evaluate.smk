@@ -14,7 +14,7 @@ for result in RESULTS.values():
         log:
             f"results/{{study}}/logs/metrics/{result.name}.log",
         group:
-            "tables"
+            short
         conda:
             "../envs/ensdistill.yaml"
         resources:
@@ -75,7 +75,7 @@ rule claims:
     log:
         "results/{study}/logs/claims.log",
     group:
-        "tables"
+        short
     conda:
         "../envs/ensdistill.yaml"
     resources:
@@ -109,7 +109,7 @@ rule findings:
     log:
         "results/{study}/logs/findings.log",
     group:
-        "tables"
+        short
     conda:
         "../envs/ensdistill.yaml"
     resources:

@@ -27,7 +27,7 @@ rule table:
     log:
         "results/{study}/logs/table.log",
     group:
-        "tables"
+        short
     conda:
         "../envs/ensdistill.yaml"
     resources:
@@ -81,7 +81,7 @@ for result in RESULTS.values():
         log:
             f"results/{{study}}/logs/figures/{result.name}.log",
         group:
-            "tables"
+            short
         conda:
             "../envs/ensdistill.yaml"
         resources:
@@ -110,7 +110,7 @@ rule page:
     log:
         "results/{study}/logs/page.log",
     group:
-        "tables"
+        short
     conda:
         "../envs/ensdistill.yaml"
     resources:

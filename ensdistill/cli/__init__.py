@@ -15,6 +15,7 @@ from ensdistill.cli.card import card
 from ensdistill.cli.evaluate import evaluate
 from ensdistill.cli.export import export
 from ensdistill.cli.init import init
+from ensdistill.cli.plan import plan
 from ensdistill.cli.predict import predict
 
 app = typer.Typer(
@@ -43,6 +44,7 @@ def _options(
 
 
 app.command()(init)
+app.command()(plan)
 app.command()(predict)
 app.command()(evaluate)
 app.command()(export)
