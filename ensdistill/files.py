@@ -9,6 +9,7 @@ import glob
 import io
 import json
 import os
+import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,6 +41,10 @@ PATIENCE = 10
 """Seconds to wait for another program that has a file open for writing."""
 ENOUGH = 1 << 26
 """Bytes: if so many are left, it is not for want of memory that a file cannot be read."""
+CHECKSUM = 4
+"""Bytes of the checksum of a chunk."""
+HEAP = b"GCOL\1"
+"""How a heap of texts begins in HDF5."""
 CHUNK = 2**17
 """Bytes of a chunk of a streamed array, unless one row has more."""
 SETTLED = 1
@@ -266,7 +271,28 @@ class _PatientFile(io.FileIO):
             self.failure = self.failure or error
             rest = memoryview(buffer).cast("B")
         rest[:] = bytes(len(rest))
-        return len(buffer) - len(rest)
+        whole = memoryview(buffer).cast("B")
+        if whole[:5] == HEAP and not self._is_sound_heap(self.tell() - len(whole) + len(rest)):
+            whole[:4] = bytes(4)  # so that HDF5 refuses it
+        return len(whole) - len(rest)
+
+    def _is_sound_heap(self, start: int) -> bool:
+        """Whether the sizes in a heap, where HDF5 keeps texts of attributes, add up.
+
+        HDF5 believes them: it may take gigabytes, or go round for ever.
+        """
+        size = int.from_bytes(os.pread(self.fileno(), 8, start + 8), "little")
+        if start + size > os.fstat(self.fileno()).st_size:
+            return False
+        content, place = os.pread(self.fileno(), size, start), 16
+        while size - place >= 16:
+            number, length = struct.unpack_from("<H6xQ", content, place)
+            # Number 0 is what is free; its length counts its head.
+            step = 16 + -(-length // 8) * 8 if number else max(16, length)
+            if step > size - place:
+                return False
+            place += step
+        return True
 
     def read(self, size: int | None = -1) -> bytes:
         try:
@@ -440,12 +466,13 @@ def _is_whole(path: str | os.PathLike[str]) -> bool:
     with _PatientFile(path) as disk:
         try:
             with h5py.File(disk, "r") as file:
-                names: list[str] = []
+                names = ["/"]
                 file.visit(names.append)
-                for dataset in map(file.get, names):
-                    if isinstance(dataset, h5py.Dataset):
-                        for part in dataset.iter_chunks() if dataset.chunks else [()]:
-                            dataset[part]
+                for item in map(file.get, names):
+                    dict(item.attrs)
+                    if isinstance(item, h5py.Dataset):
+                        for part in item.iter_chunks() if item.chunks else [()]:
+                            item[part]
         except Exception as error:
             _raise_noted(path, disk)
             _check_memory(error)
@@ -473,8 +500,7 @@ def _check_stored(file: h5py.File) -> None:
         if dataset.external or dataset.is_virtual:
             return f"the data of {name!r} are in another file"
         if dataset.chunks:
-            pairs = zip(dataset.shape, dataset.chunks, strict=True)
-            whole = dataset.id.get_num_chunks() == prod(-(-side // part) for side, part in pairs)
+            whole = _has_all_chunks(dataset, file.id.get_filesize())
         else:
             whole = dataset.id.get_storage_size() == dataset.nbytes
         sound = whole and not dataset.dtype.hasobject
@@ -484,3 +510,21 @@ def _check_stored(file: h5py.File) -> None:
     file.visit_links(names.append)  # what fails within a visit is no OSError
     if found := next(filter(None, map(fault, names)), None):
         raise _NotStoredError(found)
+
+
+def _has_all_chunks(dataset: h5py.Dataset, end: int) -> bool:
+    """Whether all chunks of an array lie in the file, none shorter than its checksum.
+
+    HDF5 believes what is said of a chunk, and would read beyond the end of such a short one.
+
+    Args:
+        end: bytes of the file.
+    """
+    parts: list[Any] = []
+    dataset.id.chunk_iter(parts.append)
+    needed = prod(
+        -(-side // part) for side, part in zip(dataset.shape, dataset.chunks, strict=True)
+    )
+    least = CHECKSUM if dataset.fletcher32 else 0
+    inside = all(it.size > least and it.byte_offset + it.size <= end for it in parts)
+    return inside and len({it.chunk_offset for it in parts}) == len(parts) == needed
