@@ -45,7 +45,7 @@ class OnnxStudent:
                 os.fspath(path),
                 options,
                 providers=["CPUExecutionProvider"],
-                disable_fallback=True,  # which prints, and tries the same again
+                enable_fallback=0,  # it prints, and tries the same again
             )
             metadata = self.session.get_modelmeta().custom_metadata_map
             self.takes_bytes = self.session.get_inputs()[0].type == "tensor(uint8)"
