@@ -263,36 +263,38 @@ class _PatientFile(io.FileIO):
         return len(data)
 
     def readinto(self, buffer: Any) -> int:
-        rest = memoryview(buffer).cast("B")
+        whole = rest = memoryview(buffer).cast("B")
         try:
             while rest and (count := super().readinto(rest)):
                 rest = rest[count:]
+            if whole[:5] == HEAP and not self._is_sound_heap(self.tell() - len(whole) + len(rest)):
+                whole[:4] = bytes(4)  # so that HDF5 refuses it
         except BaseException as error:  # a signal's too: HDF5 would hide it
             self.failure = self.failure or error
-            rest = memoryview(buffer).cast("B")
+            rest = whole
         rest[:] = bytes(len(rest))
-        whole = memoryview(buffer).cast("B")
-        if whole[:5] == HEAP and not self._is_sound_heap(self.tell() - len(whole) + len(rest)):
-            whole[:4] = bytes(4)  # so that HDF5 refuses it
         return len(whole) - len(rest)
 
     def _is_sound_heap(self, start: int) -> bool:
         """Whether the sizes in a heap, where HDF5 keeps texts of attributes, add up.
 
-        HDF5 believes them: it may take gigabytes, or go round for ever.
+        HDF5 believes them: it may take gigabytes, or go round for ever. A file with lengths of
+        other than eight bytes, which hardly any program writes, is not looked at.
         """
-        size = int.from_bytes(os.pread(self.fileno(), 8, start + 8), "little")
-        if start + size > os.fstat(self.fileno()).st_size:
+        file = self.fileno()
+        head = os.pread(file, 15, 0)
+        if head[14 if head[8] < 2 else 10] != 8:
+            return True
+        left = int.from_bytes(os.pread(file, 8, start + 8), "little")
+        if start + left > os.fstat(file).st_size:
             return False
-        content, place = os.pread(self.fileno(), size, start), 16
-        while size - place >= 16:
-            number, length = struct.unpack_from("<H6xQ", content, place)
+        place, left = start + 16, left - 16
+        while left >= 16:
+            number, length = struct.unpack("<H6xQ", os.pread(file, 16, place))
             # Number 0 is what is free; its length counts its head.
             step = 16 + -(-length // 8) * 8 if number else max(16, length)
-            if step > size - place:
-                return False
-            place += step
-        return True
+            place, left = place + step, left - step
+        return left >= 0
 
     def read(self, size: int | None = -1) -> bytes:
         try:
@@ -495,8 +497,10 @@ def _check_stored(file: h5py.File) -> None:
         if not isinstance(file.get(name, getlink=True), h5py.HardLink):
             return f"the link {name!r} leads elsewhere"
         dataset = file[name]
-        if not isinstance(dataset, h5py.Dataset):
+        if isinstance(dataset, h5py.Group):
             return None
+        if not isinstance(dataset, h5py.Dataset):
+            return f"{name!r} is a type without data"
         if dataset.external or dataset.is_virtual:
             return f"the data of {name!r} are in another file"
         if dataset.chunks:

@@ -43,7 +43,6 @@ class StoredImages:
         self.path, self.split = path, split
         self._places: NDArray[np.int64] | None = None
         with open_hdf5(path) as file:
-            self._check(all(isinstance(it, h5py.Dataset) for it in file[split].values()))
             self.labels = file[f"{split}/labels"][:]
             self.encoded = "files" in file[split]
             if self.encoded:

@@ -204,6 +204,8 @@ def test_given_logits_whose_number_of_parameters_is_none_are_refused(tmp_path, v
 @pytest.mark.parametrize(
     ("place", "value"),
     [
+        ("val/labels", np.dtype("i8")),
+        ("val/logits", np.dtype("f4")),
         ("val/labels", lambda it: it + 3),
         ("val/labels", lambda it: it * 1.0),
         ("val/logits", lambda it: it.astype("i8")),
