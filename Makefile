@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test test-slurm test-kills bench lint types site wheel format
+.PHONY: run test test-slurm test-kills test-fuzz bench lint types site wheel format
 
 run: .venv/installed ## the studies named under `run` in config.yaml, and a report
 	$(BIN)/snakemake --cores all
@@ -20,6 +20,9 @@ test-slurm: .venv/installed-test ## as root, with Debian's slurmctld slurmd slur
 
 test-kills: .venv/installed-test ## kill -9 at 30 random moments: some ten minutes
 	$(BIN)/python -m pytest -m kills -s
+
+test-fuzz: .venv/installed-test ## 2,000 damaged copies of every kind of file: half an hour
+	$(BIN)/python -m pytest -m fuzz -s
 
 bench: .venv/installed ## half an hour on 2 cores; nothing else should run meanwhile
 	$(BIN)/python -m benchmarks

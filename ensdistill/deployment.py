@@ -21,7 +21,8 @@ from ensdistill import DamagedFile, InputError, metrics
 from ensdistill.calibration import apply_temperature, optimal_temperature
 from ensdistill.conformal import calibration_half, label_scores, lac_scores, threshold
 from ensdistill.headers import read_header
-from ensdistill.predictions import PREDICTIONS, Mixture, Prediction, read_prediction
+from ensdistill.pictures import is_side
+from ensdistill.predictions import Mixture, Prediction, kind_of, read_prediction
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,9 +80,33 @@ class Deployment:
 
     @classmethod
     def of(cls, known: Mapping[str, Any]) -> Self:
-        """From the same, parsed."""
+        """From the same, parsed.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not what `to_json` gives.
+        """
         size = known["size"]
-        return cls(**{**known, "size": size and tuple(size)})
+        made = cls(**{**known, "size": size and tuple(size)})
+        if wrong := [key for key, sound in made._sound().items() if not sound]:
+            raise ValueError(f"its {wrong[0]} cannot be {str(getattr(made, wrong[0]))[:50]!r}")
+        kind_of(made.prediction)
+        return made
+
+    def _sound(self) -> dict[str, bool]:
+        """Of each field whether it has a value that it can have."""
+        sides = [it for it in (self.resize, self.crop) if it is not None]
+        numbers = [*self.scores, self.temperature or 1.0] if isinstance(self.scores, list) else [""]
+        return {
+            "classes": _is_list_of(self.classes, str) and bool(self.classes),
+            "channels": is_side(self.channels),
+            "size": self.size is None or (len(self.size) == 2 and all(map(is_side, self.size))),
+            "resize": all(map(is_side, sides)) and sides == sorted(sides, reverse=True),
+            "members": isinstance(self.members, int) and self.members > 0,
+            "prediction": isinstance(self.prediction, Mapping) and "prediction" in self.prediction,
+            "scores": _is_list_of(numbers, int | float) and bool(np.isfinite(numbers).all()),
+            "temperature": self.temperature is None or self.temperature > 0,
+            "origin": isinstance(self.origin, Mapping),
+        }
 
     def in_header(self) -> dict[str, Any]:
         """As a weights file's header has it, which says by itself what made them."""
@@ -108,6 +133,10 @@ class Deployment:
                 "nothing is known of validation images, so no coverage can be promised"
             )
         return 1 - float(threshold(np.array(self.scores), coverage))
+
+
+def _is_list_of(values: Any, kind: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(it, kind) for it in values)
 
 
 class Answers(NamedTuple):
@@ -207,8 +236,7 @@ class TorchStudent:
 
         device = next(self.student.parameters()).device
         logits = predict(self.student, torch.from_numpy(images).to(device))
-        known = self.deployment.prediction
-        prediction = PREDICTIONS[known["prediction"]].stored(logits, known)
+        prediction = kind_of(self.deployment.prediction)(logits)
         return answers(prediction, self.deployment.temperature or 1.0)
 
 
@@ -275,7 +303,12 @@ def deployment_of(
     origin = {key: header[key] for key in kept if key in header}
     if "deployment" in header:
         try:
-            return Deployment.of({**header["deployment"], "origin": origin})
+            deployed = Deployment.of({**header["deployment"], "origin": origin})
+            network = header["spec"]["architecture"]
+            shape = network["num_classes"], network["in_channels"]
+            if (len(deployed.classes), deployed.channels) != shape:
+                raise ValueError("its classes or channels are not those of its network")
+            return deployed
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: its header is not of this version ({error})") from error
     keys = {"prediction", "concentration_offset"} & header.keys()

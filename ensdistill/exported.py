@@ -42,18 +42,42 @@ class OnnxStudent:
         options.intra_op_num_threads = int(threads) if threads.isdecimal() else 0
         try:
             self.session = onnxruntime.InferenceSession(
-                os.fspath(path), options, providers=["CPUExecutionProvider"]
+                os.fspath(path),
+                options,
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,  # it prints, and tries the same again
             )
+            metadata = self.session.get_modelmeta().custom_metadata_map
+            self.takes_bytes = self.session.get_inputs()[0].type == "tensor(uint8)"
         except Exception as error:  # its classes have no base but Exception
             raise _damaged(path, error) from error
-        metadata = self.session.get_modelmeta().custom_metadata_map
-        self.deployment = _deployment(path, metadata.get(KEY, ""))
-        self.takes_bytes = self.session.get_inputs()[0].type == "tensor(uint8)"
+        self.path, self.deployment = path, _deployment(path, metadata.get(KEY, ""))
 
     def __call__(self, images: NDArray[np.uint8]) -> Answers:
-        """As of `deployment.Predictor`."""
+        """As of `deployment.Predictor`.
+
+        Raises:
+            InputError: it takes no such images, or answers something else.
+        """
         given = images if self.takes_bytes else images.astype(np.float32) / np.float32(255)
-        return _answers(self.session.run(None, {"images": given}), self.deployment)
+        try:
+            outputs = self.session.run(None, {"images": given})
+        except MemoryError:
+            raise
+        except Exception as error:
+            size = "×".join(map(str, images.shape[:1:-1]))
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"{self.path}: takes no pictures of {size} pixels ({reason})"
+            ) from error
+        if [it.shape for it in outputs] != self._shapes(len(images)):
+            raise InputError(f"{self.path}: is damaged, or no exported student (other outputs)")
+        return _answers(outputs, self.deployment)
+
+    def _shapes(self, images: int) -> list[tuple[int, ...]]:
+        """Of what it must answer."""
+        members, classes = self.deployment.members, len(self.deployment.classes)
+        return [(images, classes), (images, members, classes), (images,), (images,)]
 
 
 class TorchExported:
@@ -110,7 +134,7 @@ def _check_exists(path: str | os.PathLike[str]) -> None:
 def _deployment(path: str | os.PathLike[str], text: str) -> Deployment:
     try:
         return Deployment.from_json(text)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: says nothing of a student of this package") from error
 
 

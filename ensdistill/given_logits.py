@@ -21,7 +21,7 @@ from ensdistill.class_order import class_order
 from ensdistill.digests import attributes
 from ensdistill.files import open_hdf5, write_hdf5
 from ensdistill.images import read_description
-from ensdistill.predictions import PREDICTIONS, splits_of
+from ensdistill.predictions import kind_of, splits_of
 
 UNUSED = ("train", "held_out")
 """Splits that nothing is judged on."""
@@ -74,15 +74,16 @@ def _attributes(source: str | os.PathLike[str], file: h5py.File) -> dict[str, An
     """What the file says of its logits: prediction, and where they are given its parameters."""
     said = {"prediction": "mixture", **{key: file.attrs[key] for key in SAID if key in file.attrs}}
     said["prediction"] = str(said["prediction"])
-    if said["prediction"] not in PREDICTIONS:
-        kinds = ", ".join(PREDICTIONS)
-        raise InputError(f"{source}: unknown prediction {said['prediction']!r}; known are {kinds}")
     for key, kind in NUMBERS.items():
         if key in said:
             try:
                 said[key] = kind(said[key])
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise InputError(f"{source}: the attribute {key!r} is no number") from None
+    try:
+        kind_of(said)
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from None
     return said
 
 

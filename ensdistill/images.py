@@ -17,6 +17,7 @@ were resized how that is done for an evaluation (`evaluation`).
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,11 +28,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ensdistill import InputError, sources
+from ensdistill import DamagedFile, InputError, sources
 from ensdistill.downloads import SOURCES
 from ensdistill.files import Streamed, open_hdf5, write_hdf5
 from ensdistill.own_images import FileImages
-from ensdistill.pictures import centre
+from ensdistill.pictures import centre, is_side
 from ensdistill.sources import Dataset, Split
 from ensdistill.splits import choose, stratified
 from ensdistill.stored_images import StoredImages
@@ -248,19 +249,49 @@ def evaluation_images(path: str | os.PathLike[str], split: str) -> StoredImages:
     """
     with open_hdf5(path) as file:
         known = "val" in file
-    return StoredImages(path, split, StoredImages(path, "val").shape[2:] if known else None)
+    if not known:
+        return StoredImages(path, split)
+    validation = StoredImages(path, "val")
+    stored = StoredImages(path, split, validation.shape[2:])
+    if stored.shape[1:] != validation.shape[1:]:
+        raise DamagedFile(path, f"images of {split!r} and 'val' differ in their channels")
+    return stored
 
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What networks need of images.h5: classes, mean, std, and shape (C, H, W), as they see it.
 
     And `evaluation`, where images were resized: how that is done with images of one's own.
+
+    Raises:
+        InputError: as of `read_images`.
     """
     keys = ["classes", "mean", "std"]
     with open_hdf5(path) as file:
         keys += ["evaluation"] if "evaluation" in file.attrs else []
         known = {key: json.loads(file.attrs[key]) for key in keys}
-    return {**known, "shape": StoredImages(path, "val").shape[1:]}
+    known["shape"] = StoredImages(path, "val").shape[1:]
+    if not _is_description(known):
+        raise DamagedFile(path, "its attributes do not describe its images")
+    return known
+
+
+def _is_description(known: Mapping[str, Any]) -> bool:
+    """Whether it is what networks need of images of a shape."""
+    channels, classes = known["shape"][0], known["classes"]
+    resized = known.get("evaluation", {"resize": 1, "crop": 1})
+    return (
+        isinstance(classes, list)
+        and all(isinstance(it, str) for it in classes)
+        and all(_are_numbers(known[key], channels) for key in ("mean", "std"))
+        and isinstance(resized, dict)
+        and all(is_side(resized.get(key)) for key in ("resize", "crop"))
+    )
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    kinds = isinstance(values, list) and all(isinstance(it, int | float) for it in values)
+    return kinds and len(values) == count and all(map(math.isfinite, values))
 
 
 def _subset(

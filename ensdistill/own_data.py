@@ -110,16 +110,20 @@ def _listed(table: Path, columns: Mapping[str, str | None] | None) -> list[str]:
 def _size_and_time(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # no path has a zero in it
         return None
     return status.st_size, status.st_mtime_ns
 
 
 def _read(record: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        return json.loads(Path(record).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {"states": {}, "made": None}
+        known = json.loads(Path(record).read_text(encoding="utf-8"))
+        states, made = known["states"], known["made"]
+        if all(isinstance(it, str) for it in (*states, *states.values(), made or "")):
+            return {"states": states, "made": made or None}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # as if nothing had been made yet
+    return {"states": {}, "made": None}
 
 
 def _write(record: str | os.PathLike[str], known: dict[str, Any]) -> None:

@@ -27,9 +27,13 @@ from ensdistill import InputError
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
 """Tags of TIFF."""
 ORIENTATION = 274
-"""Tag of EXIF: from 5 on, height and width change places."""
+"""Tag of EXIF."""
+TURNED = range(5, 9)
+"""Orientations at which height and width change places."""
 POINTERS = (b"version https://git-lfs", b"/annex/objects/")
 """How files of Git LFS and git-annex begin that stand for others."""
+LONGEST_SIDE = 2**14
+"""Pixels of a side to which pictures are resized or cropped; Pillow reads hardly larger ones."""
 GREY_MODES = {"1", "L", "LA", "La"}
 FRANK = {"BMP", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
 """Formats of which the header says what mode their pixels have."""
@@ -81,7 +85,7 @@ def size_of(name: str, data: bytes) -> tuple[int, int]:
     """
     with _opened(name, data) as opened:
         width, height = opened.size
-        turned = opened.getexif().get(ORIENTATION, 1) >= 5
+        turned = opened.getexif().get(ORIENTATION) in TURNED
     return (width, height) if turned else (height, width)
 
 
@@ -103,6 +107,15 @@ def pixels(
     """
     picture = squared(decode(name, data), resize)
     return centre(as_array([picture], mode)[0], crop)
+
+
+def is_side(value: object) -> bool:
+    """Whether it can be the number of pixels of a side.
+
+    >>> [is_side(it) for it in (8, 0, 2**40, "8", 8.0, None)]
+    [True, False, False, False, False, False]
+    """
+    return isinstance(value, int | np.integer) and 1 <= int(value) <= LONGEST_SIDE
 
 
 def squared(picture: Image.Image, side: int | None) -> Image.Image:

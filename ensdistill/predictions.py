@@ -266,8 +266,19 @@ class Dirichlet(Prediction):
 
     @classmethod
     def stored(cls, logits: ArrayLike, attributes: Mapping[str, Any]) -> Self:
-        """The attribute `concentration_offset` is the offset, 0 if it is absent."""
-        return cls(logits, float(attributes.get("concentration_offset", 0.0)))
+        """The attribute `concentration_offset` is the offset, 0 if it is absent.
+
+        Raises:
+            ValueError: it is no number, or one below 0.
+        """
+        given = attributes.get("concentration_offset", 0.0)
+        try:
+            offset = float(given)
+        except (TypeError, ValueError):
+            offset = np.nan
+        if not 0 <= offset < np.inf:
+            raise ValueError(f"the concentration_offset {str(given)[:50]!r} is no offset")
+        return cls(logits, offset)
 
     def probs(self) -> Array:
         return self._means.mean(1)
@@ -448,21 +459,41 @@ def read_prediction(path: str | os.PathLike[str], split: str) -> tuple[Predictio
 
     Raises:
         DamagedFile: the file is damaged or lacks the split.
-        InputError: some logits are not finite, or the kind of prediction is unknown.
+        InputError: some logits are not finite, or it is not known what they mean.
     """
     with open_hdf5(path) as file:
         dataset = file[f"{split}/logits"]
         dataset[:0]  # an error of HDF5 if it is no array
         labels, attributes = file[f"{split}/labels"][:], dict(file.attrs)
-        if dataset.ndim != 3 or labels.shape != dataset.shape[:1]:
+        if not _fit_together(dataset, labels):
             said = f"logits {dataset.shape} and labels {labels.shape} do not pair up"
             raise DamagedFile(path, said)
-        name = str(attributes.get("prediction", "mixture"))
-        if name not in PREDICTIONS:
-            known = ", ".join(PREDICTIONS)
-            raise InputError(f"{path}: unknown prediction {name!r}; known are {known}")
-        kind = partial(PREDICTIONS[name].stored, attributes=attributes)
+        try:
+            kind = kind_of(attributes)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from None
         return _stored(path, dataset, kind), labels
+
+
+def kind_of(attributes: Mapping[str, Any]) -> Callable[[NDArray[Any]], Prediction]:
+    """What makes a prediction of logits, by the attributes of their file.
+
+    Raises:
+        ValueError: they do not say what logits mean.
+    """
+    name = str(attributes.get("prediction", "mixture"))
+    if name not in PREDICTIONS:
+        raise ValueError(f"unknown prediction {name!r}; known are {', '.join(PREDICTIONS)}")
+    kind = partial(PREDICTIONS[name].stored, attributes=attributes)
+    kind(np.zeros((1, 1, 1)))  # reads the attributes
+    return kind
+
+
+def _fit_together(logits: Any, labels: NDArray[Any]) -> bool:
+    """Whether arrays are logits (N, M, K) and labels (N,) below K."""
+    pair = logits.ndim == 3 and labels.shape == logits.shape[:1] and 0 not in logits.shape[1:]
+    kinds = logits.dtype.kind == "f" and labels.dtype.kind == "i"
+    return pair and kinds and bool((labels < logits.shape[2]).all())
 
 
 def read_mixture(path: str | os.PathLike[str], name: str) -> Prediction:

@@ -7,15 +7,15 @@ one after the other (`files` uint8 (bytes,) and `offsets` int64 (N + 1,)), of wh
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import h5py
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ensdistill import pictures
+from ensdistill import DamagedFile, pictures
 from ensdistill.files import open_hdf5
 
 
@@ -49,14 +49,22 @@ class StoredImages:
                 stored = file[f"{split}/files"]
                 self._offsets = file[f"{split}/offsets"][:]
                 self._settings = {"resize": None, "crop": None, **stored.attrs}
+                self._check(_are_files(stored, self._offsets, self._settings, self.labels))
                 self.block, shape = 1, self._decoded(stored, 0).shape
             else:
                 stored = file[f"{split}/images"]
+                self._check(_are_pixels(stored, self.labels))
                 self.block, shape = (stored.chunks or (1,))[0], stored.shape[1:]
         height, width = size or shape[1:]
+        self._check(height <= shape[1] and width <= shape[2])
+        self._whole = shape
         top, left = (shape[1] - height) // 2, (shape[2] - width) // 2
         self._centre = slice(top, top + height), slice(left, left + width)
         self.shape = (len(self.labels), shape[0], height, width)
+
+    def _check(self, sound: bool) -> None:
+        if not sound:
+            raise DamagedFile(self.path, f"what stands in {self.split!r} are no images with labels")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -92,7 +100,9 @@ class StoredImages:
         # Pictures are decoded with their channels last.
         pixels = np.empty((len(places), height, width, channels), np.uint8).transpose(0, 3, 1, 2)
         for row in np.argsort(places):
-            pixels[row] = self._decoded(stored, places[row])[:, *self._centre]
+            image = self._decoded(stored, places[row])
+            self._check(image.shape == self._whole)
+            pixels[row] = image[:, *self._centre]
         return pixels
 
     def _select(self, stored: h5py.Dataset, places: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -125,3 +135,29 @@ class StoredImages:
         apart = (np.diff(places) > 1) & (np.diff(of_chunk) > 0)
         ends = [0, *(np.flatnonzero(apart) + 1).tolist(), len(places)]
         return [slice(*pair) for pair in pairwise(ends) if pair[0] < pair[1]]
+
+
+def _are_pixels(images: h5py.Dataset, labels: NDArray[Any]) -> bool:
+    """Whether arrays are uint8 (N, C, H, W) and integers (N,)."""
+    alike = labels.ndim == 1 and images.shape[:1] == labels.shape
+    return alike and labels.dtype.kind == "i" and images.dtype == np.uint8 and images.ndim == 4
+
+
+def _are_files(
+    files: h5py.Dataset, offsets: NDArray[Any], settings: Mapping[str, Any], labels: NDArray[Any]
+) -> bool:
+    """Whether arrays and attributes are those of N files, N > 0, and integers (N,)."""
+    sides = [it for it in (settings["resize"], settings["crop"]) if it is not None]
+    ends = (0, *files.shape) if files.ndim == 1 else ()
+    return bool(
+        labels.ndim == offsets.ndim == 1
+        and len(offsets) == len(labels) + 1 > 1
+        and labels.dtype.kind == offsets.dtype.kind == "i"
+        and files.dtype == np.uint8
+        and (offsets[0], offsets[-1]) == ends
+        and (np.diff(offsets) > 0).all()
+        and {*settings} == {"resize", "crop", "mode"}
+        and settings["mode"] in ("L", "RGB")
+        and all(map(pictures.is_side, sides))
+        and sides == sorted(sides, reverse=True)
+    )

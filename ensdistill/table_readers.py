@@ -85,7 +85,7 @@ def _cells_of_parquet(path: Path, columns: Mapping[str, str], needed: Sequence[s
         found = {role: list(map(_text, table[it].to_pylist())) for role, it in chosen.items()}
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
-    except ArrowException as error:
+    except (ArrowException, ValueError) as error:  # names of columns that are no text
         raise InputError(f"{path}: not a table in Parquet ({error})") from error
     return found, lambda row: f"{path}, row {row + 1}"
 
@@ -121,7 +121,7 @@ def _table_of_paths(
             raise InputError(f"{place(row)}: {name!r} is in {place(before)} too")
         try:
             status = os.stat(file)
-        except OSError:
+        except (OSError, ValueError):  # no path has a zero in it
             missing.append(row)
             continue
         if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:

@@ -38,7 +38,8 @@ def encode(pixels, ending="png", **options):
     buffer = io.BytesIO()
     if ending == "webp":
         options = {"lossless": True, "exact": True, **options}
-    picture.save(buffer, {"jpg": "JPEG", "tif": "TIFF"}.get(ending, ending.upper()), **options)
+    known = {"jpg": "JPEG", "tif": "TIFF", "jp2": "JPEG2000"}
+    picture.save(buffer, known.get(ending, ending.upper()), **options)
     return buffer.getvalue()
 
 

@@ -39,5 +39,7 @@ def sorted_file(path, count=24, classes=4, side=6, chunk=4, train_side=None):
         for split, seed in (("train", 0), ("val", 1), ("test", 2)):
             own = train_side if split == "train" and train_side else side
             store(file, split, noise(count, 3, own, own, seed=seed), labels, chunk)
-        file.attrs.update(classes='["a", "b", "c", "d"]', mean="[0.5]", std="[0.3]")
+        file.attrs.update(
+            classes='["a", "b", "c", "d"]', mean="[0.5, 0.5, 0.5]", std="[0.3, 0.3, 0.3]"
+        )
     return path
