@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,11 +137,16 @@ def _lease(name: str, count: int, place: int) -> Path:
 
     SLURM may count cards within its job, and may give one card to several jobs. So a card that
     has only an index, or that is the only one, is shared out among the processes of a job alone.
+
+    Python's own choice of a temporary folder is another one while the first is full, and two
+    processes would each find the card free.
     """
+    folder = os.environ.get("TMPDIR", "/tmp")
     job = os.environ.get("SLURM_JOB_ID")
     if job and (count == 1 or not name.startswith(UUIDS)):
         name = f"job {job}, {name}"
-    return Path(tempfile.gettempdir(), f"ensdistill-{quote(name, safe='')}.{place}.lock")
+    file = f"ensdistill-{quote(name, safe='')}.{place}.lock"
+    return Path(folder if os.path.isdir(folder) else "/tmp", file)
 
 
 def _take(path: Path) -> bool:
@@ -151,12 +155,14 @@ def _take(path: Path) -> bool:
     Any user may have made it, so it is only locked, never written, and no link is followed.
     """
     careful = os.O_NOFOLLOW | os.O_NONBLOCK
+    mask = os.umask(0o133)  # others may read it from the first moment
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | careful)
-        os.fchmod(file, 0o644)
     except FileExistsError:
         mine = os.access(path, os.W_OK)  # what only NFS asks for
         file = os.open(path, (os.O_RDWR if mine else os.O_RDONLY) | careful)
+    finally:
+        os.umask(mask)
     locked = try_lock(file)
     if locked:
         _held.append(file)

@@ -4,18 +4,21 @@ import errno
 import fcntl
 import logging
 import os
+import select
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 import torch
 
 from ensdistill import InputError, devices
 from ensdistill.devices import visible_cards
+from tests.test_failures import small_disk
 
 HOLD = """
 import sys
@@ -157,6 +160,44 @@ def test_users_see_each_others_leases():
         assert card_of(waiting) == "0"
 
 
+def test_a_lease_is_never_closed_to_other_users(monkeypatch, tmp_path):
+    modes = []
+
+    def watched(path, flags, *, real=os.open):
+        file = real(path, flags)
+        modes.append(stat.S_IMODE(os.fstat(file).st_mode))
+        return file
+
+    monkeypatch.setattr(os, "open", watched)
+    monkeypatch.setattr(devices, "_held", [])
+    mask = os.umask(0o077)
+    try:
+        assert devices._take(tmp_path / "lease")
+        assert os.umask(0o077) == 0o077
+    finally:
+        os.umask(mask)
+    assert modes == [0o644]
+    os.close(devices._held[0])
+
+
+def test_leases_stay_in_the_temporary_folder_while_it_is_full(start, tmp_path):
+    with small_disk(tmp_path, "16k"):
+        assert card_of(start("0")) == "0"
+        with suppress(OSError), open(tmp_path / "full", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        waiting = start("0")
+        speaks = select.select([waiting.stdout, waiting.stderr], [], [])[0]
+        assert speaks == [waiting.stderr], "it has found the card free"
+        assert waiting.stderr.readline() == "waiting for a GPU: other jobs hold 0\n"
+        assert card_of(start("1")) == "1", "an empty file needs no room"
+
+
+def test_without_its_temporary_folder_a_node_uses_the_machines(monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/of/the/login/node")
+    assert str(devices._lease("0", 2, 0).parent) == "/tmp"
+
+
 def test_a_link_in_a_leases_place_is_not_followed(start, tmp_path):
     lease = devices._lease("0", 1, 0).name
     (tmp_path / lease).symlink_to(tmp_path / "elsewhere")
@@ -171,7 +212,7 @@ def test_a_temporary_folder_without_locks_is_named(monkeypatch, tmp_path):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(InputError, match=f"^{tmp_path}: files cannot be locked there.* set TMPDIR"):
         devices.lease_card()

@@ -85,7 +85,7 @@ def small_disk(folder, size):
     try:
         yield
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)  # whoever still uses it
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_the_results_folder_is_read_only(untrained, finished):
         subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
         done = untrained.snakemake(TEACHER)
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)  # whoever still uses it
     assert done.returncode != 0
     assert f"{folder}: this folder cannot be written to" in done.stderr
     assert "Traceback" not in done.stderr

@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import sys
+import time
 from collections import Counter
 
 import pandas as pd
@@ -94,8 +95,8 @@ def results(project):
     }
 
 
-def survive(project, rng, kill, hits, trainings, output):
-    """Start a study again and again, with kills until there are enough, to its end."""
+def survive(project, rng, kill, longest, hits, trainings, output):
+    """Start a study again and again, with kills after `longest` seconds at most, to its end."""
     status, failed = None, 0
     while status != 0:
         before = len(hits)
@@ -104,7 +105,7 @@ def survive(project, rng, kill, hits, trainings, output):
         while status is None:
             enough = len(hits) >= KILLS
             try:
-                status = run.wait(None if enough else rng.uniform(1, 12))
+                status = run.wait(None if enough else rng.uniform(longest / 10, longest))
             except psutil.TimeoutExpired:
                 trainings.read(project)
                 hits.append(kill(run, rng))
@@ -146,20 +147,22 @@ def template(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(template, tmp_path_factory):
-    """The results of a study that nobody disturbed."""
+    """The results of a study that nobody disturbed, and the seconds it took."""
     undisturbed = template.copy(tmp_path_factory.mktemp("undisturbed") / "project")
+    began = time.monotonic()
     undisturbed.run()
-    return results(undisturbed)
+    return results(undisturbed), time.monotonic() - began
 
 
 @pytest.mark.kills
 def test_kills_at_random_moments_leave_no_trace(tmp_path, template, expected):
     rng = random.Random(0)
+    whole, seconds = expected
     hits, trainings, summary, differences = [], Trainings(), Counter(), set()
     while len(hits) < KILLS:
         project = template.copy(tmp_path / f"after {len(hits)} kills")
-        survive(project, rng, kill_something, hits, trainings, tmp_path / "output")
-        differences |= compare(expected, project, summary)
+        survive(project, rng, kill_something, seconds / 10, hits, trainings, tmp_path / "output")
+        differences |= compare(whole, project, summary)
     conclude(hits, trainings, summary, differences)
 
 
@@ -170,6 +173,7 @@ def test_power_failures_that_cost_what_was_not_forced_to_the_disk_leave_no_trace
     if reason := why_not():
         pytest.skip(reason)
     rng = random.Random(0)
+    whole, seconds = expected
     hits, trainings, summary, differences = [], Trainings(), Counter(), set()
     while len(hits) < KILLS:
         folder = tmp_path / f"after {len(hits)} failures"
@@ -178,7 +182,7 @@ def test_power_failures_that_cost_what_was_not_forced_to_the_disk_leave_no_trace
             project = template.copy(folder / "project")
             disk.sync()
             failures = PowerFailures(disk)
-            survive(project, rng, failures, hits, trainings, tmp_path / "output")
-            differences |= compare(expected, project, summary)
+            survive(project, rng, failures, seconds / 10, hits, trainings, tmp_path / "output")
+            differences |= compare(whole, project, summary)
             summary.update(failures.lost)
     conclude(hits, trainings, summary, differences)
