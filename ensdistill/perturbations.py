@@ -2,7 +2,8 @@
 
 A perturbation looks at a `Step` alone. Its options, such as η (in units of the pixel range), are
 keyword arguments. It returns images (B, C, H, W), or those of each teacher (M, B, C, H, W), or x
-itself where nothing moves.
+itself where nothing moves. Random numbers for each image are drawn by `drawn`: several processes
+that train together then see what one would.
 
 Output-diversified sampling (ODS): Tashiro, Song and Ermon, "Diversity can be Transferred"
 (NeurIPS 2020). ConfODS: Nam et al. (NeurIPS 2021, §3). TDiv–SDiv: Nam et al., "Improving Ensemble
