@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -179,7 +180,7 @@ def read_ahead(
     incoming = iter(loader)
     own = [it for it in multiprocessing.active_children() if it not in others]
     try:
-        for found in incoming:
+        for found in _from_living(incoming):
             if isinstance(found, Exception):
                 raise found
             yield found
@@ -188,6 +189,15 @@ def read_ahead(
         for reader in own:  # SIGTERM, which it sends then, is nothing to them
             reader.kill()
             reader.join()
+
+
+def _from_living(incoming: Iterator[Any]) -> Iterator[Any]:
+    """What readers hand over; RuntimeError, as of a DataLoader, where one of them was killed."""
+    try:
+        yield from incoming
+    except (EOFError, ConnectionError, FileNotFoundError) as error:
+        # It was killed while it handed something over.
+        raise RuntimeError("DataLoader worker was killed") from error
 
 
 def readers() -> int:

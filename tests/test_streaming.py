@@ -205,6 +205,19 @@ def test_a_reader_that_is_killed_is_one_sentence(tmp_path):
     assert to_tell(caught.value).startswith("a process that reads images was killed")
 
 
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError, FileNotFoundError])
+def test_a_reader_that_is_killed_while_it_hands_over_is_the_same_sentence(error):
+    def breaking_off():
+        yield 1
+        raise error
+
+    found = loading._from_living(breaking_off())
+    assert next(found) == 1
+    with pytest.raises(RuntimeError) as caught:
+        next(found)
+    assert to_tell(caught.value).startswith("a process that reads images was killed")
+
+
 def test_a_reader_that_does_not_end_by_itself_is_ended(tmp_path, monkeypatch):
     """A reader that hangs when nothing more is wanted of it would stay as long as this process."""
     stored = numbered(tmp_path / "images.h5", 40, 4)
