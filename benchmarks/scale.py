@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ensdistill import drawing
 from ensdistill.files import write_hdf5
 from ensdistill.findings import findings
 from ensdistill.reports import (
@@ -284,31 +286,27 @@ def exponents(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def draw(table: pd.DataFrame) -> Any:
+@drawing.styled
+def draw(table: pd.DataFrame) -> Figure:
     """Seconds and memory of a step and of judging, with the fitted exponents."""
-    from matplotlib.figure import Figure
-
-    from ensdistill import drawing
-
     found = exponents(table).set_index(["what", "against"])
-    with drawing.styled:
-        figure = Figure(figsize=(drawing.WIDTH, 5), layout="constrained")
-        grid = figure.subplots(2, 3)
-        for column, (title, keep) in enumerate(PANELS.items()):
-            groups = [it for it in table.groupby(["what", "against"], sort=False) if keep(*it[0])]
-            for axis, measured in zip(grid[:, column], ("cpu_seconds", "mib"), strict=True):
-                for place, (name, points) in enumerate(groups):
-                    label = f"{name[1] if column == 0 else name[0]}: {found[measured][name]:.2f}"
-                    x = points["value"] / (points["value"].min() if column == 0 else 1)
-                    style = {"color": drawing.COLOURS[3 * (place % 2) + place // 2]}
-                    axis.loglog(x, points[measured], marker=drawing.MARKERS[place], ms=4, **style)
-                    axis.lines[-1].set_label(label)
-                axis.legend(title="exponent")
-                axis.set_ylabel({"cpu_seconds": "CPU seconds", "mib": "MiB"}[measured])
-                axis.set_xlabel(title)
-                drawing.plain_numbers(axis.xaxis)
-                drawing.plain_numbers(axis.yaxis)
-        drawing.add_note(figure, NOTE)
+    figure = Figure(figsize=(drawing.WIDTH, 5), layout="constrained")
+    grid = figure.subplots(2, 3)
+    for column, (title, keep) in enumerate(PANELS.items()):
+        groups = [it for it in table.groupby(["what", "against"], sort=False) if keep(*it[0])]
+        for axis, measured in zip(grid[:, column], ("cpu_seconds", "mib"), strict=True):
+            for place, (name, points) in enumerate(groups):
+                label = f"{name[1] if column == 0 else name[0]}: {found[measured][name]:.2f}"
+                x = points["value"] / (points["value"].min() if column == 0 else 1)
+                style = {"color": drawing.COLOURS[3 * (place % 2) + place // 2]}
+                axis.loglog(x, points[measured], marker=drawing.MARKERS[place], ms=4, **style)
+                axis.lines[-1].set_label(label)
+            axis.legend(title="exponent")
+            axis.set_ylabel({"cpu_seconds": "CPU seconds", "mib": "MiB"}[measured])
+            axis.set_xlabel(title)
+            drawing.plain_numbers(axis.xaxis)
+            drawing.plain_numbers(axis.yaxis)
+    drawing.add_note(figure, NOTE)
     return figure
 
 
