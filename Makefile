@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test test-slurm test-kills test-fuzz bench lint types site wheel format
+.PHONY: run test test-slurm test-kills test-fuzz bench bench-scale lint types site wheel format
 
 run: .venv/installed ## the studies named under `run` in config.yaml, and a report
 	$(BIN)/snakemake --cores all
@@ -26,6 +26,9 @@ test-fuzz: .venv/installed-test ## 2,000 damaged copies of every kind of file: h
 
 bench: .venv/installed ## half an hour on 2 cores; nothing else should run meanwhile
 	$(BIN)/python -m benchmarks
+
+bench-scale: .venv/installed ## how cost grows, into docs/scale.{csv,png}
+	$(BIN)/python -m benchmarks.scale
 
 lint: .venv/installed-test types
 	$(BIN)/ruff check .

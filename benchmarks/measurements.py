@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import scale
 from benchmarks.rows import Bench, Row
+from benchmarks.scale import most_memory
 from benchmarks.workloads import CONF_ODS, CPU_THREADS, MEMBERS, Call, Workload, shapes, threads
 from ensdistill import claims
 from ensdistill.devices import prepare
@@ -164,12 +165,6 @@ def peak_mb(key: str, kind: str, precision: str) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return most_memory() - before
-
-
-def most_memory() -> float:
-    """Of this process so far, in MiB; unlike rusage's, not that of the process that started it."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def ceiling(bench: Bench, workloads: Mapping[str, Workload]) -> None:

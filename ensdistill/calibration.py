@@ -20,6 +20,8 @@ SMOOTHED = 4096
 """Steps from 0 to 1 in which a smooth calibration error is computed."""
 TEMPERATURES = (0.05, 20.0)
 """The range in which the optimal temperature is sought."""
+TOGETHER = 2**21
+"""Numbers of an array that is made only to be summed."""
 MOST_STEPS = 100
 """Of this search, which takes about five: an end where rounding alone would go on."""
 
@@ -136,15 +138,54 @@ def classwise_ece(probs: ArrayLike, labels: ArrayLike, n_bins: int = 15) -> floa
 def classwise_gaps(probs: ArrayLike, labels: ArrayLike, n_bins: int = 15) -> Array:
     """Σ of p_k − 1[k = y] over the images of every class and bin, (K, n_bins)."""
     probs, labels = paired(probs, labels)
-    gaps, classes = probs.copy(), probs.shape[1]
-    gaps[np.arange(len(labels)), labels] -= 1
-    # Fewer than n_bins classes of an image are beyond the first bin, and need to be looked for.
-    rows, columns = np.divmod(np.flatnonzero(probs > 1 / n_bins), classes)
-    places = confidence_bins(probs[rows, columns], n_bins) + n_bins * columns
-    sums = np.bincount(places, gaps[rows, columns], n_bins * classes).reshape(classes, n_bins)
-    gaps[rows, columns] = 0
+    gaps, _, places, beyond = _split_gaps(probs, labels, n_bins)
+    sums = np.bincount(places, beyond, n_bins * gaps.shape[1]).reshape(-1, n_bins)
     sums[:, 0] = gaps.sum(axis=0)
     return np.asarray(sums, np.float64)
+
+
+def _split_gaps(
+    probs: Array, labels: NDArray[np.int64], n_bins: int
+) -> tuple[Array, NDArray[np.int64], NDArray[np.int64], Array]:
+    """p_k − 1[k = y] (N, K) in the first bin, 0 elsewhere; and in the others, where an image has
+    fewer than n_bins classes: their images, n_bins·k + bin, and values."""
+    gaps = probs.copy()
+    gaps[np.arange(len(labels)), labels] -= 1
+    rows, columns = np.divmod(np.flatnonzero(probs > 1 / n_bins), probs.shape[1])
+    places = confidence_bins(probs[rows, columns], n_bins) + n_bins * columns
+    beyond = gaps[rows, columns]
+    gaps[rows, columns] = 0
+    return gaps, rows, places, beyond
+
+
+def classwise_resampled(
+    probs: Array, labels: NDArray[np.int64], counts: NDArray[np.uint8], n_bins: int = 15
+) -> Array:
+    """The class-wise ECE of resamples, (B,), in each of which every image is so often, (B, N).
+
+    >>> once, twice = [[1, 1]], [[2, 0]]
+    >>> probs, labels = np.array([[0.8, 0.2], [0.7, 0.3]]), np.array([0, 1])
+    >>> classwise_resampled(probs, labels, np.array(once + twice, np.uint8)).round(4).tolist()
+    [0.45, 0.2]
+    """
+    from scipy.sparse import csr_array
+
+    (resamples, images), classes = counts.shape, probs.shape[1]
+    first, others = np.zeros((resamples, classes)), []
+    step = max(1, TOGETHER // (classes + resamples))
+    for start in range(0, images, step):
+        part = slice(start, start + step)
+        gaps, rows, places, beyond = _split_gaps(probs[part], labels[part], n_bins)
+        first += counts[:, part].astype(np.float64) @ gaps
+        others.append((start + rows, places, beyond))
+    rows, places, beyond = (np.concatenate(it) for it in zip(*others, strict=True))
+    rest = csr_array((beyond, (rows, places)), shape=(images, n_bins * classes))
+    totals = np.abs(first).sum(axis=1)
+    step = max(1, TOGETHER // max(rest.shape))
+    for start in range(0, resamples, step):
+        sums = counts[start : start + step].astype(np.float64) @ rest
+        totals[start : start + step] += np.abs(sums).sum(axis=1)
+    return totals / (images * classes)
 
 
 def mean_gap(gaps: Array, images: int) -> float:

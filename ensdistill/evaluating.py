@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
@@ -22,7 +21,7 @@ from ensdistill.archives import entries
 from ensdistill.asking import BATCH, Found, answered, image_files, treatment_in
 from ensdistill.blocks import Total
 from ensdistill.bootstrap import Estimate, Interval, Weights, image_weights, interval, mean_of
-from ensdistill.calibration import TINY, apply_temperature, clipped_log
+from ensdistill.calibration import TINY, apply_temperature, classwise_resampled, clipped_log
 from ensdistill.calibration_check import WANTED, check
 from ensdistill.deployment import Deployment, Predictor
 from ensdistill.image_tables import SPELLINGS
@@ -180,17 +179,13 @@ def _estimate(metric: Metric, values: Any, judged: Judged, weights: Weights) -> 
     if metric.whole in (mean, percent):
         scale = 100 if metric.whole is percent else 1
         return mean_of(scale * np.asarray(values, np.float64), weights)
-    resampled = []
-    for counts in weights.counts:
-        rows = np.repeat(np.arange(len(counts)), counts)
-        part = SimpleNamespace(
-            probs=judged.probs[rows],
-            labels=judged.labels[rows],
-            surest=tuple(it[rows] for it in judged.surest),
-            n_bins=judged.n_bins,
-        )
-        resampled.append(_whole(metric, metric.function(part)))
-    return Estimate(np.array([_whole(metric, values)]), np.array(resampled)[:, None])
+    if any(isinstance(it, Total) for it in values):  # sums over images: the class-wise ECE's
+        probs, labels = judged.probs, judged.labels
+        resampled = classwise_resampled(probs, labels, weights.counts, judged.n_bins)
+    else:  # of the confidence and whether it is right
+        repeated = ([np.repeat(it, counts, axis=0) for it in values] for counts in weights.counts)
+        resampled = np.array([_whole(metric, it) for it in repeated])
+    return Estimate(np.array([_whole(metric, values)]), resampled[:, None])
 
 
 def _whole(metric: Metric, values: Any) -> float:

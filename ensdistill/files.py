@@ -228,8 +228,8 @@ def write_hdf5(
 ) -> None:
     """Write arrays by name ("test/logits"), chunked and checksummed, with attributes.
 
-    Integers are compressed. Floats are not: logits would be a seventh smaller, but take ten times
-    as long to write and five times as long to read.
+    Integers are compressed. Floats are not: logits would be a seventh smaller, but take three times
+    as long to read.
     Nested attributes are stored as JSON. Pairs are taken one by one, and streamed arrays by their
     parts: not all need be in memory. `last` gives attributes that are known only then.
     """

@@ -7,9 +7,11 @@ import pytest
 
 from ensdistill.conformal import (
     aps_scores,
+    aps_sets,
     calibration_half,
     conformal_sets,
     lac_scores,
+    sets_of,
 )
 from ensdistill.judging import fitted, judge
 from ensdistill.metrics import METRICS
@@ -82,6 +84,18 @@ def test_adaptive_sets_are_the_best_class_alone_where_that_is_right_often_enough
     found = conformal_sets(aps_scores, *halves)
     assert found.size == 1
     assert found.coverage == np.mean(guesses[200:] == labels[200:])
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.3, 0.9, 0.9999, math.inf])
+def test_adaptive_sets_of_many_classes_are_those_of_their_scores(limit):
+    rng = np.random.default_rng(5)
+    sure, unsure = (rng.dirichlet(np.full(300, sharp), 40) for sharp in (0.02, 5.0))
+    tied = np.round(unsure, 2)  # many classes are as probable as others, and as 0
+    probs, labels = np.concatenate([sure, unsure, tied]), rng.integers(0, 300, 120)
+    expected, found = sets_of(aps_scores, probs, labels, limit), aps_sets(probs, labels, limit)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+    assert found[1].min() >= 1
 
 
 def measured(prediction, labels, fits=None):

@@ -12,13 +12,15 @@ from scipy.special import log_softmax, logsumexp, softmax
 from scipy.stats import betabinom, binomtest
 from typer.testing import CliRunner
 
-from ensdistill import calibration_check, cli, evaluating
+from ensdistill import calibration, calibration_check, cli, evaluating
 from ensdistill.bootstrap import image_weights
+from ensdistill.calibration import adaptive_ece, classwise_ece, ece, smooth_ece
 from ensdistill.calibration_check import binomial, check, consistency, coverage_p, refit
 from ensdistill.deployment import Deployment, open_student
 from ensdistill.evaluating import answers_to, labelled_files, measured, scaled
-from ensdistill.metrics import METRICS, ece
+from ensdistill.metrics import METRICS
 from ensdistill.predictions import Mixture, read_prediction
+from ensdistill.selective import augrc, aurc, rejection_ratio
 from tests.builders import encode, write_tar, write_tree
 from tests.deployed import CLASSES, deploy, drawn
 
@@ -111,14 +113,31 @@ def test_other_metrics_are_resampled_by_image(student):
     known = open_student(student).deployment
     found = measured(scaled(prediction, 1.0), labels, known)
     probs = prediction.probs()
-    draws = []
-    for counts in image_weights(50, resamples=40).counts:
-        rows = np.repeat(np.arange(50), counts)
-        draws.append(ece(probs[rows], labels[rows]))
-    middle = np.median(draws)
-    for end, share in (("low", 0.025), ("high", 0.975)):
-        expected = ece(probs, labels) + np.quantile(draws, share) - middle
-        assert getattr(found["ece"], end) == pytest.approx(expected, rel=1e-6)
+    functions = {"ece": ece, "classwise_ece": classwise_ece, "adaptive_ece": adaptive_ece}
+    functions |= {"smooth_ece": smooth_ece, "aurc": aurc, "augrc": augrc}
+    for key, function in {**functions, "rejection_ratio": rejection_ratio}.items():
+        draws = []
+        for counts in image_weights(50, resamples=40).counts:
+            rows = np.repeat(np.arange(50), counts)
+            draws.append(function(probs[rows], labels[rows]))
+        middle = np.median(draws)
+        for end, share in (("low", 0.025), ("high", 0.975)):
+            expected = function(probs, labels) + np.quantile(draws, share) - middle
+            assert getattr(found[key], end) == pytest.approx(expected, rel=1e-6), key
+
+
+def test_the_class_wise_error_of_resamples_is_that_of_their_images(monkeypatch):
+    monkeypatch.setattr(calibration, "TOGETHER", 300)  # in many parts
+    rng = np.random.default_rng(0)
+    probs, labels = rng.dirichlet(np.full(6, 0.3), 80), rng.integers(0, 6, 80)
+    counts = image_weights(80, resamples=30).counts
+    found = calibration.classwise_resampled(probs, labels, counts, 4)
+    for value, counted in zip(found, counts, strict=True):
+        rows, sums = np.repeat(np.arange(80), counted), Counter()
+        for p, y in zip(probs[rows], labels[rows], strict=True):
+            for k in range(6):
+                sums[k, max(0, int(np.ceil(4 * p[k])) - 1)] += p[k] - (k == y)
+        assert value == pytest.approx(sum(map(abs, sums.values())) / (80 * 6), rel=1e-12)
 
 
 def test_a_table_and_a_text_for_people(tmp_path, student, split):

@@ -9,8 +9,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize_scalar
-from scipy.special import softmax
+from scipy.optimize import brentq, minimize_scalar
+from scipy.special import log_softmax, softmax
 from scipy.stats import entropy as scipy_entropy
 from sklearn.metrics import (
     accuracy_score,
@@ -22,7 +22,8 @@ from sklearn.metrics import (
 )
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from ensdistill import metrics
+from ensdistill import calibration, metrics
+from ensdistill.calibration import slopes
 from ensdistill.conformal import aps_scores, calibration_half, conformal_sets, lac_scores
 from ensdistill.judging import fitted, judge
 from ensdistill.metrics import METRICS
@@ -193,6 +194,32 @@ def test_optimal_temperature_is_the_minimum_found_by_scipy(probs, labels, scale)
 def test_optimal_temperature_stays_in_its_range():
     assert metrics.optimal_temperature([[0.9, 0.1], [0.2, 0.8]], [0, 1]) == 0.05
     assert metrics.optimal_temperature([[0.9, 0.1], [0.2, 0.8]], [1, 0]) == 20.0
+
+
+@pytest.mark.parametrize("best", [0.052, 0.2, 0.7, 1.0, 1.4, 5.0, 19.0, 0.01, 300.0])
+def test_the_temperature_is_the_root_that_brent_finds_and_needs_few_passes(monkeypatch, best):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (3000, 7))
+    right = softmax(logits / best, axis=1)
+    labels = (right.cumsum(1) > rng.random((3000, 1))).argmax(1)
+    log_probs, asked = log_softmax(logits, axis=1), []
+
+    def slope(inverse):
+        mean = np.sum(softmax(inverse * log_probs, axis=1) * log_probs, axis=1)
+        return np.mean(mean - log_probs[np.arange(3000), labels])
+
+    def counted(*arguments):
+        asked.append(arguments[2])
+        return slopes(*arguments)
+
+    monkeypatch.setattr(calibration, "slopes", counted)
+    found = metrics.optimal_temperature(np.exp(log_probs), labels)
+    ends = [slope(inverse) for inverse in (1 / 20, 20)]
+    if ends[0] >= 0 or ends[1] <= 0:
+        assert found == (20 if ends[0] >= 0 else 0.05)
+    else:
+        assert 1 / found == pytest.approx(brentq(slope, 1 / 20, 20, xtol=1e-13), rel=1e-10)
+    assert len(asked) <= 12
 
 
 def test_apply_temperature_one_changes_nothing(probs):

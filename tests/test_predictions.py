@@ -54,8 +54,21 @@ def test_a_single_network_has_no_members_to_differ(logits):
 
 
 def test_joined_single_networks_are_the_deep_ensemble(logits):
-    joined = join([Mixture(logits[:, [member]]) for member in range(3)])
-    np.testing.assert_array_equal(joined.logits, logits)
+    parts = [Mixture(logits[:, [member]]) for member in range(3)]
+    for joined in (join(parts), Mixture.join([Mixture(logits[:, :2]), parts[2]])):
+        np.testing.assert_array_equal(joined.logits, logits)
+        assert joined.shape == (N, 3, K)
+        whole, labels = Mixture(logits), np.arange(N) % K
+        np.testing.assert_array_equal(joined.nll(labels), whole.nll(labels))
+        for name in ("probs", "diversity", "mutual_information", "disagreement", "entropy"):
+            np.testing.assert_array_equal(getattr(joined, name)(), getattr(whole, name)(), name)
+
+
+def test_the_log_likelihood_needs_labels_that_are_classes(logits):
+    p, labels = softmax(logits.astype(float), axis=2).mean(1), np.arange(N) % K
+    np.testing.assert_allclose(Mixture(logits).nll(labels), -np.log(p[np.arange(N), labels]))
+    with pytest.raises(ValueError, match="labels must be in 0 … 3"):
+        Mixture(logits).nll(labels + 1)
 
 
 @pytest.fixture
