@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
 from ensdistill import drawing
@@ -305,7 +304,6 @@ def draw(table: pd.DataFrame) -> Figure:
             axis.legend(title="exponent", ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
             axis.set_ylabel({"cpu_seconds": "CPU seconds", "mib": "MiB"}[measured])
             axis.set_xlabel(title)
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             drawing.plain_numbers(axis.xaxis)
             drawing.plain_numbers(axis.yaxis)
     drawing.add_note(figure, NOTE)
