@@ -269,7 +269,13 @@ def parts_of(wildcards):
     study, method = STUDIES[wildcards.study], method_of(wildcards)
     if elsewhere := elsewhere_of(wildcards):
         return adopted_parts(study, elsewhere)
-    return study.parts(method) if method else study.parts(teacher=place_of(wildcards))
+    return known_parts(wildcards.study, method, place_of(wildcards) if study.teachers else 0)
+
+
+@cache
+def known_parts(study, method, place):
+    """The parts of a method, or of a teacher: the same for all seeds."""
+    return STUDIES[study].parts(method) if method else STUDIES[study].parts(teacher=place)
 
 
 def place_of(wildcards):

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 from ensdistill import InputError
 from ensdistill.cli import app
 from ensdistill.planning import plan as planning
+from ensdistill.planning.counting import peak
 from ensdistill.planning.data import data_of
 from ensdistill.planning.jobs import planned_jobs
-from ensdistill.planning.measuring import Meter, _peak
+from ensdistill.planning.measuring import Meter
 from ensdistill.planning.schedule import Task, critical_path, length, schedule
 from ensdistill.studies import read_configuration
 from tests.project import TINY, Project
@@ -154,23 +155,19 @@ def test_counted_seconds_are_operations_over_speed():
         inner = widths[max(place - 1, 0)]
         macs += 9 * (inner + width) * width * side**2
     macs += widths[-1] * 3
-    seconds = counted.prediction(study.parts(), 100)
+    recipe, augmentation = study.teacher.model_dump(), study.augmentation.model_dump()
+    nobody = {"teachers": [], "backbone": None, "count": 200, "side": None}
+    with counted.arithmetic():  # tensors have no numbers
+        seconds = counted.prediction(study.parts(), 100)
+        training = counted.training(study.parts(), recipe, augmentation, "fp32", **nobody)
     assert seconds == pytest.approx(2 * macs / 1e6)
-    recipe = study.teacher.model_dump()
-    training = counted.training(
-        study.parts(),
-        recipe,
-        study.augmentation.model_dump(),
-        "fp32",
-        teachers=[],
-        backbone=None,
-        count=200,
-        side=None,
-    )
     # Backwards twice as many, but for the images, of which no gradient is asked.
     first = 9 * 1 * widths[0] * sides[0] ** 2
     assert training.step == pytest.approx(64 * 2 * (3 * macs - first) / 1e6)
     assert training.start == 0
+    really = counted.training(study.parts(), recipe, augmentation, "fp32", **nobody)
+    assert really.step == training.step
+    assert training.memory == pytest.approx(really.memory, rel=0.02)
 
 
 def test_memory_is_that_of_the_tensors_that_live_at_a_time():
@@ -183,7 +180,7 @@ def test_memory_is_that_of_the_tensors_that_live_at_a_time():
         return z * 3 + x
 
     # z, its product and the sum; y is gone by then.
-    assert _peak(call, [x]) == 3 * 4000
+    assert peak(call, [x]) == 3 * 4000
 
 
 def test_memory_grows_with_what_backward_needs():
@@ -197,7 +194,7 @@ def test_memory_grows_with_what_backward_needs():
 
         return step
 
-    few, more = _peak(call(100), kept), _peak(call(200), kept)
+    few, more = peak(call(100), kept), peak(call(200), kept)
     # 100 more rows: the input and, of each of 5 layers, what tanh and the next layer keep.
     assert more - few >= 100 * 64 * 4 * 6
     assert more - few <= 100 * 64 * 4 * 6 + 2 * 100 * 64 * 4 * 2

@@ -14,9 +14,10 @@ import numpy as np
 
 from ensdistill import analysis
 from ensdistill.corruptions import KINDS, SEVERITIES, corrupt
+from ensdistill.planning.counting import state_bytes
 from ensdistill.planning.data import Data
 from ensdistill.planning.jobs import Job
-from ensdistill.planning.measuring import Meter, Training, state_bytes
+from ensdistill.planning.measuring import Meter, Training
 from ensdistill.reports import results
 from ensdistill.studies import Study
 from ensdistill.training import is_validated
@@ -30,6 +31,9 @@ ANALYSES = {
 """Rules, and their functions of `ensdistill.analysis`."""
 ON_DEVICE = (*TRAININGS, *ANALYSES, "logits", "distances", "costs")
 """Rules that compute with networks; all others run on the CPU, whatever the device."""
+
+SWEPT = 7
+"""Sizes η at which `swept` asks the teachers."""
 
 IMPORTS = {
     "networks": "import ensdistill.adoption, ensdistill.predictions",
@@ -126,6 +130,10 @@ class Forecast:
 
     def cost(self, job: Job) -> Cost | None:
         """What a job takes, its start included; None of a rule that is not ensdistill's."""
+        with self.meter.arithmetic():
+            return self._cost(job)
+
+    def _cost(self, job: Job) -> Cost | None:
         start = self.started["networks" if job.rule in ON_DEVICE else "tables"]
         if job.rule in TRAININGS:
             work = self._training(job)
@@ -148,7 +156,8 @@ class Forecast:
 
     def input_mb(self, job: Job) -> float:
         """MB of a job's input files that others make."""
-        return sum(self._file_mb(file) for file in job.input)
+        with self.meter.arithmetic():
+            return sum(self._file_mb(file) for file in job.input)
 
     def _parts(self, job: Job) -> Mapping[str, Any]:
         """Of a job's network."""
@@ -201,9 +210,11 @@ class Forecast:
         study, teachers = self.study, self.study.members
         most = self.data.train
         eta, temperature = study.distillation.eta or 1 / 255, study.distillation.temperature
-        how: dict[str, Any] = {"perturbations": study.perturbations()}
+        # Of held-out images just the passes would count, as of the images themselves.
+        others = {key: it for key, it in study.perturbations().items() if key != "held_out"}
+        how: dict[str, Any] = {"perturbations": others}
         if rule == "swept":
-            how = {"perturbations": study.perturbations(sized=True), "etas": [eta] * 7}
+            how = {"perturbations": study.perturbations(sized=True), "etas": [eta]}
         if rule == "transferred":
             teachers, how = study.pool, {"eta": eta, "temperature": temperature}
         if rule != "perturbed":
@@ -213,10 +224,10 @@ class Forecast:
 
         def call(images: int) -> Any:
             pixels = self.meter.pixels(images)
-            others = {"held_out": pixels} if rule == "perturbed" and study.images.held_out else {}
-            return lambda: function(networks, pixels, **how, **others)
+            return lambda: function(networks, pixels, **how)
 
-        return Cost(most * self.meter.each(call, most), self.meter.memory(call, min(256, most)))
+        seconds = most * self.meter.each(call, most) * (SWEPT if rule == "swept" else 1)
+        return Cost(seconds, self.meter.memory(call, min(256, most)))
 
     def _distances(self, job: Job) -> Cost:
         """Jacobians of all networks at some test images."""
@@ -286,7 +297,7 @@ class Forecast:
                 "perturbed": 1 + len(self.study.perturbations()),
                 "transferred": self.study.pool,
             }
-            sizes = 7 * len(self.study.perturbations(sized=True))
+            sizes = SWEPT * len(self.study.perturbations(sized=True))
             count = data.train if maker.rule == "perturbed" else analysed
             return times.get(maker.rule, sizes) * count * logits
         if maker.rule in (*TRAININGS, "logits"):

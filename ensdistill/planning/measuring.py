@@ -3,26 +3,32 @@
 import itertools
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from ensdistill import analysis
 from ensdistill.batches import TrainingBatches, training_batches
 from ensdistill.learning import check_first_step, new_optimizer, train_step
 from ensdistill.networks import fold_batch_norms
 from ensdistill.numerics import Precision, choose_precision
-from ensdistill.operations import Operations
+from ensdistill.planning.counting import (
+    AllOperations,
+    peak,
+    tensors_of,
+    total_bytes,
+    without_numbers,
+    zeros_of,
+)
 from ensdistill.recipes import Recipe
-from ensdistill.students import Step, Student, predict
+from ensdistill.students import Step, Student, predictions
 from ensdistill.training import learning_of, new_student
 
 Call = Callable[[], Any]
@@ -37,6 +43,7 @@ MOST_PIXELS = 2**25
 """Bytes of the synthetic images of a training."""
 
 Parts = Mapping[str, Any]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,19 @@ class Meter:
 
     def __init__(self, images: Mapping[str, Any], device: torch.device, speed: float | None):
         self.images, self.device, self.speed = images, device, speed
+        if speed is not None:
+            self.device = torch.device("cpu")
         torch.manual_seed(0)
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """In which all calls belong: where operations are counted, tensors have no numbers."""
+        if self.speed is not None:
+            arrays = patch.object(FakeTensor, "numpy", zeros_of, create=True)
+            with FakeTensorMode(allow_non_fake_inputs=True), arrays:
+                yield
+        else:
+            yield
 
     def training(
         self,
@@ -86,7 +105,11 @@ class Meter:
             count: images that train.
             side: of training images that are larger than the others.
         """
-        how, precision = Recipe(**recipe), choose_precision(precision, self.device)[0]
+        how = Recipe(**recipe)
+        if self.speed is None:
+            precision = choose_precision(precision, self.device)[0]
+        else:  # changes of images are no products, and some look at numbers
+            augmentation, side = {"crop_padding": 0, "flip": False}, None
         student, asked = self.student(parts), self.teachers(teachers)
         if backbone:
             student.start_from(self.student(backbone))
@@ -108,9 +131,9 @@ class Meter:
 
             return step
 
-        first, each = 0.0, []
-        for progress in PROGRESS:
-            each.append(self.seconds(partial(steps, progress), size))
+        first, each = 0.0, [self.seconds(partial(steps, at), size) for at in PROGRESS[::3]]
+        if self.speed is None or each[0] != each[1]:
+            each += [self.seconds(partial(steps, at), size) for at in PROGRESS[1:3]]
         if self.speed is None:
             images, labels = self.pixels(size), self._labels(size)
             learning = learning_of(asked, parts)
@@ -120,25 +143,42 @@ class Meter:
                         student, learning, (images, labels), how.batch_size, precision
                     )
                 )
-        kept = [*student.state_dict().values(), *_tensors(optimizer.state)]
+        kept = [*student.state_dict().values(), *tensors_of(optimizer.state)]
         kept += [it for network in asked for it in network.state_dict().values()]
-        memory = _bytes(kept) + self.memory(partial(steps, 0.0), size, kept)
+        memory = total_bytes(kept) + self.memory(partial(steps, 0.0), size, kept)
         return Training(first, statistics.mean(each), memory)
 
     def prediction(self, parts: Parts, count: int) -> float:
         """Seconds for each of `count` images that a student predicts."""
         student = self.student(parts).predictor()
-        return self.each(lambda images: lambda: predict(student, self.pixels(images)), count)
+        return self.each(lambda n: lambda: [*predictions(student, self.pixels(n))], count)
 
     def student(self, parts: Parts) -> Student:
         """With new weights, and as on the device."""
         architecture = {k: v for k, v in parts["architecture"].items() if k != "pretrained"}
-        return new_student({**parts, "architecture": architecture}, self.images).to(self.device)
+        with unset_fake_temporarily():
+            made = new_student({**parts, "architecture": architecture}, self.images)
+        return self._placed(made)
 
     def teachers(self, parts: Sequence[Parts]) -> list[nn.Module]:
         """As training asks them."""
-        students = [self.student(it).eval().requires_grad_(False) for it in parts]
-        return [fold_batch_norms(it.network) for it in students]
+        with unset_fake_temporarily():
+            students = [self.student(it).eval().requires_grad_(False) for it in parts]
+            folded = [fold_batch_norms(it.network) for it in students]
+        return [*map(self._placed, folded)]
+
+    def _placed(self, module: Module) -> Module:
+        """On the device; or with tensors that have no numbers, while operations are counted."""
+        if self.speed is None:
+            return module.to(self.device)
+        made: dict[int, Tensor] = {}
+        for part in module.modules():
+            for tensors in (part._parameters, part._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        made.setdefault(id(tensor), without_numbers(tensor))
+                        tensors[name] = cast(Any, made[id(tensor)])
+        return module
 
     def jacobians(self, parts: Parts, teachers: int, count: int) -> float:
         """Seconds that the Jacobians of a network at `count` images take, chunk by chunk."""
@@ -178,7 +218,7 @@ class Meter:
 
     def memory(self, call: Callable[[int], Call], count: int, kept: Sequence[Tensor] = ()) -> float:
         """Most bytes of tensors at a time that `call(count)()` makes."""
-        few, more = (_peak(call(images), kept) for images in (FEW, MORE))
+        few, more = (peak(call(images), kept) for images in (FEW, MORE))
         return few + (count - FEW) * (more - few) / (MORE - FEW)
 
     def pixels(self, count: int, side: int | None = None) -> Tensor:
@@ -221,76 +261,10 @@ class Meter:
         return time.perf_counter() - before
 
     def _counted(self, call: Call) -> int:
-        with _Operations() as operations:
+        with AllOperations() as operations:
             call()
         return operations.count
 
 
-class _Operations(Operations):
-    """Counts under `torch.inference_mode` too, where operations come whole."""
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function._overloadpacket not in flop_registry:
-            with self:
-                out = function.decompose(*args, **(kwargs or {}))
-            if out is not NotImplemented:
-                return out
-        return super().__torch_dispatch__(function, types, args, kwargs)
-
-
 def _endless(batches: TrainingBatches, generator: torch.Generator) -> Iterator[tuple[Any, Any]]:
     return itertools.chain.from_iterable(batches.epoch(generator) for _ in itertools.repeat(None))
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [it for it in tree_leaves(dict(tree)) if isinstance(it, Tensor)]
-
-
-def state_bytes(module: nn.Module) -> int:
-    """Of parameters and buffers."""
-    return _bytes([*module.state_dict().values()])
-
-
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    storages = [it.untyped_storage() for it in tensors]
-    return sum({it._cdata: it.nbytes() for it in storages}.values())
-
-
-def _peak(call: Call, kept: Sequence[Tensor]) -> int:
-    """The most bytes of tensors that there were at a time during a call, but for those kept."""
-    call()
-    with _Living(kept) as living:
-        call()
-    return living.peak
-
-
-class _Living(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made under it, until they are gone."""
-
-    def __init__(self, kept: Sequence[Tensor]):
-        super().__init__()
-        self.known = {it.untyped_storage()._cdata for it in kept}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
