@@ -78,6 +78,8 @@ def _attributes(source: str | os.PathLike[str], file: h5py.File) -> dict[str, An
         if key in said:
             try:
                 said[key] = kind(said[key])
+                if not abs(said[key]) < 2**63:  # no HDF5 file has larger ones
+                    raise ValueError
             except (TypeError, ValueError, OverflowError):
                 raise InputError(f"{source}: the attribute {key!r} is no number") from None
     try:

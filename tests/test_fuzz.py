@@ -196,7 +196,7 @@ def test_logits_whose_offset_is_no_offset_are_refused(tmp_path, value):
     assert_refused("logits.h5 dirichlet", tmp_path, set_in("concentration_offset", value))
 
 
-@pytest.mark.parametrize("value", [np.inf, np.nan, "x"])
+@pytest.mark.parametrize("value", [np.inf, np.nan, "x", "1" * 30])
 def test_given_logits_whose_number_of_parameters_is_none_are_refused(tmp_path, value):
     assert_refused("given logits", tmp_path, set_in("parameters", value))
 
