@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+UNHURRIED := --override-ini faulthandler_timeout=0
 
-.PHONY: run test test-slurm test-kills test-fuzz bench bench-scale lint types site wheel format
+.PHONY: run test test-slurm test-faults test-kills test-fuzz bench bench-scale lint types site wheel format
 
 run: .venv/installed ## the studies named under `run` in config.yaml, and a report
 	$(BIN)/snakemake --cores all
@@ -18,11 +19,14 @@ test: .venv/installed-test
 test-slurm: .venv/installed-test ## as root, with Debian's slurmctld slurmd slurm-client munge
 	$(BIN)/python -m pytest -m slurm
 
-test-kills: .venv/installed-test ## kill -9 at 30 random moments: some ten minutes
-	$(BIN)/python -m pytest -m kills -s
+test-faults: .venv/installed-test ## a node dies, disks are full or without locks, clocks differ
+	$(BIN)/python -m pytest -m faults
+
+test-kills: .venv/installed-test ## 50 times kill -9, 50 power failures: half an hour
+	$(BIN)/python -m pytest -m kills -s $(UNHURRIED)
 
 test-fuzz: .venv/installed-test ## 2,000 damaged copies of every kind of file: half an hour
-	$(BIN)/python -m pytest -m fuzz -s
+	$(BIN)/python -m pytest -m fuzz -s $(UNHURRIED)
 
 bench: .venv/installed ## half an hour on 2 cores; nothing else should run meanwhile
 	$(BIN)/python -m benchmarks

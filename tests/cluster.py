@@ -1,4 +1,4 @@
-"""A real SLURM of one node with four pretended GPUs, on this machine's loopback, for tests."""
+"""A real SLURM of nodes with four pretended GPUs each, on this machine's loopback, for tests."""
 
 import os
 import shutil
@@ -7,6 +7,7 @@ import stat
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -19,17 +20,17 @@ SBIN = "/usr/sbin:/sbin"
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
+SlurmctldPort={port}
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=30
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/controller
-SlurmdSpoolDir={folder}/node
+SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmdTimeout=20
 SwitchType=switch/none
 MpiDefault=none
 MailProg=/bin/true
@@ -41,15 +42,16 @@ JobAcctGatherParams=OverMemoryKill
 AccountingStorageType=accounting_storage/none
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU_Memory
+SelectTypeParameters=CR_CPU_Memory,CR_LLN
 GresTypes=gpu
 SlurmdParameters=config_overrides
 ReturnToService=2
 MinJobAge=3600
 KillWait=10
 InactiveLimit=0
-NodeName=node NodeHostname={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory=64000 Gres=gpu:4
-PartitionName=test Nodes=node Default=YES MaxTime=INFINITE State=UP
+NodeName=DEFAULT CPUs=8 RealMemory=64000 Gres=gpu:4
+{nodes}
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -74,9 +76,10 @@ def why_not() -> str | None:
 
 
 class Cluster:
-    """munged, slurmctld and slurmd in a folder of their own; `environment` makes jobs go there."""
+    """munged, slurmctld and slurmds in a folder of their own; `environment` makes jobs go there."""
 
-    def __init__(self):
+    def __init__(self, nodes: tuple[str, ...] = ("node",)):
+        self.nodes = nodes
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.daemons: list[subprocess.Popen] = []
         (self.folder / "bin").mkdir()
@@ -84,6 +87,7 @@ class Cluster:
             **os.environ,
             "PATH": f"{self.folder}/bin:{os.environ['PATH']}:{SBIN}",
             "SLURM_CONF": f"{self.folder}/slurm.conf",
+            "TMPDIR": str(self.folder),  # where jobs leave their leases of cards
         }
         # The executor keeps SLURM's variables from the srun inside of its jobs.
         shim = self.folder / "bin" / "srun"
@@ -100,24 +104,30 @@ class Cluster:
         return self
 
     def __exit__(self, *_) -> None:
-        if len(self.daemons) == 3:
-            self.run("scancel", "--user=root", check=False)
-            self.wait_until(lambda: not self.run("squeue", "-h"), "the last jobs' ends")
-        for daemon in reversed(self.daemons):
-            daemon.terminate()
-            daemon.wait(30)
-        shutil.rmtree(self.folder)
+        try:
+            if len(self.daemons) > 2:
+                self.run("scancel", "--user=root", check=False)
+                self.wait_until(lambda: not self.run("squeue", "-h"), "the last jobs' ends")
+        finally:
+            for daemon in reversed(self.daemons):
+                daemon.terminate()
+                daemon.wait(30)
+            shutil.rmtree(self.folder)
 
     def _start(self) -> None:
         folder = self.folder
         host = socket.gethostname().split(".")[0]
-        for name in ("controller", "node"):
+        for name in ("controller", *self.nodes):
             (folder / name).mkdir()
         for card in range(4):  # clones of /dev/null
             os.mknod(folder / f"gpu{card}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
-        (folder / "gres.conf").write_text(f"NodeName=node Name=gpu File={folder}/gpu[0-3]\n")
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-3]\n")
+        control, *ports = _free_ports(1 + len(self.nodes))
+        here = f"NodeHostname={host} NodeAddr=127.0.0.1"
+        pairs = zip(self.nodes, ports, strict=True)
+        nodes = "\n".join(f"NodeName={node} {here} Port={port}" for node, port in pairs)
         (folder / "slurm.conf").write_text(
-            CONFIGURATION.format(host=host, ports=_free_ports(2), folder=folder)
+            CONFIGURATION.format(host=host, port=control, nodes=nodes, folder=folder)
         )
         self.run("mungekey", "--create", f"--keyfile={folder}/munge.key")
         options = ("key-file", "log-file", "pid-file", "seed-file", "socket")
@@ -125,11 +135,30 @@ class Cluster:
         self._daemon("munged", "--foreground", "--force", *files)
         self.wait_until((folder / "munge.socket").exists, "munged")
         self._daemon("slurmctld", "-D", "-i")
-        self._daemon("slurmd", "-D", "-N", "node")
-        self.wait_until(lambda: self.run("sinfo", "-h", "-o", "%T", check=False) == "idle", "node")
+        for node in self.nodes:
+            self._daemon("slurmd", "-D", "-N", node)
+        idle = [f"{node} idle" for node in self.nodes]
+        self.wait_until(
+            lambda: self.run("sinfo", "-h", "-N", "-o", "%N %T", check=False).splitlines() == idle,
+            "nodes",
+        )
+
+    def kill_node(self, node: str) -> None:
+        """End a node without a word to anyone, as a failure of its power does."""
+        daemon = next(daemon for daemon in self.daemons if daemon.args[-1] == node)
+        self.daemons.remove(daemon)
+        here = {"SLURM_CONF": self.environment["SLURM_CONF"], "SLURMD_NODENAME": node}
+        daemon.kill()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if here.items() <= process.environ().items():
+                    if (parent := process.parent()).name() == "slurmstepd":
+                        parent.kill()
+                    process.kill()
+        daemon.wait()
 
     def _daemon(self, *command) -> None:
-        with open(self.folder / f"{command[0]}.log", "w") as log:
+        with open(self.folder / f"{command[0]}-{len(self.daemons)}.log", "w") as log:
             self.daemons.append(
                 subprocess.Popen(
                     command,
@@ -142,7 +171,7 @@ class Cluster:
             )
 
     def wait_until(self, true, what) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not true():
             if time.monotonic() > deadline or any(d.poll() is not None for d in self.daemons):
                 logs = [path.read_text()[-1000:] for path in self.folder.glob("*.log")]
@@ -152,7 +181,7 @@ class Cluster:
     def run(self, *command, check=True) -> str:
         """What a command of SLURM prints."""
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=60
+            command, env=self.environment, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0 or not check, done.stderr
         return done.stdout.strip()

@@ -461,7 +461,7 @@ REACH = {
         f"evaluate:scores teacher {STUDENTS}",
         f"{LOGITS} analyse:perturbed_logits images",
     ),
-    "metrics.pairwise_kl": (
+    "metrics.disagreement": (
         # A kind of prediction counts as a whole wherever predictions are read.
         "evaluate:scores evaluate:diversity_students evaluate:reliability",
         f"teacher {STUDENTS} {LOGITS} figure:reliability",

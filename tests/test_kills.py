@@ -68,7 +68,7 @@ class Trainings:
         for log in project.file("logs").glob("*/**/*.log"):
             text = log.read_text(errors="replace")  # of a log a power failure leaves anything
             epochs = [int(epoch) for epoch in re.findall(r"INFO epoch (\d+) .*\n", text)]
-            first = re.search(r"going on from epoch (\d+)", text)
+            first = re.search(r"going on from epoch (\d+),", text)
             if not epochs and not first:
                 continue
             began = text[:23]
@@ -140,6 +140,8 @@ def conclude(hits, trainings, summary, differences):
 def template(tmp_path_factory):
     template = Project.new(tmp_path_factory.mktemp("template") / "project")
     template.edit("ensdistill/training.py", "SAVE_EVERY = 120", "SAVE_EVERY = 0")
+    times = "    rounds = take_turns(calls, time_limit)\n"  # which no two studies have in common
+    template.edit("ensdistill/costs.py", times, "    rounds = np.full((5, len(calls)), 0.001)\n")
     for role in ("teacher", "student"):
         template.change("studies", "tiny", role, "epochs", value=EPOCHS)
     return template
