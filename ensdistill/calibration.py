@@ -139,9 +139,11 @@ def classwise_gaps(probs: ArrayLike, labels: ArrayLike, n_bins: int = 15) -> Arr
     """Σ of p_k − 1[k = y] over the images of every class and bin, (K, n_bins)."""
     probs, labels = paired(probs, labels)
     gaps, _, places, beyond = _split_gaps(probs, labels, n_bins)
-    sums = np.bincount(places, beyond, n_bins * gaps.shape[1]).reshape(-1, n_bins)
+    # Of no places NumPy counts integers, whatever the weights.
+    sums = np.bincount(places, beyond, n_bins * gaps.shape[1]).astype(np.float64)
+    sums = sums.reshape(-1, n_bins)
     sums[:, 0] = gaps.sum(axis=0)
-    return np.asarray(sums, np.float64)
+    return sums
 
 
 def _split_gaps(

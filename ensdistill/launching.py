@@ -7,7 +7,6 @@ itself, and holds the leases of their cards.
 import json
 import logging
 import os
-import pickle
 import signal
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ensdistill import InputError
+from ensdistill import DamagedFile, InputError
 from ensdistill.devices import lease_cards, set_up
 from ensdistill.jobs import ENDINGS, Interrupted, end_with_parent, interrupt, to_tell
 
@@ -100,12 +99,23 @@ def _cause(failures: list[Any], processes: int) -> BaseException:
     return (known or raised or [RuntimeError(failures[0].message)])[0]
 
 
+def _told(error: Exception) -> str:
+    """What a process writes of its error: JSON, by which no code can come."""
+    if isinstance(error, DamagedFile):
+        return json.dumps({"path": str(error.path), "reason": error.reason})
+    reason = f"{type(error).__name__}: {error}"
+    return json.dumps({"sentence": to_tell(error), "reason": reason})
+
+
 def _raised(failure: Any) -> Exception | None:
-    """What a process wrote of its error."""
+    """The error of which a process wrote that."""
     try:
-        return pickle.loads(bytes.fromhex(failure.error_file_data["message"]))
-    except (AttributeError, EOFError, TypeError, ValueError, pickle.UnpicklingError):
+        told = json.loads(failure.error_file_data["message"])
+    except (KeyError, TypeError, ValueError):  # it has written none
         return None
+    if "path" in told:
+        return DamagedFile(told["path"], told["reason"])
+    return InputError(told["sentence"]) if told["sentence"] else RuntimeError(told["reason"])
 
 
 def main(told: str) -> None:
@@ -132,7 +142,7 @@ def main(told: str) -> None:
         if to_tell(error) is None:
             logging.exception("process %d: unforeseen", rank)
         path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
-        path.write_text(json.dumps({"message": pickle.dumps(error).hex()}), encoding="ascii")
+        path.write_text(json.dumps({"message": _told(error)}), encoding="ascii")
         sys.exit(1)
 
 

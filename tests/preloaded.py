@@ -24,7 +24,7 @@ def snakemake(*arguments, folder, environment):
     CONTEXT.set_forkserver_preload([__name__])
     with TemporaryDirectory() as temporary:
         outputs = [Path(temporary, name) for name in ("stdout", "stderr")]
-        its = arguments, str(folder), dict(environment), outputs
+        its = [*map(str, arguments)], str(folder), dict(environment), outputs
         process = CONTEXT.Process(target=_snakemake, args=its)
         process.start()
         process.join()

@@ -4,7 +4,6 @@ Two of them are this process and a second one that this module starts; they talk
 """
 
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -411,15 +410,17 @@ def test_what_ended_first_is_told(tmp_path):
     """A process that lost another one raises errors too; one that was killed writes nothing."""
 
     def failure(exitcode, error=None):
-        message = pickle.dumps(error).hex() if error else "<NONE>"
+        message = launching._told(error) if error else "<NONE>"
         return SimpleNamespace(exitcode=exitcode, error_file_data={"message": message}, message="")
 
     lost = failure(1, RuntimeError("Connection closed by peer"))
     wrong = failure(1, DamagedFile("images.h5", "damaged"))
     found = launching._cause([lost, wrong], 2)
     assert (type(found), found.path) == (DamagedFile, "images.h5")
+    said = launching._cause([lost, failure(1, InputError("no cards"))], 2)
+    assert (type(said), str(said)) == (InputError, "no cards")
     assert "ended by SIGSEGV" in str(launching._cause([lost, failure(-signal.SIGSEGV)], 2))
-    assert str(launching._cause([lost], 2)) == "Connection closed by peer"
+    assert str(launching._cause([lost], 2)) == "RuntimeError: Connection closed by peer"
     ended = launching._cause([lost, failure(128 + signal.SIGTERM)], 2)
     assert (type(ended), ended.number) == (Interrupted, signal.SIGTERM)
 

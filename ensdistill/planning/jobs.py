@@ -77,10 +77,8 @@ class _Listener(logging.Filter):
         self.errors: list[str] = []
 
     def filter(self, record: logging.LogRecord) -> bool:
-        from snakemake_interface_logger_plugins.common import LogEvent
-
         told: Any = record
-        if getattr(record, "event", None) == LogEvent.JOB_INFO:
+        if str(getattr(record, "event", None)) == "job_info":
             gpu = dict(told.resources.items()).get("gpu", 0)
             self.jobs[told.jobid] = {
                 "number": told.jobid,
