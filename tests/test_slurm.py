@@ -113,7 +113,8 @@ def slow(project, epochs):
 def show_cards(project):
     """Make jobs print which card is theirs."""
     line = "    torch.set_num_threads(threads)\n"
-    project.edit("ensdistill/devices.py", line, f"{line}    print('card:', card, flush=True)\n")
+    shown = "    print('card:', os.environ['CUDA_VISIBLE_DEVICES'], flush=True)\n"
+    project.edit("ensdistill/devices.py", line, line + shown)
 
 
 def start(cluster, project, *arguments, profile=PROFILE):
