@@ -144,7 +144,7 @@ def test_a_file_becomes_larger_than_the_user_may_write(changed, finished, name, 
 
 
 def test_the_memory_is_full(untrained):
-    untrained.change("studies", "tiny", "architecture", "width", value=256)
+    untrained.change("studies", "tiny", "architecture", "width", value=512)
     untrained.change("studies", "tiny", "teacher", "epochs", value=1)
     status = "import ensdistill.training; print(open('/proc/self/status').read())"
     python = subprocess.run([sys.executable, "-c", status], capture_output=True, text=True)
