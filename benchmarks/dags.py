@@ -46,10 +46,11 @@ def study(jobs: int) -> dict[str, Any]:
 def seconds(project: Project, *arguments: str) -> tuple[float, str]:
     """What the processor computed for a snakemake, and what that printed."""
     before = os.times()
-    told = project.run(*arguments).stdout
+    done = project.snakemake(*arguments)
     after = os.times()
+    assert done.returncode == 0, done.stderr
     own = after.children_user - before.children_user
-    return own + after.children_system - before.children_system, told
+    return own + after.children_system - before.children_system, done.stdout
 
 
 def rows(sizes: tuple[int, ...] = JOBS) -> list[dict[str, float]]:
