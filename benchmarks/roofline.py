@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from benchmarks.measurements import arithmetic
 from benchmarks.rows import Bench
 from benchmarks.workloads import CONF_ODS, Call, Workload, threads
+from ensdistill.operations import macs_of
 
 KINDS = {
     "convolution": ("convolution",),
@@ -66,8 +66,7 @@ class Operations(TorchDispatchMode):
         seconds = clock() - started
         name = operation.name().removeprefix("aten::")
         kind = next(kind for kind, parts in KINDS.items() if any(it in name for it in parts))
-        counts = flop_registry.get(operation.overloadpacket)
-        flop = counts(*args, **kwargs, out_val=result) if counts else 0
+        flop = 2 * macs_of(operation, args, kwargs, result)
         tensors = [it for it in tree_leaves((args, kwargs, result)) if isinstance(it, Tensor)]
         moved = 0 if kind == "views" else sum(it.nbytes for it in tensors)
         self.seconds[kind] += seconds

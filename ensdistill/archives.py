@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Self
 from unicodedata import normalize
 
 from ensdistill import InputError
@@ -27,6 +27,7 @@ TABLES = (".csv", ".parquet")
 """Endings of tables of paths that are read."""
 UNPACKED_BY_THE_PIECE = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 """Compressions of which zipfile unpacks no more than the size that a member states."""
+OTHER_PACKERS = {zipfile.ZIP_BZIP2: "bzip2", zipfile.ZIP_LZMA: "lzma"}
 LARGEST = 2**28
 """Bytes of a file that is read as an image; as many has the largest that Pillow takes for one."""
 LONGEST = 2**20
@@ -174,7 +175,7 @@ def _in_zip(root: Path) -> Iterator[Entry]:
 
         def opened(member: zipfile.ZipInfo) -> IO[bytes]:
             if (kind := member.compress_type) not in UNPACKED_BY_THE_PIECE:
-                method = zipfile.compressor_names.get(kind, "otherwise")  # type: ignore[attr-defined]
+                method = OTHER_PACKERS.get(kind, f"by method {kind}")
                 raise zipfile.BadZipFile(f"{member.filename} is not deflated, but {method}")
             return archive.open(member)
 
@@ -190,11 +191,10 @@ def _in_zip(root: Path) -> Iterator[Entry]:
 
 
 def _in_tar(root: Path) -> Iterator[Entry]:
-    with tarfile.open(root, tarinfo=_Member) as archive:
+    with _Tar.open(root, tarinfo=_Member) as archive:
         while True:
             while member := archive.next():
-                # tarfile keeps them all, in attributes of which its types lack some.
-                archive.members, archive.pax_headers = [], {}  # type: ignore[attr-defined]
+                archive.members, archive.pax_headers = [], {}  # tarfile would keep them all
                 if archive.offset <= member.offset:
                     raise tarfile.ReadError("a member ends before it begins")
                 place, parts = f"{root}/{member.name}", path_parts(member.name)
@@ -210,17 +210,24 @@ def _in_tar(root: Path) -> Iterator[Entry]:
                 return
 
 
+class _Tar(tarfile.TarFile):
+    members: list[tarfile.TarInfo]
+    """An attribute that its types lack."""
+
+
 class _Member(tarfile.TarInfo):
     """A tar header, refused where tarfile would read all that it announces, however much."""
 
-    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        if self.size < 0 or (self.size > LONGEST and not self.isfile()):
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        made = super().frombuf(buf, encoding, errors)
+        if made.size < 0 or (made.size > LONGEST and not made.isfile()):
             raise tarfile.ReadError(
-                f"a header of {self.size:,} bytes; at most {LONGEST:,} are read"
+                f"a header of {made.size:,} bytes; at most {LONGEST:,} are read"
             )
-        if self.type == tarfile.GNUTYPE_SPARSE:
-            self._proc_gnusparse_10()
-        return super()._proc_member(archive)  # type: ignore[misc]  # which has no public name
+        if made.type == tarfile.GNUTYPE_SPARSE:
+            made._proc_gnusparse_10()
+        return made
 
     def _proc_gnusparse_10(self, *_: Any) -> None:
         raise tarfile.ReadError("it holds a sparse file")

@@ -36,7 +36,7 @@ def prepare(threads: int, resources: Mapping[str, Any]) -> "torch.device":
         threads: for PyTorch on the CPU.
         resources: of the job; `jobs_per_gpu` (1 unless given) says how many jobs share a card.
     """
-    lease_card(resources.get("jobs_per_gpu", 1))  # before CUDA starts
+    lease_cards(1, resources.get("jobs_per_gpu", 1))  # before CUDA starts
     return set_up(threads)
 
 
@@ -69,12 +69,6 @@ def _keep_freed_memory() -> None:
     if mallopt:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def lease_card(jobs_per_gpu: int = 1) -> str | None:
-    """`lease_cards` of one: its index or UUID; None where there is nothing to choose."""
-    cards = lease_cards(1, jobs_per_gpu)
-    return cards[0] if cards else None
 
 
 def lease_cards(count: int, jobs_per_gpu: int = 1) -> list[str]:

@@ -201,7 +201,9 @@ class _Synchronised(TorchFunctionMode):
     more than normalise (timm's have their activation inside).
     """
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         return (batch_norm if function is F.batch_norm else function)(*args, **kwargs)
 

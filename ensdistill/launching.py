@@ -128,12 +128,14 @@ def main(told: str) -> None:
     cards = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
     if cards:  # each sees one alone, and no device needs a number
         os.environ["CUDA_VISIBLE_DEVICES"] = cards[rank]
+    from ensdistill.distributed import leave
     from ensdistill.training import train_student
 
     try:
         processes = int(os.environ["WORLD_SIZE"])
         device = set_up(known["threads"])
         train_student(**known["arguments"], device=device, processes=processes)
+        leave()
     except Interrupted as interruption:
         _pay_no_heed()
         sys.exit(128 + interruption.number)

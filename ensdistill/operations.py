@@ -45,14 +45,19 @@ class Operations(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         out = function(*args, **(kwargs or {}))
-        kind = function._overloadpacket
-        if kind is aten.convolution_backward:
-            gradient, weight, asked = args[0], args[2], args[-1]
-            # Each costs what the convolution itself does.
-            self.count += (asked[0] + asked[1]) * gradient.numel() * weight[0].numel()
-        elif formula := flop_registry.get(AS.get(kind, kind)):
-            self.count += formula(*args, **(kwargs or {}), out_val=out) // 2
+        self.count += macs_of(function, args, kwargs or {}, out)
         return out
+
+
+def macs_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
+    """Multiply–adds of one of PyTorch's operations, by what it got and returned."""
+    kind = function._overloadpacket
+    if kind is aten.convolution_backward:
+        gradient, weight, asked = args[0], args[2], args[-1]
+        # Each costs what the convolution itself does.
+        return int((asked[0] + asked[1]) * gradient.numel() * weight[0].numel())
+    formula = flop_registry.get(AS.get(kind, kind))
+    return formula(*args, **kwargs, out_val=out) // 2 if formula else 0
 
 
 @torch.no_grad()

@@ -373,13 +373,10 @@ class Gaussian(StepOptions):
     """Chooses this perturbation."""
 
 
-class ODS(StepOptions):
-    """A step of size η in a direction that diversifies one teacher's output."""
+class _OutputDiversified(StepOptions):
+    """A step of size η in a direction that diversifies a teacher's output."""
 
-    title = "ODS"
-
-    name: Literal["ods"] = "ods"
-    """Chooses this perturbation."""
+    name: str
     temperature: Positive | None = None
     """τ of the softmax that is diversified; that of the objective unless told."""
 
@@ -387,22 +384,31 @@ class ODS(StepOptions):
         return 1
 
 
-class ConfODS(ODS):
+class ODS(_OutputDiversified):
+    """A step of size η in a direction that diversifies one teacher's output."""
+
+    title = "ODS"
+
+    name: Literal["ods"] = "ods"
+    """Chooses this perturbation."""
+
+
+class ConfODS(_OutputDiversified):
     """ODS times the teacher's confidence."""
 
     title = "ConfODS"
 
-    name: Literal["conf_ods"] = "conf_ods"  # type: ignore[assignment]  # not ODS itself
+    name: Literal["conf_ods"] = "conf_ods"
     """Chooses this perturbation."""
 
 
-class ODSEach(ODS):
+class ODSEach(_OutputDiversified):
     """ODS from every teacher: each teaches its member where its own output is diversified."""
 
     needs_teaching = MEMBERS
     title = "ODS-each"
 
-    name: Literal["ods_each"] = "ods_each"  # type: ignore[assignment]  # not ODS itself
+    name: Literal["ods_each"] = "ods_each"
     """Chooses this perturbation."""
 
     def teacher_gradients(self, members: int) -> int:

@@ -124,6 +124,16 @@ def message(call, *arguments, **options):
     return str(caught.value)
 
 
+TEACHER_PARTS = {
+    "student": {"name": "single"},
+    "members": 1,
+    "architecture": {"name": "resnet8", "width": 4},
+    "objective": {"name": "labels"},
+    "perturbation": {"name": "none"},
+    "prediction": "mixture",
+}
+"""As `Study.parts` returns those of a small teacher."""
+
 MINE = """
 from torch import nn
 import sizes

@@ -22,8 +22,8 @@ from tests.test_failures import small_disk
 
 HOLD = """
 import sys
-from ensdistill.devices import lease_card
-print(lease_card(int(sys.argv[1])), flush=True)
+from ensdistill.devices import lease_cards
+print(*lease_cards(1, int(sys.argv[1])) or [None], flush=True)
 sys.stdin.read()
 """
 
@@ -215,7 +215,7 @@ def test_a_temporary_folder_without_locks_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(InputError, match=f"^{tmp_path}: files cannot be locked there.* set TMPDIR"):
-        devices.lease_card()
+        devices.lease_cards(1)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
@@ -259,7 +259,7 @@ HOLD_IN_WAVES = """
 import os
 import time
 from pathlib import Path
-from ensdistill.devices import lease_card
+from ensdistill.devices import lease_cards
 
 def tell(kind):
     with open("events", "a") as file:
@@ -269,7 +269,7 @@ def takers():
     lines = Path("events").read_text().splitlines()
     return [line.split()[2] for line in lines if line.startswith("take")]
 
-card = lease_card(snakemake.resources.get("jobs_per_gpu", 1))
+[card] = lease_cards(1, snakemake.resources.get("jobs_per_gpu", 1))
 tell("take")
 last_of_wave = takers().index(str(os.getpid())) // 4 * 4 + 4
 while len(takers()) < last_of_wave:

@@ -38,7 +38,7 @@ from ensdistill.state import TrainingState
 from ensdistill.students import build_student
 from ensdistill.training import fit, train_student
 from ensdistill.weights import read_header
-from tests.builders import noise
+from tests.builders import TEACHER_PARTS, noise
 from tests.project import REPOSITORY
 from tests.test_streaming import numbered
 
@@ -136,14 +136,7 @@ def arguments(folder, **recipe):
         "history": folder / "history.csv",
         "teachers": [],
         "seed": 1,
-        "parts": {
-            "student": {"name": "single"},
-            "members": 1,
-            "architecture": {"name": "resnet8", "width": 4},
-            "objective": {"name": "labels"},
-            "perturbation": {"name": "none"},
-            "prediction": "mixture",
-        },
+        "parts": TEACHER_PARTS,
         "recipe": Recipe(**{**sizes, **recipe}).model_dump(),
         "augmentation": {"crop_padding": 1, "flip": True},
         "precision": "fp32",

@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import time
 
 import pytest
 
@@ -12,7 +11,7 @@ from tests.cluster import Cluster, why_not
 from tests.lossy_disk import LossyDisk
 from tests.project import Project
 from tests.test_failures import small_disk, told
-from tests.test_slurm import SECOND, TEACHER, finish, jobs_of, new_project, slow, start
+from tests.test_slurm import SECOND, TEACHER, both_train, finish, jobs_of, new_project, slow, start
 
 pytestmark = pytest.mark.faults
 
@@ -52,12 +51,7 @@ def test_what_a_dead_node_trained_goes_on_elsewhere_and_the_rest_is_not_disturbe
     project = new_project(tmp_path / "project", local)
     slow(project, epochs=600)
     run = start(cluster, project, *options, "--", TEACHER, SECOND)
-    states = [project.file(f"teachers/{seed}/state.pt") for seed in (0, 1)]
-    deadline = time.monotonic() + 300
-    while not all(state.exists() for state in states):
-        assert time.monotonic() < deadline
-        assert run.poll() is None
-        time.sleep(0.1)
+    both_train(run, project)
     jobs = jobs_of(cluster, project)
     assert sorted(job["NodeList"] for job in jobs) == sorted(NODES)
     [hit] = [job for job in jobs if job["NodeList"] == "one"]

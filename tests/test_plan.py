@@ -16,9 +16,9 @@ from ensdistill.cli import app
 from ensdistill.planning import plan as planning
 from ensdistill.planning.counting import peak
 from ensdistill.planning.data import data_of
-from ensdistill.planning.jobs import planned_jobs
+from ensdistill.planning.jobs import Job, planned_jobs
 from ensdistill.planning.measuring import Meter
-from ensdistill.planning.schedule import Task, critical_path, length, schedule
+from ensdistill.planning.schedule import Task, critical_path, schedule
 from ensdistill.studies import read_configuration
 from tests.project import TINY, Project
 
@@ -48,7 +48,17 @@ def test_a_task_waits_for_its_predecessors():
     done = schedule(tasks, cores=8)
     assert done.starts == {0: 0, 1: 1, 2: 1, 3: 6}
     assert critical_path(tasks) == [0, 1, 3]
-    assert length(tasks, [0, 1, 3]) == done.makespan == 7
+    assert done.makespan == 7
+
+
+def test_machines_with_too_few_cards_for_a_job_are_left_out():
+    def planned(cards):
+        job = Job(0, "teacher", {}, (), (), cards, cards, 0, frozenset())
+        return [planning.Planned(job, Task(4, cards=cards), 0.0)]
+
+    assert [*planning._on_paper(planned(2), cards=True)[0]] == [4, 16, 64]
+    assert [*planning._on_paper(planned(100), cards=True)[0]] == [100]
+    assert [*planning._on_paper(planned(2), cards=False)[0]] == [1, 4, 16, 64]
 
 
 def test_cards_are_a_second_bound():
@@ -87,7 +97,7 @@ def test_no_schedule_beats_its_bounds_or_is_twice_the_best():
         for now in done.starts.values():
             busy = [n for n in tasks if done.starts[n] <= now < ends[n]]
             assert sum(min(tasks[n].cores, cores) for n in busy) <= cores
-        chain = length(tasks, critical_path(tasks))
+        chain = sum(tasks[it].seconds for it in critical_path(tasks))
         work = sum(it.seconds * min(it.cores, cores) for it in tasks.values())
         assert max(chain, work / cores) <= done.makespan
         # Graham's bound, with the cores that a task of two may have to wait for.

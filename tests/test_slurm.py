@@ -130,6 +130,17 @@ def start(cluster, project, *arguments, profile=PROFILE):
     )
 
 
+def both_train(run, project):
+    """Wait until both teachers have saved a state; the states."""
+    states = [project.file(f"teachers/{seed}/state.pt") for seed in (0, 1)]
+    deadline = time.monotonic() + 300
+    while not all(state.exists() for state in states):
+        assert time.monotonic() < deadline
+        assert run.poll() is None
+        time.sleep(0.1)
+    return states
+
+
 def finish(process):
     output, _ = process.communicate(timeout=1200)
     assert process.returncode == 0, output[-4000:]
@@ -223,12 +234,7 @@ def test_too_little_time_or_memory_is_enough_at_a_later_attempt(cluster, run_out
 def test_an_interrupted_run_cancels_its_jobs_and_the_next_goes_on(cluster, untrained):
     slow(untrained, epochs=600)
     run = start(cluster, untrained, TEACHER, SECOND)
-    states = [untrained.file(f"teachers/{seed}/state.pt") for seed in (0, 1)]
-    deadline = time.monotonic() + 300
-    while not all(state.exists() for state in states):
-        assert time.monotonic() < deadline
-        assert run.poll() is None
-        time.sleep(0.1)
+    states = both_train(run, untrained)
     run.send_signal(signal.SIGINT)
     run.communicate(timeout=300)
     assert run.returncode != 0

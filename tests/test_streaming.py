@@ -24,7 +24,7 @@ from ensdistill.state import TrainingState
 from ensdistill.stored_images import StoredImages
 from ensdistill.students import build_student, predict, predictions
 from ensdistill.training import fit
-from tests.builders import noise
+from tests.builders import TEACHER_PARTS, noise
 from tests.stores import sorted_file, store
 
 CPU = torch.device("cpu")
@@ -390,14 +390,7 @@ def test_a_state_of_training_from_memory_is_not_taken_up_from_the_file(path, tmp
         "teachers": [],
         "device": CPU,
         "seed": 1,
-        "parts": {
-            "student": {"name": "single"},
-            "members": 1,
-            "architecture": {"name": "resnet8", "width": 4},
-            "objective": {"name": "labels"},
-            "perturbation": {"name": "none"},
-            "prediction": "mixture",
-        },
+        "parts": TEACHER_PARTS,
         "recipe": Recipe(epochs=1, batch_size=6, warmup_epochs=1).model_dump(),
         "augmentation": AUGMENTED,
         "precision": "fp32",

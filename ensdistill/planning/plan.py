@@ -119,9 +119,10 @@ def _configuration() -> Configuration:
 def _on_paper(planned: Sequence[Planned], cards: bool) -> tuple[dict[int, Schedule], list[Planned]]:
     tasks = {it.job.number: it.task for it in planned}
     by_number = {it.job.number: it for it in planned}
+    most = max(task.cards for task in tasks.values()) if cards else 0
     schedules = {
         size: schedule(tasks, CORES_PER_CARD * size, size) if cards else schedule(tasks, size)
-        for size in SIZES
+        for size in [it for it in SIZES if it >= most] or [most]  # others have too few cards
     }
     return schedules, [by_number[number] for number in critical_path(tasks)]
 

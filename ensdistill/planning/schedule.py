@@ -2,7 +2,7 @@
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 
@@ -115,8 +115,3 @@ def critical_path(tasks: Mapping[int, Task]) -> list[int]:
         path.append(place)
         place = before[place]
     return path[::-1]
-
-
-def length(tasks: Mapping[int, Task], path: Iterable[int]) -> float:
-    """Seconds of some tasks one after the other."""
-    return sum(tasks[number].seconds for number in path)

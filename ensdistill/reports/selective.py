@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from ensdistill.drawing import (
     INK,
@@ -113,6 +114,7 @@ def _draw_areas(axis: Axes, frame: pd.DataFrame, styles: Mapping[str, Any]) -> N
         error = None if np.isnan(spreads[name]) else spreads[name]
         dot = style | {"ls": "", "ms": 4, "elinewidth": 0.9}
         axis.errorbar(means[name], row, xerr=error, **dot)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
 
 
 def _add_note(figure: Figure, frame: pd.DataFrame) -> None:
