@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy.special import logsumexp
 from scipy.stats import norm
 
-from ensdistill import metrics
+from ensdistill import calibration, metrics
 
 
 def drawn(images, classes, seed=0, spread=0.5):
@@ -92,3 +93,18 @@ def test_smooth_error_at_the_ends():
     near = metrics.smooth_ece([[0.70, 0.30], [0.71, 0.29]] * 50, [0, 1] * 50)
     far = metrics.smooth_ece([[0.52, 0.48], [0.98, 0.02]] * 50, [0, 1] * 50)
     assert near < 0.22 < 0.3 < far
+
+
+@pytest.mark.parametrize("inverse", [0.3, 1.0, 4.0])
+def test_slopes_are_the_derivatives_of_the_nll(inverse):
+    """By differences of log Σ_k e^{b·log p_k} − b·log p_y."""
+    probs, labels = drawn(50, 6)
+    log_probs, step = np.log(probs), 1e-4
+
+    def nll(b):
+        return logsumexp(b * log_probs, axis=1) - b * log_probs[np.arange(50), labels]
+
+    below, here, above = (nll(inverse + it) for it in (-step, 0, step))
+    slope, curvature = calibration.slopes(log_probs, labels, inverse)
+    np.testing.assert_allclose(slope, (above - below) / (2 * step), atol=1e-6)
+    np.testing.assert_allclose(curvature, (above - 2 * here + below) / step**2, atol=1e-5)
