@@ -9,14 +9,19 @@ import os
 import runpy
 import subprocess
 import sys
+from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 
 from snakemake.benchmark import benchmarked
 from snakemake.cli import main
 from snakemake.script import PythonScript
 
 CONTEXT = multiprocessing.get_context("forkserver")
+# Starting a process also reads how others ended, which can be read once: a thread that waits for
+# such a process in `join` would be told 255.
+STARTS_AND_ENDS = Lock()
 
 
 def snakemake(*arguments, folder, environment):
@@ -26,10 +31,21 @@ def snakemake(*arguments, folder, environment):
         outputs = [Path(temporary, name) for name in ("stdout", "stderr")]
         its = [*map(str, arguments)], str(folder), dict(environment), outputs
         process = CONTEXT.Process(target=_snakemake, args=its)
-        process.start()
-        process.join()
+        _start(process)
+        _join(process)
         said = [path.read_text() for path in outputs]
     return subprocess.CompletedProcess(arguments, process.exitcode, *said)
+
+
+def _start(process):
+    with STARTS_AND_ENDS:
+        process.start()
+
+
+def _join(process):
+    wait([process.sentinel])
+    with STARTS_AND_ENDS:
+        process.join()
 
 
 def _snakemake(arguments, folder, environment, outputs):
@@ -48,8 +64,8 @@ def _snakemake(arguments, folder, environment, outputs):
 
 def _execute_script(self, fname, edit=False):
     job = CONTEXT.Process(target=runpy.run_path, args=(fname,), kwargs={"run_name": "__main__"})
-    job.start()
+    _start(job)
     with benchmarked(job.pid, self.bench_record):
-        job.join()
+        _join(job)
     if job.exitcode:
         raise subprocess.CalledProcessError(job.exitcode, fname)
