@@ -30,7 +30,7 @@ from benchmarks.scale import most_memory
 from benchmarks.workloads import CONF_ODS, CPU_THREADS, MEMBERS, Call, Workload, shapes, threads
 from ensdistill import claims
 from ensdistill.devices import prepare
-from ensdistill.files import write_hdf5
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.reports import scores
 from ensdistill.studies import read_configuration
 from tests.project import REPOSITORY, Project

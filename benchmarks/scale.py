@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ensdistill import drawing
-from ensdistill.files import write_hdf5
 from ensdistill.findings import findings
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.reports import (
     corruptions,
     diversity_students,

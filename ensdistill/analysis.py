@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ensdistill.files import Blocks, in_blocks
+from ensdistill.hdf5 import Blocks, in_blocks
 from ensdistill.loading import in_batches
 from ensdistill.perturbations import PERTURBATIONS, ods_direction
 from ensdistill.stored_images import StoredImages

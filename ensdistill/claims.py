@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ensdistill.bootstrap import Estimate, Interval, image_weights, interval, mean_of
-from ensdistill.files import open_hdf5
+from ensdistill.hdf5 import open_hdf5
 from ensdistill.metrics import LOWER, METRICS
 from ensdistill.predictions import read_ensemble, read_mixture, read_mixtures
 from ensdistill.reports.directions import direction_cosines

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ensdistill.files import open_hdf5
+from ensdistill.hdf5 import open_hdf5
 from ensdistill.images import read_description
 from ensdistill.inference import ensemble_forms, fastest, inference_forms, seconds
 from ensdistill.networks import build_network, described, fold_batch_norms

@@ -20,6 +20,7 @@ UNCOUNTED = {
     "ensdistill",
     "ensdistill.digests",
     "ensdistill.files",
+    "ensdistill.hdf5",
     "ensdistill.jobs",
     "ensdistill.launching",
     "ensdistill.locks",

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ensdistill import DamagedFile, InputError
 from ensdistill.class_order import class_order
 from ensdistill.digests import attributes
-from ensdistill.files import open_hdf5, write_hdf5
+from ensdistill.hdf5 import open_hdf5, write_hdf5
 from ensdistill.images import read_description
 from ensdistill.predictions import kind_of, splits_of
 

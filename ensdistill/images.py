@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from ensdistill import DamagedFile, InputError, sources
 from ensdistill.downloads import SOURCES
-from ensdistill.files import Streamed, open_hdf5, write_hdf5
+from ensdistill.hdf5 import Streamed, open_hdf5, write_hdf5
 from ensdistill.own_images import FileImages
 from ensdistill.pictures import centre, is_side
 from ensdistill.sources import Dataset, Split

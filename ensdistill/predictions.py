@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ensdistill import DamagedFile, InputError, blocks, metrics
 from ensdistill.calibration import clipped_log, paired, surest
-from ensdistill.files import open_hdf5
+from ensdistill.hdf5 import open_hdf5
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]

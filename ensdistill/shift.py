@@ -22,7 +22,7 @@ from sklearn.datasets import load_sample_images
 from ensdistill import InputError
 from ensdistill.corruptions import KINDS, SEVERITIES, corrupt, corrupt_parts
 from ensdistill.downloads import SOURCES, verify
-from ensdistill.files import Streamed, open_hdf5, write_hdf5
+from ensdistill.hdf5 import Streamed, open_hdf5, write_hdf5
 from ensdistill.images import evaluation_images, read_source
 from ensdistill.own_images import FileImages
 from ensdistill.pictures import as_array

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ensdistill import DamagedFile, pictures
-from ensdistill.files import open_hdf5
+from ensdistill.hdf5 import open_hdf5
 
 
 class StoredImages:

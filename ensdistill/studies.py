@@ -165,6 +165,9 @@ class Distillation(Section):
 class Analyses(Section):
     """How many images the costlier analyses look at; seeded choices."""
 
+    perturbed_images: Count = 100_000
+    """Training images at which teachers are asked, as they are and perturbed; all if there are
+    fewer."""
     train_images: Count = 1000
     """Training images of the sweep over η and of transferability; all if there are fewer."""
     jacobian_images: Count = 200

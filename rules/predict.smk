@@ -41,7 +41,7 @@ rule perturbed:
     params:
         function="perturbed_logits",
         distillation=distillation,
-        images=None,
+        images=lambda wildcards: STUDIES[wildcards.study].analyses.perturbed_images,
         settings=lambda wildcards: {"perturbations": STUDIES[wildcards.study].perturbations()},
         beside=["held_out"],
         titles=perturbation_titles(),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ensdistill.digests import attributes
-from ensdistill.files import write_hdf5
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.predictions import PREDICTIONS
 from ensdistill.students import build_student, predict
 from ensdistill.weights import origin, save_student

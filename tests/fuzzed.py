@@ -16,7 +16,8 @@ from snakemake.common.configfile import load_configfile
 
 from ensdistill import InputError, asking, deployment, given_logits
 from ensdistill.config_errors import check_files
-from ensdistill.files import read_csv, write_hdf5
+from ensdistill.files import read_csv
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.images import read_description, read_images
 from ensdistill.own_data import known_state, remember
 from ensdistill.page.figures import embedded

@@ -33,6 +33,7 @@ METHODS = {
 BENCH = {
     **TINY,
     "images": {**TINY["images"], "held_out": 40},
+    "analyses": {**TINY["analyses"], "perturbed_images": 150},
     "corruptions": {"images": 10},
     "methods": METHODS,
     "grid": GRIDS,
@@ -127,6 +128,7 @@ def test_teachers_are_asked_where_the_strategies_ask_them(bench):
         assert {*STRATEGIES, "gaussian", "ods", "conf_ods", "clean"} == {
             name for name in file if isinstance(file[name], h5py.Group)
         }
+        assert {file[f"{name}/logits"].shape for name in STRATEGIES} == {(150, 2, 10), (40, 2, 10)}
         clean, seen = file["clean/examples"][:], file["held_out/examples"][:]
         kl = {name: diversity(file[f"{name}/logits"][:]) for name in (*STRATEGIES, "clean")}
     assert all(any(np.allclose(image, it / 255) for it in held_out) for image in seen)

@@ -11,7 +11,7 @@ from scipy.stats import gmean, norm
 from ensdistill import metrics
 from ensdistill.bootstrap import Interval
 from ensdistill.claims import above, below, claims, verdict
-from ensdistill.files import write_hdf5
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.resampled import ResampledSystems
 
 N, K, BINS = 300, 4, 10

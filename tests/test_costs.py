@@ -12,8 +12,8 @@ from torch import nn
 
 from ensdistill import batch_ensemble, costs
 from ensdistill.costs import cost_table, processor, take_turns
-from ensdistill.files import write_hdf5
 from ensdistill.flow_matching import BLOCKS, FlowMatching
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.inference import (
     SideBySide,
     ensemble_forms,

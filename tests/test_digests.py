@@ -518,7 +518,7 @@ REACH = {
         ("costs", f"teacher {STUDENTS} {LOGITS} evaluate:scores table"),
     ),
     "tables.to_latex": ("table", f"figure:de_curve evaluate:scores teacher {STUDENTS}"),
-    "files.write_hdf5": (
+    "hdf5.write_hdf5": (
         "",
         f"images {LOGITS} analyse:perturbed_logits teacher {STUDENTS} evaluate:scores table",
     ),

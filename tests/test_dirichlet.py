@@ -8,7 +8,7 @@ from scipy import integrate, stats
 from torch.distributions import Categorical, kl_divergence
 from torch.distributions import Dirichlet as Sampler
 
-from ensdistill.files import write_hdf5
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.predictions import Dirichlet, Mixture, join, read_prediction
 
 N, K, DRAWS = 4, 3, 100_000

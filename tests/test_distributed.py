@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from ensdistill import DamagedFile, InputError, batches, devices, distributed, launching, training
 from ensdistill.batches import StreamedBatches, TrainingBatches
 from ensdistill.distributed import Place
-from ensdistill.files import write_hdf5
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.jobs import Interrupted
 from ensdistill.launching import train_together
 from ensdistill.learning import learning

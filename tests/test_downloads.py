@@ -282,7 +282,7 @@ def test_an_archive_that_the_system_cannot_read_is_no_damage(target, monkeypatch
         def read(self, size=-1):
             raise OSError(EIO, "Input/output error")
 
-    monkeypatch.setattr(files, "_PatientFile", type("", (files._PatientFile, Sick), {}))
+    monkeypatch.setattr(files, "PatientFile", type("", (files.PatientFile, Sick), {}))
     with pytest.raises(InputError, match=f"^{target}: Input/output error$") as caught:
         verify(target)
     assert not isinstance(caught.value, DamagedFile)

@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 
 from ensdistill import InputError, metrics
 from ensdistill.downloads import ANSWERS, Archive
-from ensdistill.files import write_hdf5
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.predictions import read_prediction
 from ensdistill.reports import (
     corruptions,

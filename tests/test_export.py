@@ -18,7 +18,7 @@ from ensdistill.convert import to_batch_ensemble
 from ensdistill.deployment import Deployment, deployment_of, open_student
 from ensdistill.export import write_exported
 from ensdistill.exported import OnnxStudent, TorchExported
-from ensdistill.files import write_hdf5
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.inference import MemberByMember
 from ensdistill.parity import export_student
 from ensdistill.predictions import Dirichlet, Mixture

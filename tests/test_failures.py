@@ -240,7 +240,7 @@ def test_a_damaged_state_is_set_aside_and_training_begins_anew(untrained, finish
 
 
 def test_a_file_that_a_notebook_has_open_for_writing_is_left_alone(untrained, finished):
-    untrained.edit("ensdistill/files.py", "PATIENCE = 10", "PATIENCE = 1")
+    untrained.edit("ensdistill/hdf5.py", "PATIENCE = 10", "PATIENCE = 1")
     before = contents(untrained)
     with h5py.File(untrained.file("images.h5"), "r+"):
         told(

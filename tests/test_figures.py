@@ -9,7 +9,8 @@ import pytest
 from matplotlib.colors import to_hex
 
 from ensdistill import drawing
-from ensdistill.files import read_csv, write_hdf5
+from ensdistill.files import read_csv
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.metrics import pairwise_kl
 from ensdistill.reports import (
     corruptions,

@@ -19,16 +19,9 @@ import pandas as pd
 import pytest
 import torch
 
-from ensdistill import DamagedFile, InputError, files
-from ensdistill.files import (
-    atomic,
-    open_hdf5,
-    read_csv,
-    set_aside,
-    write_csv,
-    write_hdf5,
-    write_text,
-)
+from ensdistill import DamagedFile, InputError, files, hdf5
+from ensdistill.files import atomic, read_csv, set_aside, write_csv, write_text
+from ensdistill.hdf5 import open_hdf5, write_hdf5
 from ensdistill.state import TrainingState
 from ensdistill.students import build_student
 from ensdistill.weights import load_student, save_student
@@ -282,7 +275,7 @@ class Sick(io.FileIO):
 
     def _wait(self):
         if self.tell() >= self.after:
-            raise self.answer
+            raise type(self.answer)(*self.answer.args)
 
     def readinto(self, buffer):
         self._wait()
@@ -300,7 +293,7 @@ def sick(monkeypatch):
     def become(answer, after=0):
         own = {"answer": answer, "after": after}
         # Below the class that notes the error, above the system.
-        monkeypatch.setattr(files, "_PatientFile", type("", (files._PatientFile, Sick), own))
+        monkeypatch.setattr(files, "PatientFile", type("", (files.PatientFile, Sick), own))
 
     return become
 
@@ -331,6 +324,50 @@ def test_an_interruption_while_a_file_is_read_is_no_damage(healthy, sick):
     sick(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         read(path)
+
+
+SICK_TO_THE_END = """
+import errno, os, sys
+from ensdistill import files
+from ensdistill.hdf5 import open_hdf5, write_hdf5
+
+class Sick(files.PatientFile.__base__):
+    def readinto(self, buffer):
+        raise {answer}
+
+    def write(self, data):
+        raise {answer}
+
+files.PatientFile.__bases__ = (Sick,)
+def read():
+    with open_hdf5(sys.argv[1]):
+        pass
+
+def write():
+    write_hdf5(sys.argv[1], {{}}, {{}})
+
+try:
+    {function}()
+except BaseException as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "answer", "told"),
+    [
+        ("read", "OSError(errno.EIO, os.strerror(errno.EIO))", "InputError"),
+        ("read", "OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))", "MemoryError"),
+        ("read", "KeyboardInterrupt", "KeyboardInterrupt"),
+        ("write", "OSError(errno.EIO, os.strerror(errno.EIO))", "OSError"),
+    ],
+)
+def test_a_process_whose_disk_is_sick_ends_as_others_do(tmp_path, function, answer, told):
+    write_hdf5(tmp_path / "x.h5", ARRAYS, ATTRIBUTES)
+    code = SICK_TO_THE_END.format(function=function, answer=answer)
+    command = [sys.executable, "-c", code, tmp_path / "x.h5"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{told}\n"), done.stderr
 
 
 def test_too_many_open_files_are_no_damage_and_no_missing_file(healthy):
@@ -385,7 +422,7 @@ def notebook(tmp_path):
 
 def test_a_file_that_is_open_for_writing_elsewhere_is_named_and_is_no_damage(notebook, monkeypatch):
     path = notebook(60)
-    monkeypatch.setattr(files, "PATIENCE", 0.2)
+    monkeypatch.setattr(hdf5, "PATIENCE", 0.2)
     with pytest.raises(InputError) as caught:
         read_hdf5(path)
     assert not isinstance(caught.value, DamagedFile)
@@ -424,7 +461,7 @@ def test_a_file_system_without_locks_is_read_without(tmp_path, monkeypatch, numb
 LITTLE_MEMORY = """
 import resource, sys
 from pathlib import Path
-from ensdistill.files import open_hdf5
+from ensdistill.hdf5 import open_hdf5
 
 with open_hdf5(sys.argv[1]) as file:
     dataset = file["x"]

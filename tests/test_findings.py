@@ -10,8 +10,8 @@ from scipy.special import softmax
 from scipy.stats import kendalltau, norm, ttest_1samp, ttest_rel
 
 from ensdistill.bootstrap import Estimate, Weights, holm, image_weights, interval, mean_of, p_value
-from ensdistill.files import write_hdf5
 from ensdistill.findings import CONTRASTS, Systems, adjusted, answers, findings
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.studies import Study
 from tests.project import REPOSITORY
 

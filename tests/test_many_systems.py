@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from ensdistill import drawing
-from ensdistill.files import write_hdf5
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.reports import (
     corruptions,
     de_curve,

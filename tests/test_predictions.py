@@ -8,7 +8,7 @@ from scipy.special import softmax
 from scipy.stats import entropy
 
 from ensdistill import InputError, tables
-from ensdistill.files import write_hdf5
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.predictions import Mixture, join, read_prediction
 from ensdistill.reports import (
     corruptions,

@@ -27,7 +27,8 @@ from scipy.special import softmax
 from ensdistill import InputError, metrics
 from ensdistill.conformal import aps_scores, conformal_sets, lac_scores, sets_of, threshold
 from ensdistill.deployment import Deployment, answers
-from ensdistill.files import open_hdf5, read_csv, write_csv, write_hdf5
+from ensdistill.files import read_csv, write_csv
+from ensdistill.hdf5 import open_hdf5, write_hdf5
 from ensdistill.pictures import decode, mode_of, size_of
 from ensdistill.predictions import Dirichlet, Mixture, join
 from ensdistill.sources import folder

@@ -247,8 +247,11 @@ ROWS = {
         {*BINNED, "scores", "claims", *TABLE, *REDRAWN},
     ),
     "`analyses`": (
-        setting("analyses", value={"train_images": 90, "jacobian_images": 10}),
-        {"swept", "transferred", "distances", "directions", "claims"}
+        setting(
+            "analyses",
+            value={"perturbed_images": 90, "train_images": 90, "jacobian_images": 10},
+        ),
+        {"perturbed", "swept", "transferred", "distances", "directions", "claims"}
         | {*INTERVALS, *figures(INTERVALS)},
     ),
     "`costs`": (setting("costs", value={"seconds": 1}), {"costs", "findings", *TABLE}),

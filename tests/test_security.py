@@ -27,7 +27,7 @@ import yaml
 from PIL import Image
 
 from ensdistill import InputError, images, sources
-from ensdistill.files import write_hdf5
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.images import read_description, read_images, read_source
 from ensdistill.predictions import read_attributes, read_prediction, splits_of
 from ensdistill.shift import KINDS, write_shifted

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from sklearn.metrics import pairwise_distances
 
 from ensdistill import InputError, shift
-from ensdistill.files import write_hdf5
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.images import read_images
 from ensdistill.shift import KINDS, SEVERITIES, corrupt, write_shifted
 from ensdistill.sources import Dataset

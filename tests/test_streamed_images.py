@@ -128,7 +128,7 @@ def test_one_colour_image_is_found_before_any_is_written(tmp_path, streamed):
 
 def test_streamed_pixels_lie_image_by_image_with_checksums(tmp_path, streamed, monkeypatch):
     path, files = tmp_path / "images.h5", own(12, 9)[0]
-    monkeypatch.setattr("ensdistill.files.CHUNK", 1000)
+    monkeypatch.setattr("ensdistill.hdf5.CHUNK", 1000)
     make(path, path=write_tree(tmp_path / "own", files), **OPTIONS)
     with h5py.File(path) as file:
         stored = file["train/images"]

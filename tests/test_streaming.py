@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from ensdistill import InputError, analysis, batches, files, loading, training
+from ensdistill import InputError, analysis, batches, hdf5, loading, training
 from ensdistill.batches import StreamedBatches, TrainingBatches
 from ensdistill.jobs import Interrupted, to_tell
 from ensdistill.learning import learning
@@ -146,7 +146,7 @@ def test_a_damaged_file_is_one_sentence_from_any_process(tmp_path):
     content = bytearray(stored.path.read_bytes())
     content[place + 12] ^= 1
     stored.path.write_bytes(content)
-    files._complete.clear()
+    hdf5._complete.clear()
     with pytest.raises(InputError, match=r"images\.h5: damaged") as caught:
         list(in_batches(stored, 4, CPU))
     assert "\n" not in str(caught.value)
@@ -460,18 +460,18 @@ def test_analyses_from_the_file_have_the_bits_of_those_from_memory(path, functio
 def test_long_arrays_are_written_block_by_block_and_short_ones_as_before(tmp_path, monkeypatch):
     rows = np.random.default_rng(0).normal(size=(50, 2, 3)).astype(np.float32)
     parts = [rows[start : start + 4] for start in range(0, 50, 4)]
-    short = files.in_blocks(iter(parts), 50)
+    short = hdf5.in_blocks(iter(parts), 50)
     np.testing.assert_array_equal(short, rows)
-    files.write_hdf5(tmp_path / "short.h5", {"a/logits": short}, {})
-    files.write_hdf5(tmp_path / "whole.h5", {"a/logits": rows}, {})
+    hdf5.write_hdf5(tmp_path / "short.h5", {"a/logits": short}, {})
+    hdf5.write_hdf5(tmp_path / "whole.h5", {"a/logits": rows}, {})
     assert (tmp_path / "short.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
-    monkeypatch.setattr(files, "BLOCK", rows[:10].nbytes)
+    monkeypatch.setattr(hdf5, "BLOCK", rows[:10].nbytes)
     taken = []
     noted = (taken.append(len(it)) or it for it in parts)
-    long = files.in_blocks(noted, 60)
+    long = hdf5.in_blocks(noted, 60)
     assert sum(taken) == 12, "of the rest nothing is taken before it is written"
-    files.write_hdf5(tmp_path / "long.h5", {"a/logits": long}, {})
-    with files.open_hdf5(tmp_path / "long.h5") as file:
+    hdf5.write_hdf5(tmp_path / "long.h5", {"a/logits": long}, {})
+    with hdf5.open_hdf5(tmp_path / "long.h5") as file:
         np.testing.assert_array_equal(file["a/logits"][:], rows)
         assert file["a/logits"].chunks
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ensdistill import InputError
-from ensdistill.files import write_hdf5
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.images import read_images
 from ensdistill.predictions import read_attributes, read_prediction
 from ensdistill.students import build_student, predict

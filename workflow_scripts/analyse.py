@@ -3,7 +3,7 @@ import numpy as np
 from ensdistill import analysis
 from ensdistill.devices import prepare
 from ensdistill.digests import attributes
-from ensdistill.files import write_hdf5
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.images import evaluation_images
 from ensdistill.jobs import job
 from ensdistill.loading import load_images

@@ -4,7 +4,7 @@ import torch
 from ensdistill.analysis import jacobian_distances
 from ensdistill.devices import prepare
 from ensdistill.digests import attributes
-from ensdistill.files import write_hdf5
+from ensdistill.hdf5 import write_hdf5
 from ensdistill.images import evaluation_images
 from ensdistill.jobs import job
 from ensdistill.weights import load_student

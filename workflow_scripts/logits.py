@@ -1,6 +1,6 @@
 from ensdistill.devices import prepare
 from ensdistill.digests import attributes
-from ensdistill.files import in_blocks, write_hdf5
+from ensdistill.hdf5 import in_blocks, write_hdf5
 from ensdistill.images import evaluation_images
 from ensdistill.jobs import job
 from ensdistill.loading import load_images

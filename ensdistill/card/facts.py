@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ensdistill.files import open_hdf5
+from ensdistill.hdf5 import open_hdf5
 from ensdistill.images import read_description
 from ensdistill.markup import counted, number
 from ensdistill.page.columns import read_columns

@@ -82,7 +82,7 @@ def data_of(study: Study, images: str | os.PathLike[str], classes: int | None) -
 
 
 def _made(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int], int, dict[str, int]]:
-    from ensdistill.files import open_hdf5
+    from ensdistill.hdf5 import open_hdf5
     from ensdistill.images import read_description
 
     known = read_description(path)

@@ -208,7 +208,6 @@ class Forecast:
 
     def _analysis(self, rule: str) -> Cost:
         study, teachers = self.study, self.study.members
-        most = self.data.train
         eta, temperature = study.distillation.eta or 1 / 255, study.distillation.temperature
         # Of held-out images just the passes would count, as of the images themselves.
         others = {key: it for key, it in study.perturbations().items() if key != "held_out"}
@@ -217,8 +216,7 @@ class Forecast:
             how = {"perturbations": study.perturbations(sized=True), "etas": [eta]}
         if rule == "transferred":
             teachers, how = study.pool, {"eta": eta, "temperature": temperature}
-        if rule != "perturbed":
-            most = min(most, study.analyses.train_images)
+        most = self._analysed(rule)
         networks = self.meter.teachers(self._pool(teachers))
         function = getattr(analysis, ANALYSES[rule])
 
@@ -228,6 +226,12 @@ class Forecast:
 
         seconds = most * self.meter.each(call, most) * (SWEPT if rule == "swept" else 1)
         return Cost(seconds, self.meter.memory(call, min(256, most)))
+
+    def _analysed(self, rule: str) -> int:
+        """Training images that an analysis looks at."""
+        its = self.study.analyses
+        most = its.perturbed_images if rule == "perturbed" else its.train_images
+        return min(self.data.train, most)
 
     def _distances(self, job: Job) -> Cost:
         """Jacobians of all networks at some test images."""
@@ -290,7 +294,6 @@ class Forecast:
         if maker.rule in ("images", "shifted"):
             count = data.train + data.validation + data.test
             return data.pixels * (count if maker.rule == "images" else data.shifted) / MB
-        analysed = min(data.train, self.study.analyses.train_images)
         logits = self.study.members * data.classes * 4 / MB
         if maker.rule in ANALYSES:
             times = {
@@ -298,8 +301,7 @@ class Forecast:
                 "transferred": self.study.pool,
             }
             sizes = SWEPT * len(self.study.perturbations(sized=True))
-            count = data.train if maker.rule == "perturbed" else analysed
-            return times.get(maker.rule, sizes) * count * logits
+            return times.get(maker.rule, sizes) * self._analysed(maker.rule) * logits
         if maker.rule in (*TRAININGS, "logits"):
             members, weights = self._sizes(self._parts(maker))
             if maker.rule != "logits":

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ensdistill.files import open_hdf5
+from ensdistill.hdf5 import open_hdf5
 
 READS = {"transferred": "logits/transferred.h5"}
 SETTINGS = ["members"]

@@ -25,7 +25,7 @@ from ensdistill.drawing import (
     two_digits,
     wrapped,
 )
-from ensdistill.files import open_hdf5
+from ensdistill.hdf5 import open_hdf5
 from ensdistill.predictions import Prediction, read_ensemble, read_mixture
 
 TITLE = "Diversity of the teachers"

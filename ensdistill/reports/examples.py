@@ -17,7 +17,7 @@ from ensdistill.drawing import (
     two_digits,
     wrapped,
 )
-from ensdistill.files import open_hdf5
+from ensdistill.hdf5 import open_hdf5
 from ensdistill.metrics import pairwise_kl
 
 TITLE = "Perturbed images"

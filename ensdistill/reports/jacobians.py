@@ -18,7 +18,7 @@ from ensdistill.drawing import (
     styled,
     styles_of,
 )
-from ensdistill.files import open_hdf5
+from ensdistill.hdf5 import open_hdf5
 
 TITLE = "Jacobians of students and teachers"
 READS = {"distances": "logits/distances.h5"}

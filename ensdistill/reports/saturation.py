@@ -19,7 +19,7 @@ from ensdistill.drawing import (
     plain_numbers,
     styled,
 )
-from ensdistill.files import open_hdf5
+from ensdistill.hdf5 import open_hdf5
 from ensdistill.predictions import (
     Array,
     Labels,

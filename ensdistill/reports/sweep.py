@@ -19,7 +19,7 @@ from ensdistill.drawing import (
     styles_of_perturbations,
     two_digits,
 )
-from ensdistill.files import open_hdf5
+from ensdistill.hdf5 import open_hdf5
 from ensdistill.metrics import pairwise_kl
 from ensdistill.predictions import Array, Prediction, read_ensemble, read_mixture, read_mixtures
 
