@@ -7,6 +7,7 @@ import stat
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -112,6 +113,9 @@ class Cluster:
             for daemon in reversed(self.daemons):
                 daemon.terminate()
                 daemon.wait(30)
+            for process in self._processes():  # whose parent ended first: SLURM lost sight of them
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             shutil.rmtree(self.folder)
 
     def _start(self) -> None:
@@ -147,15 +151,21 @@ class Cluster:
         """End a node without a word to anyone, as a failure of its power does."""
         daemon = next(daemon for daemon in self.daemons if daemon.args[-1] == node)
         self.daemons.remove(daemon)
-        here = {"SLURM_CONF": self.environment["SLURM_CONF"], "SLURMD_NODENAME": node}
         daemon.kill()
+        for process in self._processes(SLURMD_NODENAME=node):
+            with suppress(psutil.Error):
+                if (parent := process.parent()).name() == "slurmstepd":
+                    parent.kill()
+                process.kill()
+        daemon.wait()
+
+    def _processes(self, **environment: str) -> Iterator[psutil.Process]:
+        """All that run in this cluster, and in such an environment."""
+        here = {"SLURM_CONF": self.environment["SLURM_CONF"], **environment}
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 if here.items() <= process.environ().items():
-                    if (parent := process.parent()).name() == "slurmstepd":
-                        parent.kill()
-                    process.kill()
-        daemon.wait()
+                    yield process
 
     def _daemon(self, *command) -> None:
         with open(self.folder / f"{command[0]}-{len(self.daemons)}.log", "w") as log:

@@ -178,6 +178,12 @@ def test_counted_seconds_are_operations_over_speed():
     really = counted.training(study.parts(), recipe, augmentation, "fp32", **nobody)
     assert really.step == training.step
     assert training.memory == pytest.approx(really.memory, rel=0.02)
+    with counted.arithmetic():
+        half = counted.training(study.parts(), recipe, augmentation, "fp32", **nobody, processes=2)
+        small = {**recipe, "batch_size": 32}
+        of_32 = counted.training(study.parts(), small, augmentation, "fp32", **nobody)
+    assert half.step == pytest.approx(training.step / 2)
+    assert half == of_32
 
 
 def test_memory_is_that_of_the_tensors_that_live_at_a_time():

@@ -25,6 +25,7 @@ TABLE = {"table", "figure_de_curve", "figure_cost_quality"}
 DIRECTIONS = {"diversity_teachers", "saturation", "sweep", "transfer", "directions"}
 BINNED = {"reliability", "corruptions", "diversity_students", "diversity_teachers"}
 INTERVALS = {"sweep", "transfer", "jacobians"}
+AT_PERTURBED = {"diversity_teachers", "saturation"}
 
 
 def logits(*networks):
@@ -251,8 +252,16 @@ ROWS = {
             "analyses",
             value={"perturbed_images": 90, "train_images": 90, "jacobian_images": 10},
         ),
-        {"perturbed", "swept", "transferred", "distances", "directions", "claims"}
-        | {*INTERVALS, *figures(INTERVALS)},
+        {
+            "perturbed",
+            "swept",
+            "transferred",
+            "distances",
+            "directions",
+            "claims",
+            "figure_examples",
+        }
+        | {*INTERVALS, *AT_PERTURBED, *figures(INTERVALS | AT_PERTURBED)},
     ),
     "`costs`": (setting("costs", value={"seconds": 1}), {"costs", "findings", *TABLE}),
     "`images`": (setting("images", "test", value=90), EVERYTHING),

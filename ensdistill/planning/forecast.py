@@ -42,20 +42,19 @@ IMPORTS = {
 """What scripts import: most of a short job's time."""
 
 JUDGING = {
-    "claims": (0.03, 0.022),
-    "corruptions": (0.36, 0.05),
-    "diversity_students": (0.008, 0.014),
-    "findings": (0.3, 0.05),
+    "claims": (0.03, 0.0065),
+    "corruptions": (0.36, 0.005),
+    "diversity_students": (0.008, 0.006),
+    "findings": (0.3, 0.005),
     "jacobians": (0.03, 0.0),
-    "out_of_distribution": (0.04, 0.021),
-    "reliability": (0.005, 0.01),
-    "scores": (0.015, 0.14),
-    "selective": (0.008, 0.012),
+    "out_of_distribution": (0.04, 0.014),
+    "reliability": (0.005, 0.0045),
+    "scores": (0.015, 0.034),
+    "selective": (0.008, 0.0055),
 }
 """Seconds that a table takes for each network, and for each MB of logits (float32) that it reads,
-where `REFERENCE` holds: by the default study, and by 50,000 images of 1,000 classes
-(docs/performance.md)."""
-OTHERS = (0.005, 0.05)
+where `REFERENCE` holds: by the default study, and by 10,000 images of 1,000 classes."""
+OTHERS = (0.005, 0.007)
 """The same of tables that are not named above."""
 DRAWING, REFERENCE = 1.0, 0.7
 """Seconds to draw a figure, or to start a table's job, where these were measured."""
@@ -188,6 +187,7 @@ class Forecast:
                 backbone=self.study.parts(parts["backbone"]) if "backbone" in parts else None,
                 count=data.train,
                 side=self.study.images.resize,
+                processes=self.study.gpus_per_job,
             ),
         )
         steps = recipe.epochs * (data.train // min(recipe.batch_size, data.train))

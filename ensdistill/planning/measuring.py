@@ -95,6 +95,7 @@ class Meter:
         backbone: Parts | None,
         count: int,
         side: int | None,
+        processes: int = 1,
     ) -> Training:
         """Of a student or a teacher, on random images of random classes.
 
@@ -104,6 +105,8 @@ class Meter:
             backbone: of the student that it starts from.
             count: images that train.
             side: of training images that are larger than the others.
+            processes: of which each takes its part of every batch; what they tell each other is
+                not counted.
         """
         how = Recipe(**recipe)
         if self.speed is None:
@@ -116,7 +119,7 @@ class Meter:
         optimizer = new_optimizer(student, how)
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # random labels must not drive the weights away
-        size = min(how.batch_size, count)
+        size = max(1, min(how.batch_size, count) // processes)
         generators = torch.Generator(self.device).manual_seed(0), torch.Generator().manual_seed(0)
 
         def steps(progress: float, images: int) -> Call:
