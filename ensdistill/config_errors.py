@@ -40,6 +40,8 @@ def check_files(paths: Iterable[str | os.PathLike[str]]) -> None:
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{path}: not to be read as YAML ({reason})") from None
+        if not isinstance(document, yaml.MappingNode):
+            raise InputError(f"{path}: has no keys at its top, such as 'run' and 'studies'")
         _check_keys(path, document)
 
 

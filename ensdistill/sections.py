@@ -31,6 +31,8 @@ Number = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Seeds = Annotated[int, Field(ge=1, le=10_000)]
+"""So many trainings; more is a slip of the hand, and would fill the memory with names."""
 
 
 def _fraction(value: Any) -> Any:

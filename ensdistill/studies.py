@@ -27,7 +27,7 @@ from ensdistill.own_networks import (
     pool_of,
 )
 from ensdistill.recipes import Augmentation, Recipe
-from ensdistill.sections import Count, Eta, Number, Positive, Section, Share
+from ensdistill.sections import Count, Eta, Number, Positive, Section, Seeds, Share
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 
@@ -247,13 +247,13 @@ class Study(Section):
     """The architecture of students; that of the teachers unless told. A method may have its own."""
     members: Annotated[int, Field(ge=2)] = 4
     """M: teachers in the ensemble, and members of a BatchEnsemble student."""
-    pool: Count = 5
+    pool: Seeds = 5
     """Teachers; the first `members` of them teach, all make the deep-ensemble curve."""
     teachers: Teachers | None = None
     """The teachers one by one, if they have different architectures or were trained elsewhere: a
     path of weights, or {architecture, weights, …}. `pool` is their number then, and so is `members`
     unless told."""
-    student_seeds: Count = 3
+    student_seeds: Seeds = 3
     """Students trained per method, from different seeds."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Arithmetic of training: float32; on GPUs that have it TF32, which is float32 with products of

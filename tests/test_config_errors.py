@@ -115,6 +115,9 @@ MISREAD = [
     ("a: {b: 1\nc: 2\n", ", line 2: "),
     ("a: b: c\n", ", line 1: mapping values are not allowed here"),
     ("a: \x07\n", ": not to be read as YAML ("),
+    ("- a\n- b\n", ": has no keys at its top, such as 'run' and 'studies'"),
+    ("# run: [x]\n", ": has no keys at its top, such as 'run' and 'studies'"),
+    ("studies\n", ": has no keys at its top, such as 'run' and 'studies'"),
     ("[" * 10_000, ": not to be read as YAML ("),
 ]
 
@@ -134,7 +137,7 @@ def test_what_yaml_allows_is_allowed(tmp_path):
     merged = "x: &x {a: 1, b: 2}\ny: {<<: *x, a: 3}\nz: {a: 4, <<: *x}\n'no': [*x, *x]\n"
     bomb = "".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]\n" for i in range(1, 30))
     endless = "a: &a [*a]\n"
-    for number, content in enumerate(("", merged, "\ufeffa: 1\n", f"l0: &l0 [x]\n{bomb}", endless)):
+    for number, content in enumerate((merged, "\ufeffa: 1\n", f"l0: &l0 [x]\n{bomb}", endless)):
         path = tmp_path / f"{number}.yaml"
         path.write_text(content, encoding="utf-8")
         check_files([path, ROOT / "config.yaml"])
