@@ -4,8 +4,12 @@ import csv
 import io
 import itertools
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -17,7 +21,7 @@ from ensdistill.planning import plan as planning
 from ensdistill.planning.counting import peak
 from ensdistill.planning.data import data_of
 from ensdistill.planning.jobs import Job, planned_jobs
-from ensdistill.planning.measuring import Meter
+from ensdistill.planning.measuring import Meter, neighbours
 from ensdistill.planning.schedule import Task, critical_path, schedule
 from ensdistill.studies import read_configuration
 from tests.project import TINY, Project
@@ -184,6 +188,20 @@ def test_counted_seconds_are_operations_over_speed():
         of_32 = counted.training(study.parts(), small, augmentation, "fp32", **nobody)
     assert half.step == pytest.approx(training.step / 2)
     assert half == of_32
+
+
+def test_neighbours_train_meanwhile_and_never_longer():
+    with neighbours(2):
+        both = psutil.Process().children()
+        assert len(both) == 2
+    assert not any(it.is_running() for it in both)
+    # Of a process that was killed no neighbours stay.
+    code = "from ensdistill.planning.measuring import *\nwith neighbours(1): time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code]) as killed:
+        while not (left := psutil.Process(killed.pid).children()):
+            time.sleep(0.1)
+        killed.kill()
+    assert not psutil.wait_procs(left, 60)[1]
 
 
 def test_memory_is_that_of_the_tensors_that_live_at_a_time():

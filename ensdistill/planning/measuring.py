@@ -1,7 +1,10 @@
 """What networks cost to train and to ask: by real calls here, or counted for another device."""
 
 import itertools
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,6 +59,31 @@ class Training:
     """Seconds of a step, the mean over a training."""
     memory: float
     """Most bytes of tensors at a time, but for images that wait."""
+
+
+NEIGHBOUR = """
+import os, sys, torch
+layer, x = torch.nn.Conv2d(16, 16, 3, padding=1), torch.rand(64, 16, 16, 16)
+while os.getppid() == int(sys.argv[1]):  # also if that is killed
+    layer(x).sum().backward()
+"""
+
+
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """In which so many processes train, with as many threads as this one.
+
+    Where a study runs, other jobs do: they share memory, caches and, by two threads, a core.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", NEIGHBOUR, str(os.getpid())]
+    processes = [subprocess.Popen(command, env=environment) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 class Meter:

@@ -77,32 +77,37 @@ def plan(
     jobs = planned_jobs(targets, everything)
     if not jobs:
         raise InputError("nothing is to be made: plan all of it with `--all`")
+    import torch
+
     from ensdistill.costs import processor
     from ensdistill.devices import prepare
     from ensdistill.planning.data import data_of
     from ensdistill.planning.forecast import ON_DEVICE, Cost, Forecast, starts
-    from ensdistill.planning.measuring import Meter
+    from ensdistill.planning.measuring import Meter, neighbours
 
     device = prepare(max((job.threads for job in jobs if job.rule == "teacher"), default=1), {})
     makers = {file: job for job in jobs for file in job.output}
-    started, forecasts = starts(), dict[str, Forecast]()
-    for name in dict.fromkeys(job.wildcards.get("study", "") for job in jobs):
-        if name in configuration.studies:
-            study = configuration.studies[name]
-            data = data_of(study, f"results/{name}/images.h5", classes)
-            reached = None if speed is None else speed.flops * speed.share
-            meter = Meter(data.description, device, reached)
-            forecasts[name] = Forecast(study, data, meter, started, makers)
-    planned, unknown = [], set()
-    for job in jobs:
-        forecast = forecasts.get(job.wildcards.get("study", ""))
-        cost = forecast.cost(job) if forecast else Cost() if job.rule == "download" else None
-        if cost is None:
-            unknown.add(job.rule)
-        size = forecast.input_mb(job) if forecast else 0.0
-        task = Task((cost or Cost()).seconds, job.after, job.threads, job.gpu, job.priority, size)
-        memory = cost.memory if cost and job.rule in ON_DEVICE else 0.0
-        planned.append(Planned(job, task, memory))
+    forecasts, planned, unknown = dict[str, Forecast](), [], set()
+    alone = speed is not None or device.type != "cpu"
+    with neighbours(0 if alone else (os.cpu_count() or 1) // torch.get_num_threads() - 1):
+        started = starts()
+        for name in dict.fromkeys(job.wildcards.get("study", "") for job in jobs):
+            if name in configuration.studies:
+                study = configuration.studies[name]
+                data = data_of(study, f"results/{name}/images.h5", classes)
+                reached = None if speed is None else speed.flops * speed.share
+                meter = Meter(data.description, device, reached)
+                forecasts[name] = Forecast(study, data, meter, started, makers)
+        for job in jobs:
+            forecast = forecasts.get(job.wildcards.get("study", ""))
+            cost = forecast.cost(job) if forecast else Cost() if job.rule == "download" else None
+            if cost is None:
+                unknown.add(job.rule)
+            size = forecast.input_mb(job) if forecast else 0.0
+            seconds = (cost or Cost()).seconds
+            task = Task(seconds, job.after, job.threads, job.gpu, job.priority, size)
+            memory = cost.memory if cost and job.rule in ON_DEVICE else 0.0
+            planned.append(Planned(job, task, memory))
     cards = speed is not None or device.type == "cuda"
     where = "a device that is not here" if speed else processor(device)
     return Plan(planned, *_on_paper(planned, cards), unknown, cards, where)
