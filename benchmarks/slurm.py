@@ -32,7 +32,7 @@ def new_study(folder: Path, jobs: int) -> Project:
     project.change("studies", "tiny", "pool", value=TEACHERS)
     project.change("studies", "tiny", "student_seeds", value=jobs)
     for role in ("teacher", "student"):
-        recipe = {**RECIPE, "epochs": 1, "warmup_epochs": 0}
+        recipe = {**RECIPE, "epochs": 1}
         project.change("studies", "tiny", role, value=recipe)
     return project
 
