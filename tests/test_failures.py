@@ -156,6 +156,7 @@ def test_the_memory_is_full(untrained):
     )
     told(done, "the memory is full: give the job more")
     assert contents(untrained) == before
+    untrained.change("studies", "tiny", "architecture", "width", value=4)  # less to compute
     untrained.run(TEACHER)
 
 

@@ -266,13 +266,13 @@ def studies(draw):
         ),
         "members": st.integers(2, 4),
         "pool": st.integers(4, 9),
-        "student_seeds": COUNTS,
+        "student_seeds": st.integers(1, 10_000),
         "precision": st.sampled_from(["fp32", "tf32", "bf16"]),
         "confidence_bins": COUNTS,
         "teacher": recipe,
         "student": recipe,
         "distillation": some(alpha=SHARES, temperature=POSITIVE, eta=SHARES | st.just("3/255")),
-        "analyses": some(train_images=COUNTS, jacobian_images=COUNTS),
+        "analyses": some(perturbed_images=COUNTS, train_images=COUNTS, jacobian_images=COUNTS),
     }
     study = draw(st.fixed_dictionaries({}, optional=known))
     study["methods"] = {

@@ -19,6 +19,8 @@ from ensdistill.studies import Configuration, read_configuration
 SIZES = (1, 4, 16, 64)
 """Cards, or cores, of the machines on which a study runs on paper."""
 CORES_PER_CARD = 4
+MOST_NEIGHBOURS = 15
+"""Each takes some 300 MB."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def plan(
     makers = {file: job for job in jobs for file in job.output}
     forecasts, planned, unknown = dict[str, Forecast](), [], set()
     alone = speed is not None or device.type != "cpu"
-    with neighbours(0 if alone else (os.cpu_count() or 1) // torch.get_num_threads() - 1):
+    jobs_at_once = 1 if alone else (os.cpu_count() or 1) // torch.get_num_threads()
+    with neighbours(min(jobs_at_once - 1, MOST_NEIGHBOURS)):
         started = starts()
         for name in dict.fromkeys(job.wildcards.get("study", "") for job in jobs):
             if name in configuration.studies:
