@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -41,15 +42,21 @@ class Survey:
         return f"{said}; {'colour' if self.colour else 'grey'}, {pixels}"
 
 
-def survey(images: str | os.PathLike[str]) -> Survey:
+def survey(
+    *images: str | os.PathLike[str], columns: Mapping[str, str | None] | None = None
+) -> Survey:
     """Look at every image once.
+
+    Args:
+        images, columns: as of `own_images`, where images are its path.
 
     Raises:
         InputError: as of `own_images`; one cannot be read; or there are too few of a class.
     """
     from tqdm import tqdm
 
-    found = own_images(str(images))
+    paths = [*map(str, images)]
+    found, where = own_images(paths, columns=columns), ", ".join(paths)
     sizes, modes = Counter[tuple[int, int]](), set()
     for place, _, content in tqdm(found.read(), "looking at images", unit="", disable=None):
         sizes[size_of(place, content)] += 1
@@ -59,11 +66,11 @@ def survey(images: str | os.PathLike[str]) -> Survey:
     for label, number in counts.items():
         if number < 3:
             raise InputError(
-                f"{images}: class {label!r} has {number} training image{'s' * (number > 1)}; "
+                f"{where}: class {label!r} has {number} training image{'s' * (number > 1)}; "
                 "to train, to validate and to test takes at least 3"
             )
     if len(counts) < 2:
-        raise InputError(f"{images}: has images of one class; a study takes at least 2")
+        raise InputError(f"{where}: has images of one class; a study takes at least 2")
     sides = sorted(min(size) for size in sizes.elements())
     return Survey(
         classes=dict(sorted(counts.items())),

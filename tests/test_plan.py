@@ -20,11 +20,13 @@ from ensdistill.cli import app
 from ensdistill.planning import plan as planning
 from ensdistill.planning.counting import peak
 from ensdistill.planning.data import data_of
+from ensdistill.planning.forecast import Forecast, Start
 from ensdistill.planning.jobs import Job, planned_jobs
 from ensdistill.planning.measuring import Meter, neighbours
 from ensdistill.planning.schedule import Task, critical_path, schedule
 from ensdistill.studies import read_configuration
 from tests.project import TINY, Project
+from tests.test_init import write_images
 
 CPU = torch.device("cpu")
 
@@ -257,6 +259,42 @@ def test_own_images_that_are_not_there_need_their_numbers(tmp_path):
             data(**arguments)
     assert data(5, test=4).shape == (3, 64, 64)
     assert data(5, test=4).test == 4
+
+
+def test_own_images_are_counted_wherever_they_lie(tmp_path):
+    def data(path, **images):
+        images = {"source": "folder", "path": path, "validation": 2, **images}
+        config = {"run": ["own"], "studies": {"own": {"images": images}}}
+        study = read_configuration(config).studies["own"]
+        found = data_of(study, tmp_path / "images.h5", None)
+        return found.shape, found.classes, found.train, found.validation, found.test
+
+    for split, count in (("train", 5), ("test", 2)):
+        write_images(tmp_path / split / split, {"a": count, "b": count}, (8, 8))
+    folders = [str(tmp_path / split) for split in ("train", "test")]
+    assert data(folders) == ((3, 8, 8), 2, 8, 2, 4)
+    rows = [f"{path},{path.parent.name}" for path in (tmp_path / "train").rglob("*.*")]
+    (tmp_path / "all.csv").write_text("\n".join(["file,kind", *rows]))
+    columns = {"path": "file", "label": "kind"}
+    assert data(str(tmp_path / "all.csv"), columns=columns) == ((3, 8, 8), 2, 6, 2, 2)
+
+
+def test_an_analysis_takes_as_long_as_it_looks_at_images():
+    def seconds(rule, **analyses):
+        study = {**TINY, "analyses": analyses}
+        study = read_configuration({"run": ["tiny"], "studies": {"tiny": study}}).studies["tiny"]
+        data = data_of(study, "not/there.h5", None)
+        nothing = dict.fromkeys(("networks", "tables"), Start(0.0, 0.0))
+        forecast = Forecast(study, data, meter(speed=1e6), nothing, {})
+        return forecast.cost(Job(0, rule, {}, (), (), 1, 1, 0, frozenset())).seconds
+
+    few = {"perturbed_images": 10, "train_images": 20}
+    for rule, key in (("perturbed", "perturbed_images"), ("transferred", "train_images")):
+        assert seconds(rule, **{**few, key: 100}) == pytest.approx(
+            seconds(rule, **few) * 100 / few[key], rel=1e-6
+        )
+        # All 200 images that there are.
+        assert seconds(rule, **{**few, key: 1000}) == seconds(rule, **{**few, key: 200})
 
 
 # --- the command -----------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def _own(study: Study, classes: int | None) -> tuple[tuple[int, int, int], int, 
     if all(map(os.path.exists, paths)):
         from ensdistill.survey import survey
 
-        found = survey(images.path)  # type: ignore[arg-type]  # as `own_images` takes it
+        found = survey(*paths, columns=images.columns.model_dump())
         there = sum(found.classes.values())
         test = images.test or found.test or there // 5
         left = there - (0 if found.validation else aside) - (0 if found.test else test)

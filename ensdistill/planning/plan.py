@@ -121,7 +121,7 @@ def _configuration() -> Configuration:
     if not os.path.exists("config.yaml"):
         raise InputError("config.yaml: there is none in this folder; `ensdistill init` begins one")
     check_files(["config.yaml"])
-    return read_configuration(yaml.safe_load(Path("config.yaml").read_text(encoding="utf-8")) or {})
+    return read_configuration(yaml.safe_load(Path("config.yaml").read_text(encoding="utf-8")))
 
 
 def _on_paper(planned: Sequence[Planned], cards: bool) -> tuple[dict[int, Schedule], list[Planned]]:
