@@ -31,6 +31,7 @@ from benchmarks.workloads import CONF_ODS, CPU_THREADS, MEMBERS, Call, Workload,
 from ensdistill import claims
 from ensdistill.devices import prepare
 from ensdistill.hdf5 import write_hdf5
+from ensdistill.predictions import read_prediction
 from ensdistill.reports import scores
 from ensdistill.studies import read_configuration
 from tests.project import REPOSITORY, Project
@@ -288,7 +289,8 @@ def judging(bench: Bench) -> None:
     """From logits of 10,000 images, 4 members, 200 classes to metrics and claims."""
     if not bench.wants("metrics_10k_s", "logits_10k_write_s"):
         return
-    found = in_a_new_process(metrics_10k)
+    size = scale.Scale(classes=200, students=1, images=10_000, teachers=MEMBERS)
+    found = in_a_new_process(write_and_judge, size)
     facts = {"shape": "10,000 images, 4 members, 200 classes"}
     bench.alone("logits_10k_write_s", "a student's logits to HDF5", [found["write"]], **facts)
     bench.alone(
@@ -319,53 +321,31 @@ def judging_at_scale(bench: Bench) -> None:
                 )
 
 
-def metrics_10k() -> Row:
-    """Seconds of writing and of judging a study's logits, and the MiB that judging takes."""
-    images, classes, rng = 10_000, 200, np.random.default_rng(0)
-    labels = rng.integers(0, classes, images)
-    truth = rng.normal(0, 1.5, (images, 1, classes)).astype(np.float32)
-    logits = truth + rng.normal(0, 1, (images, MEMBERS, classes)).astype(np.float32)
-    few = logits[:500]
+def write_and_judge(size: scale.Scale) -> Row:
+    """Seconds of writing a student's logits and of judging a study, and the MiB of the latter."""
     with tempfile.TemporaryDirectory() as folder:
-
-        def write(name: str, arrays: Mapping[str, np.ndarray], **attributes: Any) -> str:
-            write_hdf5(path := str(Path(folder, f"{name}.h5")), arrays, attributes)
-            return path
-
-        def of(logits: np.ndarray) -> dict[str, np.ndarray]:
-            splits = {"test": slice(None), "val": slice(2000)}
-            return {f"{split}/logits": logits[part] for split, part in splits.items()} | {
-                f"{split}/labels": labels[part] for split, part in splits.items()
-            }
-
+        scale.write(folder, size)
+        files = scale.Files(folder, size)
+        ((label, [student]),) = files.students.items()
+        written = {}
+        for split in ("test", "val"):
+            prediction, labels = read_prediction(student, split)
+            written |= {f"{split}/logits": prediction.logits, f"{split}/labels": labels}
         started = time.perf_counter()
-        student = write("student", of(logits), parameters=110)
+        write_hdf5(Path(folder, "written.h5"), written, {})
         seconds = {"write": time.perf_counter() - started, "judge": []}
-        teachers = [
-            write(f"teacher{j}", of(logits[:, [j]]), parameters=100) for j in range(MEMBERS)
-        ]
-        sets = ["clean", "gaussian", "ods", "conf_ods"]
-        perturbed = write("perturbed", {f"{name}/logits": few for name in sets}, sets=sets)
-        pairs = np.zeros((len(few), MEMBERS, MEMBERS))
-        moved = {
-            "clean/logits": few,
-            "ods/logits": np.stack([2 * few] * MEMBERS),
-            "cosines": pairs,
-            "random_cosines": pairs[:, 0],
-        }
-        transferred = write("transferred", moved)
         before = most_memory()
         for _ in range(3):
             started = time.perf_counter()
-            scores.table(teachers, {"KD": [student]}, n_bins=15)
+            scores.table(files.pool, files.students, n_bins=15)
             claims.claims(
-                teachers=teachers,
-                students={"KD": [student]},
-                paper={"kd": {"name": "kd", "label": "KD"}},
+                teachers=files.pool,
+                students=files.students,
+                paper={"kd": {"name": "kd", "label": label}},
                 members=MEMBERS,
                 n_bins=15,
-                perturbed=perturbed,
-                transferred=transferred,
+                perturbed=files.perturbed,
+                transferred=files.transferred,
                 distances="",
             )
             seconds["judge"].append(time.perf_counter() - started)

@@ -77,22 +77,30 @@ class Operations(TorchDispatchMode):
 
 
 def roofline(bench: Bench, workloads: Mapping[str, Workload]) -> None:
-    """A row for each kind of operation of a ConfODS step in float32, and one of the whole step."""
-    names = {key: f"roofline_{key}" for key in workloads if key != "calls"}
-    if bench.device.type != "cpu" or not bench.wants(*names.values()):
+    """A row for each kind of operation of a step in float32, and one of the whole step.
+
+    Of a student by ConfODS, and of a teacher.
+    """
+    wanted = {
+        f"roofline_{'teacher_' if teacher else ''}{key}": (workload, teacher)
+        for key, workload in workloads.items()
+        for teacher in (False, True)
+        if key != "calls"
+    }
+    if bench.device.type != "cpu" or not bench.wants(*wanted):
         return
-    for key, name in names.items():
-        workload = workloads[key]
+    for name, (workload, teacher) in wanted.items():
         if not bench.wants(name):
             continue
-        with threads(workload.shape.threads):
+        shape = workload.shape
+        with threads(shape.threads):
             rate, bandwidth = best(bench)
-            step = workload.step("fp32", **CONF_ODS)
+            step = workload.step("fp32", **({"teacher": True} if teacher else CONF_ODS))
             step()
             with Operations(rate, bandwidth) as seen:
                 for _ in range(STEPS):
                     step()
-        add_rows(bench, name, seen, str(workload.shape))
+        add_rows(bench, name, seen, shape.of_teacher() if teacher else str(shape))
 
 
 def best(bench: Bench) -> tuple[float, float]:

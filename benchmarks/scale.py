@@ -40,7 +40,7 @@ from ensdistill.resampled import ResampledSystems
 
 MEMBERS = 4
 OTHERS = ("near", "far")
-SETS = {"clean": "clean", "ods": "ODS"}
+SETS = {"clean": "clean", "gaussian": "Gaussian", "ods": "ODS", "conf_ods": "ConfODS"}
 ETAS = [0.01, 0.02, 0.04]
 
 
@@ -93,6 +93,7 @@ def write(folder: str, scale: Scale) -> None:
     write_hdf5(Path(folder, "swept.h5"), arrays, known)
     pool = scale.teachers
     arrays = {"clean/logits": noise(2000, pool), "ods/logits": noise(pool, 2000, pool)}
+    arrays |= {"cosines": np.zeros((2000, pool, pool)), "random_cosines": np.zeros((2000, pool))}
     write_hdf5(Path(folder, "transferred.h5"), arrays, {})
 
 

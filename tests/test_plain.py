@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import plain
-from benchmarks.measurements import steps
+from benchmarks.measurements import steps, write_and_judge
 from benchmarks.roofline import Operations
 from benchmarks.rows import Bench, table
+from benchmarks.scale import JUDGED, Files, Scale, write
 from benchmarks.workloads import CONF_ODS, DISTILLATION, FROM_LABELS, RECIPE, Shape, Workload, sgd
 from ensdistill.learning import learning, train_step
 from ensdistill.networks import fold_batch_norms
@@ -147,3 +148,14 @@ def test_rows_of_the_benchmark_hold_what_they_say():
         assert f"| `{row['name']}` |" in table(rows, {"convolution": 0.75, "all else": 0.25})
     assert rows[0]["precision"] == "fp32"
     assert rows[0]["n"] == 3
+
+
+def test_what_the_benchmark_judges_are_files_as_a_study_has_them(tmp_path):
+    """Its files are invented, and claims and tables change what they read."""
+    size = Scale(classes=5, students=1, images=50, teachers=4)
+    found = write_and_judge(size)
+    assert found["write"] > 0
+    assert len(found["judge"]) == 3
+    write(str(tmp_path), size)
+    for name, judge in JUDGED.items():
+        assert judge(Files(str(tmp_path), size)) is not None, name

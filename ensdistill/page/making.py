@@ -35,7 +35,7 @@ def how_it_was_made(folder: Path, study: Mapping[str, Any]) -> dict[str, Facts]:
     return {
         "The study": _configuration(study),
         "Software and hardware": _provenance(folder, [*teachers, *students]),
-        "Time": {
+        "Time (a training that was interrupted counts from where it went on)": {
             "Teachers": _times(folder, teachers) if teachers else "trained elsewhere",
             "Students": _times(folder, students),
         },
