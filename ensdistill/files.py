@@ -125,6 +125,9 @@ def read_csv(path: str | os.PathLike[str]) -> "pandas.DataFrame":
     import pandas
 
     text = {"name": str, "system": str}
+    # Else pandas before 3.1 reads the last digit as another one; later ones warn of the argument.
+    old = tuple(map(int, pandas.__version__.split(".")[:2])) < (3, 1)
+    exact: dict[str, Any] = {"float_precision": "round_trip"} if old else {}
     with reading(path, "a table", lambda error: isinstance(error, ValueError)) as file:
         content = io.BytesIO(file.read())
         return pandas.read_csv(
@@ -132,7 +135,7 @@ def read_csv(path: str | os.PathLike[str]) -> "pandas.DataFrame":
             dtype=text,
             keep_default_na=False,
             na_values=[""],
-            float_precision="round_trip",  # else pandas 2 reads the last digit as another one
+            **exact,
         )
 
 
