@@ -330,13 +330,10 @@ def test_a_student_comes_back_from_its_file(name, tmp_path):
     save_student(tmp_path / "weights", student, {})
     x = torch.rand(B, 3, side, side)
     loaded = load_student(tmp_path / "weights")
-    kept, made = loaded.state_dict(), student.state_dict()
-    assert kept.keys() == made.keys()
-    assert all(torch.equal(kept[key], made[key]) for key in kept)
+    student.requires_grad_(False)  # as what is loaded: PyTorch adds up such products in another order
     with torch.no_grad():
         ours, theirs = loaded(x), student(x)
-    # Where a tensor begins in memory decides how some processors add up a matrix product.
-    torch.testing.assert_close(ours, theirs)
+    assert torch.equal(ours, theirs)
     assert (ours[0] - ours[1]).abs().max() > 1e-3
 
 
