@@ -330,7 +330,7 @@ def test_a_student_comes_back_from_its_file(name, tmp_path):
     save_student(tmp_path / "weights", student, {})
     x = torch.rand(B, 3, side, side)
     loaded = load_student(tmp_path / "weights")
-    student.requires_grad_(False)  # as what is loaded: PyTorch adds up such products in another order
+    student.requires_grad_(False)  # as what is loaded: PyTorch multiplies otherwise by such
     with torch.no_grad():
         ours, theirs = loaded(x), student(x)
     assert torch.equal(ours, theirs)
